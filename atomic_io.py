@@ -1,0 +1,132 @@
+"""The one way a file is written, and `DataError`, the one way a bad file is refused."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Any
+
+_HASH_BLOCK = 1 << 20  # bytes
+
+
+class DataError(ValueError):
+    """A file that cannot be used: the message says where, what was found, expected, and to do."""
+
+
+@contextmanager
+def atomic_write(path: str | Path) -> Iterator[IO[bytes]]:
+    """A binary file that appears under `path` complete and durable, or not at all.
+
+    The temporary lies in the same folder (a rename across file systems is no rename) and gets the
+    mode bits of a plain `open`.
+
+    Raises:
+        OSError: the disk is full or the folder is not writable; `path` is as it was before.
+    """
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    _sync_folder(path.parent)
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def sweep_temporaries(folder: str | Path) -> None:
+    """Remove what a killed writer left in `folder`."""
+    for stray in Path(folder).glob(".*.tmp"):
+        stray.unlink(missing_ok=True)
+
+
+def sha256_of(path: str | Path) -> str:
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(_HASH_BLOCK):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def file_entry(path: str | Path) -> dict[str, Any]:
+    """Size in bytes and SHA-256 of a file, as manifests record them."""
+    return {"size": os.path.getsize(path), "sha256": sha256_of(path)}
+
+
+def write_json(path: str | Path, value: Any) -> None:
+    """Write a small JSON file; NaN and infinity, which `read_json` refuses, are a ValueError."""
+    text = json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+    with atomic_write(path) as file:
+        file.write(text.encode())
+
+
+def read_json(path: str | Path) -> Any:
+    """The value in a small JSON file.
+
+    Raises:
+        DataError: the file is unreadable, not UTF-8 (a byte order mark is accepted), not JSON, or
+            holds a key twice, NaN, Infinity, or an integer beyond int64.
+    """
+    path = Path(path)
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+        return json.loads(
+            text,
+            object_pairs_hook=lambda pairs: _unique_keys(path, pairs),
+            parse_constant=lambda name: _refuse(path, name),
+            parse_float=lambda digits: _finite(path, digits),
+            parse_int=lambda digits: _int64(path, digits),
+        )
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror})") from error
+    except UnicodeDecodeError as error:
+        raise DataError(
+            f"{path}: byte {error.start} is not UTF-8; write it again as UTF-8"
+        ) from error
+    except json.JSONDecodeError as error:
+        raise DataError(
+            f"{path}: line {error.lineno} column {error.colno}: {error.msg}; "
+            "the file is empty, truncated or not JSON"
+        ) from error
+    except RecursionError as error:
+        raise DataError(f"{path}: nested too deeply to be one of our files") from error
+
+
+def _unique_keys(path: Path, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    result = dict(pairs)
+    if len(result) < len(pairs):
+        seen: set[str] = set()
+        twice = next(key for key, _ in pairs if key in seen or seen.add(key))
+        raise DataError(f"{path}: key {twice!r} occurs twice in one object; remove one of them")
+    return result
+
+
+def _finite(path: Path, digits: str) -> float:
+    value = float(digits)
+    return value if math.isfinite(value) else _refuse(path, digits)
+
+
+def _int64(path: Path, digits: str) -> int:
+    if len(digits) > 20 or not -(2**63) <= int(digits) < 2**63:
+        _refuse(path, digits[:24])
+    return int(digits)
+
+
+def _refuse(path: Path, found: str) -> Any:
+    raise DataError(f"{path}: {found} is not a finite number within int64; correct the file")
