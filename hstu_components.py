@@ -1,0 +1,200 @@
+"""What stands around the encoder: item table, feature encoders, pre- and postprocessor.
+
+Letters as in simplified_hstu.py.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+INIT_STD = 0.02  # of item table, positions and everything added to them: see docs/log.md
+L2_EPS = 1e-6
+
+
+class LocalEmbeddingModule(nn.Module):
+    """The item table: a learnt vector per item id; row 0 (padding, or an unknown item) is zero."""
+
+    def __init__(self, num_items: int, hidden_units: int):
+        super().__init__()
+        self.item_emb = nn.Embedding(num_items + 1, hidden_units, padding_idx=0)
+        init_embedding(self.item_emb)
+
+    def forward(self, item_ids: Tensor) -> Tensor:
+        """(...,) int64 in 0..X -> (..., D)."""
+        return self.item_emb(item_ids)
+
+
+def init_embedding(embedding: nn.Embedding | nn.EmbeddingBag) -> None:
+    """Truncated normal as in the reference, std 0.02; the row of the unknown value is zero."""
+    nn.init.trunc_normal_(embedding.weight, std=INIT_STD)
+    with torch.no_grad():
+        embedding.weight[0] = 0
+
+
+class SparseEncoder(nn.Embedding):
+    """A learnt vector per value 1..size of a categorical feature; 0, unknown, is zero."""
+
+    def __init__(self, hidden_units: int, size: int):
+        super().__init__(size + 1, hidden_units, padding_idx=0)
+        init_embedding(self)
+
+
+class ArrayEncoder(nn.EmbeddingBag):
+    """The mean of the vectors of a list's values 1..size; zero for an empty list."""
+
+    def __init__(self, hidden_units: int, size: int):
+        super().__init__(
+            size + 1, hidden_units, mode="mean", padding_idx=0, include_last_offset=True
+        )
+        init_embedding(self)
+
+
+class ContinualEncoder(nn.Linear):
+    """A number, standardised with the training data's mean and std, times a learnt vector."""
+
+    def __init__(self, hidden_units: int, size: int, mean: float, std: float):
+        super().__init__(size, hidden_units, bias=False)
+        self.mean, self.std = mean, std
+        nn.init.normal_(self.weight, std=INIT_STD)
+
+    def forward(self, values: Tensor) -> Tensor:
+        """(n,) raw -> (n, D)."""
+        return super().forward((values[:, None] - self.mean) / self.std)
+
+
+class VectorEncoder(nn.Linear):
+    """A projection of a frozen multimodal vector; `stand_in` for the items that have none."""
+
+    def __init__(self, hidden_units: int, size: int, has_stand_in: bool):
+        super().__init__(size, hidden_units, bias=False)
+        nn.init.normal_(self.weight, std=INIT_STD)
+        self.stand_in = nn.Parameter(torch.zeros(hidden_units)) if has_stand_in else None
+
+    def forward(self, values: Tensor, present: Tensor) -> Tensor:
+        """(n, W) zero where missing, (n,) bool -> (n, D)."""
+        projected = super().forward(values.to(self.weight.dtype))
+        if self.stand_in is None:
+            return projected
+        return torch.where(present[:, None], projected, self.stand_in)
+
+
+# Feature kind -> encoder(hidden_units, size, **statistics). A custom kind is one more entry here
+# and one in features.PARSERS.
+ENCODERS: dict[str, Callable[..., nn.Module]] = {
+    "sparse": SparseEncoder,
+    "array": ArrayEncoder,
+    "continual": ContinualEncoder,
+    "emb": VectorEncoder,
+}
+
+
+def encoder_arguments(feature: Any, missing_vector: str) -> dict[str, Any]:
+    """What a checkpoint stores of a features.Feature to build its encoder again.
+
+    `missing_vector`: "learnt" or "zero", what stands for an absent multimodal vector.
+    """
+    spec: dict[str, Any] = {"kind": feature.kind, "size": int(feature.size)}
+    if feature.kind == "continual":
+        values = feature.values[1:].astype(np.float64)
+        spec |= {"mean": float(values.mean()), "std": float(values.std()) or 1.0}
+    if feature.kind == "emb":
+        is_complete = bool(feature.present[1:].all())
+        spec["has_stand_in"] = missing_vector == "learnt" and not is_complete
+    return spec
+
+
+def module_key(feature_id: str) -> str:
+    """A name that nn.ModuleDict takes: no dots, and no clash with a method such as "type"."""
+    return "feature_" + feature_id.replace("%", "%25").replace(".", "%2E")
+
+
+class FeatureTables(nn.Module):
+    """The static features of items (or users) as tensors that move with the model.
+
+    They are data: no parameters, and not in the state dict.
+    """
+
+    def __init__(self, features: Mapping[str, Any]):
+        """`features`: id -> an object with `values`, `offsets`, `present` as features.Feature."""
+        super().__init__()
+        for feature_id, feature in features.items():
+            for field in ("values", "offsets", "present"):
+                array = getattr(feature, field)
+                tensor = None if array is None else torch.tensor(array)
+                self.register_buffer(f"{module_key(feature_id)}_{field}", tensor, persistent=False)
+
+    def lookup(self, feature_id: str, rows: Tensor) -> tuple[Tensor, ...]:
+        """What the feature's encoder takes, for (n,) int64 rows.
+
+        Returns:
+            (values (n, ...),), or (values (n, W), present (n,)) for vectors that may be missing,
+            or (flat values, offsets (n + 1,)) for lists.
+        """
+        key = module_key(feature_id)
+        values, offsets, present = (
+            getattr(self, f"{key}_{field}") for field in ("values", "offsets", "present")
+        )
+        if offsets is not None:
+            return _gather_lists(values, offsets, rows)
+        if present is not None:
+            return values[rows], present[rows]
+        return (values[rows],)
+
+
+def _gather_lists(values: Tensor, offsets: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+    lengths = offsets[rows + 1] - offsets[rows]
+    bags = F.pad(lengths.cumsum(0), (1, 0))  # (n + 1,)
+    shift = (offsets[rows] - bags[:-1]).repeat_interleave(lengths)
+    return values[torch.arange(len(shift), device=rows.device) + shift], bags
+
+
+class LearnablePositionalEmbeddingInputFeaturesPreprocessor(nn.Module):
+    """An event's input: item * sqrt(D) + position + action type + user, then dropout.
+
+    Positions count from the oldest event kept. Reference input_features_preprocessors.py, class of
+    the same name; action types and users are ours.
+    """
+
+    def __init__(self, maxlen: int, hidden_units: int, num_action_types: int, dropout_rate: float):
+        """`num_action_types` 0: the input does not carry the action type."""
+        super().__init__()
+        self.scale = math.sqrt(hidden_units)
+        self.pos_emb = nn.Embedding(maxlen, hidden_units)
+        nn.init.trunc_normal_(self.pos_emb.weight, std=INIT_STD)
+        self.action_emb = (
+            SparseEncoder(hidden_units, num_action_types) if num_action_types else None
+        )
+        self.dropout = nn.Dropout(dropout_rate)
+
+    def forward(
+        self, items: Tensor, positions: Tensor, action_types: Tensor, users: Tensor | None
+    ) -> Tensor:
+        """Inputs of the encoder, (T, D).
+
+        Args:
+            items: (T, D) item tower outputs.
+            positions: (T,) int64 in 0..N-1.
+            action_types: (T,) int64, -1 unknown.
+            users: (T, D) the event's user's vector, or None.
+        """
+        x = items * self.scale + self.pos_emb(positions)  # (T, D)
+        if self.action_emb is not None:
+            x = x + self.action_emb(action_types + 1)
+        if users is not None:
+            x = x + users
+        return self.dropout(x)
+
+
+class L2NormEmbeddingPostprocessor(nn.Module):
+    """Vectors of length 1, so that a dot product is a cosine (reference class of the same name)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., D) -> (..., D) float32, whatever the precision that computed x."""
+        return F.normalize(x.float(), dim=-1, eps=L2_EPS)

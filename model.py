@@ -1,0 +1,283 @@
+"""HSTUModel: events and features to embeddings to InfoNCE. Letters as in simplified_hstu.py."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dot_product_similarity import DotProductSimilarity
+from hstu_components import (
+    ENCODERS,
+    FeatureTables,
+    L2NormEmbeddingPostprocessor,
+    LearnablePositionalEmbeddingInputFeaturesPreprocessor,
+    LocalEmbeddingModule,
+    module_key,
+)
+from simplified_hstu import HSTU
+
+# Logits held at once, in floats: 4 MB, so that the passes over a chunk stay in the cache.
+CHUNK_LOGITS = 1 << 20
+# Items embedded at once when a whole catalogue is.
+CHUNK_ITEMS = 1 << 16
+
+
+@dataclass(frozen=True)
+class HSTUConfig:
+    """Everything that rebuilds the model; stored in its checkpoints. Defaults are in main.get_args.
+
+    `item_features` and `user_features`: feature id -> {"kind": str, "size": int, ...} where kind
+    is a key of hstu_components.ENCODERS and the rest goes to the encoder (mean and std, say).
+    """
+
+    num_items: int
+    num_action_types: int  # 0: inputs do not carry the action type
+    item_features: dict[str, dict[str, Any]]
+    user_features: dict[str, dict[str, Any]]
+    maxlen: int
+    hidden_units: int
+    num_blocks: int
+    num_heads: int
+    attention_dim: int
+    linear_dim: int
+    dropout_rate: float
+    time_bias: str
+    position_bias: bool
+    infonce_temp: float
+
+
+class HSTUModel(nn.Module):
+    """HSTU as a two-tower model: the last event's output against the tower of each item.
+
+    Args:
+        config: shapes and switches.
+        item_features: feature id -> features.Feature, rows 0..X, for each of
+            config.item_features; data, not weights.
+        user_features: the same for users.
+    """
+
+    def __init__(
+        self,
+        config: HSTUConfig,
+        item_features: Mapping[str, Any],
+        user_features: Mapping[str, Any],
+    ):
+        super().__init__()
+        self.config = config
+        width = config.hidden_units
+        self.embedding_module = LocalEmbeddingModule(config.num_items, width)
+        self.sparse_emb, self.emb_transform = nn.ModuleDict(), nn.ModuleDict()
+        for feature_id, spec in (config.item_features | config.user_features).items():
+            self._add_encoder(feature_id, **spec)
+        self.item_tables = FeatureTables(item_features)
+        self.user_tables = FeatureTables(user_features)
+        self.input_preprocessor = LearnablePositionalEmbeddingInputFeaturesPreprocessor(
+            config.maxlen, width, config.num_action_types, config.dropout_rate
+        )
+        self.hstu = HSTU(
+            num_blocks=config.num_blocks,
+            time_bias=config.time_bias,
+            hidden_units=width,
+            num_heads=config.num_heads,
+            attention_dim=config.attention_dim,
+            linear_dim=config.linear_dim,
+            dropout_rate=config.dropout_rate,
+            maxlen=config.maxlen,
+            has_position_bias=config.position_bias,
+        )
+        self.output_postprocessor = L2NormEmbeddingPostprocessor()
+        self.similarity = DotProductSimilarity()
+
+    def _add_encoder(self, feature_id: str, kind: str, size: int, **statistics: Any) -> None:
+        encoder = ENCODERS[kind](self.config.hidden_units, size, **statistics)
+        modules = self.sparse_emb if kind in ("sparse", "array") else self.emb_transform
+        modules[module_key(feature_id)] = encoder
+
+    def _encoder(self, feature_id: str) -> nn.Module:
+        key = module_key(feature_id)
+        return self.sparse_emb[key] if key in self.sparse_emb else self.emb_transform[key]
+
+    def forward(self, batch: Any) -> Tensor:
+        """InfoNCE of predicting each event of the batch's sequences from those before it, scalar.
+
+        `batch` is a dataset.Batch; so it is in `encode` and `predict`.
+        """
+        rows = self.item_tower(batch.distinct_ids)  # (R, D)
+        queries = self.encode(batch, rows)  # (T, D)
+        return self._loss(batch, queries, rows, batch.target_index)
+
+    def predict_with_loss(self, batch: Any) -> tuple[Tensor, Tensor]:
+        """`predict`, (B, D), and the InfoNCE of each sequence's last target, scalar."""
+        rows = self.item_tower(batch.distinct_ids)  # (R, D)
+        last = (batch.offsets[1:] - 1).to(rows.device)
+        queries = self.encode(batch, rows)[last]  # (B, D)
+        return queries, self._loss(batch, queries, rows, batch.target_index[last])
+
+    def _loss(self, batch: Any, queries: Tensor, rows: Tensor, target_index: Tensor) -> Tensor:
+        return self.compute_infonce_loss(
+            queries, rows, target_index, batch.negative_index, batch.negative_log_q
+        )
+
+    def encode(self, batch: Any, rows: Tensor | None = None) -> Tensor:
+        """The query that follows each event: (T, D) float32 of length 1.
+
+        `rows`: the item tower of batch.distinct_ids, if it is known already.
+        """
+        if rows is None:
+            rows = self.item_tower(batch.distinct_ids)  # (R, D)
+        lengths = batch.offsets.diff()
+        starts = batch.offsets[:-1].repeat_interleave(lengths)
+        positions = (torch.arange(len(starts)) - starts).to(rows.device, non_blocking=True)
+        x = rows[batch.item_index]  # (T, D)
+        users = self._users(batch.user_ids, lengths)
+        x = self.input_preprocessor(x, positions, batch.action_types, users)  # (T, D)
+        x = self.hstu(x, batch.offsets, batch.timestamps, batch.target_timestamps)  # (T, D)
+        return self.output_postprocessor(x)  # (T, D)
+
+    def _users(self, user_ids: Tensor, lengths: Tensor) -> Tensor | None:
+        if not self.config.user_features:
+            return None
+        users = self._encode_features(self.config.user_features, self.user_tables, user_ids)
+        return users.repeat_interleave(  # (T, D)
+            lengths.to(users.device), dim=0, output_size=int(lengths.sum())
+        )
+
+    def predict(self, batch: Any) -> Tensor:
+        """The query for each sequence's next event: (B, D) float32 of length 1."""
+        return self.encode(batch)[(batch.offsets[1:] - 1).to(batch.item_index.device)]
+
+    def item_tower(
+        self,
+        item_ids: Tensor,
+        tables: FeatureTables | None = None,
+        table_rows: Tensor | None = None,
+    ) -> Tensor:
+        """(n, D): id embedding plus every item feature, each at width D.
+
+        Args:
+            item_ids: (n,) int64 in 0..X; 0 is an item without a learnt vector.
+            tables, table_rows: where the features are, if not in the catalogue's row `item_ids`:
+                the tables of a candidate set, and rows of them, (n,) int64.
+        """
+        tables, rows = tables or self.item_tables, item_ids if table_rows is None else table_rows
+        x = self.embedding_module(item_ids)  # (n, D)
+        if not self.config.item_features:
+            return x
+        return x + self._encode_features(self.config.item_features, tables, rows)
+
+    def _encode_features(self, specs: Mapping, tables: FeatureTables, rows: Tensor) -> Tensor:
+        return sum(self._encoder(name)(*tables.lookup(name, rows)) for name in specs)  # (n, D)
+
+    def item_embeddings(
+        self,
+        item_ids: Tensor,
+        tables: FeatureTables | None = None,
+        table_rows: Tensor | None = None,
+    ) -> Tensor:
+        """(n, D) float32 of length 1, to compare with queries; arguments as `item_tower`."""
+        table_rows = item_ids if table_rows is None else table_rows
+        chunks = zip(item_ids.split(CHUNK_ITEMS), table_rows.split(CHUNK_ITEMS), strict=True)
+        return torch.cat(
+            [self.output_postprocessor(self.item_tower(ids, tables, rows)) for ids, rows in chunks]
+        )
+
+    def compute_infonce_loss(
+        self,
+        queries: Tensor,
+        rows: Tensor,
+        target_index: Tensor,
+        negative_index: Tensor | None,
+        negative_log_q: Tensor | None = None,
+    ) -> Tensor:
+        """Mean of -log(e^pos / (e^pos + sum of e^neg)), logits are cosines / temperature; scalar.
+
+        Args:
+            queries: (T, D) float32 of length 1.
+            rows: (R, D) item tower outputs of distinct items.
+            target_index: (T,) int64 rows of the positives; -1 has no target and counts nothing.
+            negative_index: (M,) int64 distinct rows shared by all queries; a query's own positive
+                among them is left out. None: all rows.
+            negative_log_q: (M,) float32 subtracted from the negatives' logits, or None.
+
+        Float32 under autocast too, and zero where no event has a target.
+        """
+        with torch.autocast(queries.device.type, enabled=False):
+            rows = self.output_postprocessor(rows)
+            return InfoNCE.apply(
+                queries,
+                rows,
+                target_index,
+                negative_index,
+                negative_log_q,
+                self.config.infonce_temp,
+                torch.is_grad_enabled(),
+            )
+
+
+class InfoNCE(torch.autograd.Function):
+    """The loss and its gradients in one walk over chunks of queries.
+
+    No more than a chunk's logits ever exist. Gradients are computed on the way forward, because
+    the loss is a scalar: the backward pass only scales them. The plain form stands in
+    tests/test_model.py.
+    """
+
+    @staticmethod
+    def forward(ctx, queries, rows, target_index, negative_index, log_q, temperature, needs_grad):
+        """As `compute_infonce_loss`, with queries and rows of length 1."""
+        negatives = rows if negative_index is None else rows[negative_index]  # (M, D)
+        M = len(negatives)
+        has_target, positives = target_index >= 0, target_index.clamp(min=0)
+        weights = has_target.to(queries.dtype)
+        weights /= weights.sum().clamp(min=1)  # (T,), each query's share of the mean
+        own_column = _column_of_each_row(rows, negative_index)[positives]  # (T,)
+        query_grad, row_grad, negative_grad = map(torch.zeros_like, (queries, rows, negatives))
+        loss = queries.new_zeros(())
+        for part in _chunks(len(queries), M + 1):
+            q, positive, weight = queries[part], rows[positives[part]], weights[part]
+            logits = q.new_empty(len(q), M + 1)  # the negatives, then the positive
+            torch.matmul(q, negatives.T, out=logits[:, :M]).div_(temperature)
+            if log_q is not None:
+                logits[:, :M] -= log_q
+            logits.scatter_(1, own_column[part, None], -torch.inf)
+            logits[:, M] = positive_logit = (q * positive).sum(1) / temperature
+            peak = logits.amax(1)
+            exps = logits.sub_(peak[:, None]).exp_()
+            total = exps.sum(1)
+            loss += weight @ (total.log() + peak - positive_logit)
+            if not needs_grad:
+                continue
+            scale = (weight / temperature / total)[:, None]  # exps * scale: gradient of the logits
+            of_positive = exps[:, M:] * scale - weight[:, None] / temperature  # (c, 1)
+            query_grad[part] = exps[:, :M] @ negatives * scale + of_positive * positive
+            row_grad.index_add_(0, positives[part], of_positive * q)
+            negative_grad += exps[:, :M].T @ (q * scale)
+        if negative_index is None:
+            row_grad += negative_grad
+        else:
+            row_grad.index_add_(0, negative_index, negative_grad)
+        ctx.save_for_backward(query_grad, row_grad)
+        return loss
+
+    @staticmethod
+    def backward(ctx, grad):
+        query_grad, row_grad = ctx.saved_tensors
+        return query_grad * grad, row_grad * grad, None, None, None, None, None
+
+
+def _column_of_each_row(rows: Tensor, negative_index: Tensor | None) -> Tensor:
+    """(R,) int64: each row's column among the M negatives; M, one too many, if it is not there."""
+    if negative_index is None:
+        return torch.arange(len(rows), device=rows.device)
+    M = len(negative_index)
+    columns = torch.full((len(rows),), M, device=rows.device)
+    return columns.index_copy_(0, negative_index, torch.arange(M, device=rows.device))
+
+
+def _chunks(num_queries: int, num_columns: int) -> list[slice]:
+    size = max(1, CHUNK_LOGITS // num_columns)
+    return [slice(start, start + size) for start in range(0, num_queries, size)]

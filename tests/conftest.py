@@ -1,0 +1,52 @@
+"""Shared data: a tiny folder with every feature type, and batches made of it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from data_folder import EVENT_DTYPE, Column, leave_one_out, write_dataset
+
+torch.set_num_threads(2)
+
+NUM_ITEMS, NUM_USERS, NUM_ACTIONS, VECTOR_WIDTH = 23, 11, 3, 6
+
+
+def write_tiny(data_dir: Path, seed: int = 0) -> Path:
+    """11 users with 4 to 9 events over 23 items, with every kind of feature on both sides."""
+    rng = np.random.default_rng(seed)
+    lengths = rng.integers(4, 10, NUM_USERS)
+    events = np.empty(lengths.sum(), EVENT_DTYPE)
+    events["item_id"] = rng.integers(1, NUM_ITEMS + 1, len(events))
+    events["action_type"] = rng.integers(-1, NUM_ACTIONS, len(events))
+    events["timestamp"] = 1_700_000_000 + rng.integers(0, 10_000, len(events)).cumsum()
+    vectors = rng.normal(size=(NUM_ITEMS, VECTOR_WIDTH))
+    vectors[::4] = np.nan
+    write_dataset(
+        data_dir,
+        leave_one_out(events, np.concatenate([[0], lengths.cumsum()])),
+        item_ids=[1000 + 3 * k for k in range(NUM_ITEMS)],
+        user_ids=[f"user-{k}" for k in range(NUM_USERS)],
+        num_action_types=NUM_ACTIONS,
+        item_features={
+            "100": Column("sparse", rng.integers(1, 5, NUM_ITEMS).tolist()),
+            "tags": Column("array", [rng.integers(1, 7, k % 3).tolist() for k in range(NUM_ITEMS)]),
+            "price": Column("continual", rng.normal(50, 20, NUM_ITEMS).tolist()),
+        },
+        user_features={
+            "103": Column("sparse", rng.integers(1, 4, NUM_USERS).tolist()),
+            "106": Column("array", [rng.integers(1, 6, 2).tolist() for _ in range(NUM_USERS)]),
+            "age": Column("continual", rng.normal(40, 9, NUM_USERS).tolist()),
+        },
+        item_vectors={"81": vectors},
+        item_names=[f"item {k}" for k in range(1, NUM_ITEMS + 1)],
+    )
+    return data_dir
+
+
+@pytest.fixture
+def tiny(tmp_path: Path) -> Path:
+    return write_tiny(tmp_path / "data")

@@ -1,0 +1,318 @@
+"""HSTUModel: the loss against a plain softmax, the towers, and what may not matter."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+import model as model_module
+from data_folder import read_indexer, read_manifest
+from dataset import MyDataset
+from features import load_features, load_vectors
+from hstu_components import FeatureTables, encoder_arguments
+from model import HSTUConfig, HSTUModel, InfoNCE
+
+TEMPERATURE = 0.3
+
+
+def read_all_features(data_dir) -> tuple[dict, dict]:
+    manifest = read_manifest(data_dir)
+    items = load_features(data_dir, "item", manifest.num_items)
+    items |= load_vectors(data_dir, ["81"], read_indexer(data_dir)["i"], manifest.num_items)
+    return items, load_features(data_dir, "user", manifest.num_users)
+
+
+def make_model(data_dir, features=None, **changes) -> HSTUModel:
+    manifest = read_manifest(data_dir)
+    items, users = features or read_all_features(data_dir)
+    config = HSTUConfig(
+        num_items=manifest.num_items,
+        num_action_types=manifest.num_action_types,
+        item_features={k: encoder_arguments(v, "learnt") for k, v in items.items()},
+        user_features={k: encoder_arguments(v, "learnt") for k, v in users.items()},
+        maxlen=9,
+        hidden_units=10,
+        num_blocks=2,
+        num_heads=2,
+        attention_dim=6,
+        linear_dim=4,
+        dropout_rate=0.0,
+        time_bias="request",
+        position_bias=True,
+        infonce_temp=TEMPERATURE,
+    )
+    torch.manual_seed(4)
+    model = HSTUModel(replace(config, **changes), items, users)
+    with torch.no_grad():  # large enough for every path to matter
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.3)
+        model.embedding_module.item_emb.weight[0] = 0
+    return model
+
+
+def make_batch(data_dir, indices=range(11), split="train", **options):
+    dataset = MyDataset(data_dir, split, 9, **options)
+    return dataset.collate_fn(dataset.__getitems__(list(indices)))
+
+
+def plain_infonce(queries, rows, target_index, negative_index, log_q) -> Tensor:
+    """The definition, one query at a time; differentiable."""
+    if negative_index is None:
+        negative_index = torch.arange(len(rows))
+    losses = []
+    for query, target in zip(queries, target_index.tolist(), strict=True):
+        if target < 0:
+            continue
+        positive = query @ rows[target] / TEMPERATURE
+        logits = [positive]
+        for m, negative in enumerate(negative_index.tolist()):
+            if negative != target:
+                shift = 0.0 if log_q is None else log_q[m]
+                logits.append(query @ rows[negative] / TEMPERATURE - shift)
+        losses.append(torch.stack(logits).logsumexp(0) - positive)
+    return torch.stack(losses).mean()
+
+
+def loss_case(case: str) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
+    generator = torch.Generator().manual_seed(2)
+    queries = torch.randn(13, 5, generator=generator, dtype=torch.float64).requires_grad_()
+    rows = torch.randn(8, 5, generator=generator, dtype=torch.float64).requires_grad_()
+    target_index = torch.randint(0, 8, (13,), generator=generator)
+    target_index[[0, 7]] = -1
+    negative_index = None if case == "all items" else torch.tensor([6, 1, 4])
+    log_q = torch.tensor([0.7, -1.2, 0.1]).double() if case == "logQ" else None
+    return queries, rows, target_index, negative_index, log_q
+
+
+@pytest.fixture(params=[1 << 20, 11], ids=["one chunk", "chunks"])
+def chunk(request, monkeypatch):
+    monkeypatch.setattr(model_module, "CHUNK_LOGITS", request.param)
+
+
+@pytest.mark.parametrize("case", ["all items", "some items", "logQ"])
+def test_the_loss_and_its_gradients_equal_a_softmax_written_out(case, chunk):
+    queries, rows, *rest = loss_case(case)
+    expected = plain_infonce(queries, rows, *rest)
+    found = InfoNCE.apply(queries, rows, *rest, TEMPERATURE, True)
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+    expected_grads = torch.autograd.grad(3 * expected, (queries, rows))
+    for grad, expected_grad in zip(
+        torch.autograd.grad(3 * found, (queries, rows)), expected_grads, strict=True
+    ):
+        torch.testing.assert_close(grad, expected_grad, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("case", ["all items", "some items", "logQ"])
+def test_the_loss_passes_gradcheck(case):
+    queries, rows, *rest = loss_case(case)
+    assert torch.autograd.gradcheck(
+        lambda q, r: InfoNCE.apply(q, r, *rest, TEMPERATURE, True), (queries, rows)
+    )
+
+
+def test_a_batch_without_any_target_loses_nothing():
+    queries, rows, target_index, *rest = loss_case("some items")
+    loss = InfoNCE.apply(queries, rows, target_index.fill_(-1), *rest, TEMPERATURE, True)
+    loss.backward()
+    assert loss.item() == 0.0
+    assert not queries.grad.any()
+
+
+def test_the_loss_is_finite_and_right_for_a_tiny_temperature():
+    queries = torch.nn.functional.normalize(torch.randn(6, 5), dim=1)
+    rows = torch.nn.functional.normalize(torch.randn(9, 5), dim=1)
+    target_index = torch.arange(6)
+    found = InfoNCE.apply(queries, rows, target_index, None, None, 1e-4, False)
+    logits = queries.double() @ rows.double().T / 1e-4
+    expected = torch.nn.functional.cross_entropy(logits, target_index)
+    torch.testing.assert_close(found.double(), expected, rtol=1e-3, atol=1e-3)
+
+
+def test_the_loss_is_float32_under_autocast(tiny):
+    model = make_model(tiny)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        loss = model(make_batch(tiny))
+    assert loss.dtype == torch.float32
+    # bf16 keeps 8 bits, so a few per cent.
+    assert loss.item() == pytest.approx(model(make_batch(tiny)).item(), rel=0.05)
+
+
+@pytest.mark.parametrize("negatives", ["all", "batch", "uniform", "mixed"])
+def test_every_parameter_tensor_gets_a_gradient(tiny, negatives):
+    model = make_model(tiny)
+    model(make_batch(tiny, negatives=negatives, num_negatives=6)).backward()
+    dead = [name for name, p in model.named_parameters() if p.grad is None or not p.grad.any()]
+    assert dead == []
+
+
+def test_future_events_cannot_move_a_users_earlier_queries(tiny):
+    model, batch = make_model(tiny), make_batch(tiny)
+    changed = batch._replace(item_index=batch.item_index.clone())
+    last = int(batch.offsets[1]) - 1
+    changed.item_index[last] = (changed.item_index[last] + 1) % model.config.num_items
+    before, after = model.encode(batch), model.encode(changed)
+    assert torch.equal(before[:last], after[:last])
+    assert not torch.allclose(before[last], after[last])
+    assert torch.equal(before[last + 1 :], after[last + 1 :])
+
+
+def test_a_user_is_the_same_alone_and_in_a_batch(tiny):
+    model = make_model(tiny)
+    together = make_batch(tiny)
+    queries = model.predict(together)
+    for b, user in enumerate(together.user_ids.tolist()):
+        alone = model.predict(make_batch(tiny, [user - 1]))
+        torch.testing.assert_close(alone[0], queries[b], rtol=1e-5, atol=1e-6)
+
+
+def test_the_order_of_items_in_the_catalogue_is_irrelevant(tiny):
+    """Renumbering the items, and the rows of table and features with them, changes nothing."""
+    model = make_model(tiny)
+    batch = make_batch(tiny)
+    order = torch.cat([torch.zeros(1, dtype=torch.int64), torch.randperm(23) + 1])  # new -> old
+    items, users = read_all_features(tiny)
+    moved = {
+        name: feature._replace(values=np.asarray(feature.values)[order.numpy()])
+        if feature.present is None
+        else feature._replace(
+            values=feature.values[order.numpy()], present=feature.present[order.numpy()]
+        )
+        for name, feature in items.items()
+        if feature.kind != "array"
+    }
+    kept = {name: items[name] for name in moved}
+    base, renumbered = (make_model(tiny, (side, users)) for side in (kept, moved))
+    renumbered.load_state_dict(base.state_dict())
+    with torch.no_grad():
+        table = renumbered.embedding_module.item_emb.weight
+        table.copy_(table[order].clone())
+    new_of_old = order.argsort()
+    new_batch = batch._replace(
+        item_index=new_of_old[batch.item_index + 1] - 1,
+        target_index=new_of_old[batch.target_index + 1] - 1,
+    )
+    torch.testing.assert_close(base(batch), renumbered(new_batch))
+    assert model.config.num_items == 23
+
+
+def test_forward_encode_and_predict_agree(tiny):
+    model, batch = make_model(tiny), make_batch(tiny, split="valid")
+    queries = model.encode(batch)
+    assert torch.equal(model.predict(batch), queries[batch.offsets[1:] - 1])
+    assert torch.equal(model.predict_with_loss(batch)[0], model.predict(batch))
+    torch.testing.assert_close(model.predict_with_loss(batch)[1], model(batch))
+    torch.testing.assert_close(queries.norm(dim=1), torch.ones(len(queries)))
+
+
+@pytest.mark.parametrize("feature_id", ["100", "tags", "price", "81", "103", "106", "age"])
+def test_each_feature_moves_what_the_model_says(tiny, feature_id):
+    items, users = read_all_features(tiny)
+    model = make_model(tiny, (items, users))
+    weight = next(p for name, p in model.named_parameters() if f"feature_{feature_id}." in name)
+    before = model.predict(make_batch(tiny)).clone()
+    items_before = model.item_embeddings(torch.arange(1, 24))
+    with torch.no_grad():
+        weight += torch.randn_like(weight)
+    assert not torch.allclose(before, model.predict(make_batch(tiny)))
+    is_same = torch.allclose(items_before, model.item_embeddings(torch.arange(1, 24)))
+    assert is_same == (feature_id in users)
+
+
+def test_action_types_move_what_the_model_says_only_if_it_has_them(tiny):
+    batch = make_batch(tiny)
+    other = batch._replace(action_types=(batch.action_types + 2) % 3)
+    assert not torch.allclose(make_model(tiny)(batch), make_model(tiny)(other))
+    blind = make_model(tiny, num_action_types=0)
+    assert torch.equal(blind(batch), blind(other))
+
+
+def test_the_tower_gives_inputs_positives_negatives_and_exports_alike(tiny):
+    model, batch = make_model(tiny), make_batch(tiny, negatives="batch")
+    rows = model.output_postprocessor(model.item_tower(batch.distinct_ids))
+    exported = model.item_embeddings(torch.arange(1, 24))
+    torch.testing.assert_close(rows, exported[batch.distinct_ids - 1])
+
+
+def test_catalogue_chunks_do_not_change_the_embeddings(tiny, monkeypatch):
+    model, ids = make_model(tiny), torch.arange(1, 24)
+    whole = model.item_embeddings(ids)
+    monkeypatch.setattr(model_module, "CHUNK_ITEMS", 5)
+    torch.testing.assert_close(model.item_embeddings(ids), whole, rtol=1e-5, atol=1e-6)
+
+
+def test_a_cold_candidate_is_encoded_from_its_features_alone(tiny):
+    model = make_model(tiny)
+    items, _ = read_all_features(tiny)
+    rows = torch.tensor([5, 9])
+    known = model.item_embeddings(rows, FeatureTables(items), rows)
+    torch.testing.assert_close(known, model.item_embeddings(rows))
+    unknown = torch.tensor([0, 0])
+    cold = model.item_embeddings(unknown, FeatureTables(items), rows)
+    assert not torch.allclose(known, cold)
+    with torch.no_grad():
+        model.embedding_module.item_emb.weight.normal_()
+        model.embedding_module.item_emb.weight[0] = 0
+    assert torch.equal(cold, model.item_embeddings(unknown, FeatureTables(items), rows))
+
+
+def test_lists_of_any_length_are_pooled_by_their_mean(tiny):
+    items, _ = read_all_features(tiny)
+    model = make_model(tiny)
+    encoder = model._encoder("tags")
+    rows = torch.tensor([3, 1, 2, 6])
+    found = encoder(*model.item_tables.lookup("tags", rows))
+    feature = items["tags"]
+    for k, row in enumerate(rows.tolist()):
+        values = feature.values[feature.offsets[row] : feature.offsets[row + 1]]
+        expected = torch.zeros(10)
+        if len(values):
+            expected = encoder.weight[torch.from_numpy(np.array(values)).long()].mean(0)
+        torch.testing.assert_close(found[k], expected)
+
+
+def test_numbers_are_standardised_with_the_statistics_of_the_checkpoint(tiny):
+    items, _ = read_all_features(tiny)
+    prices = items["price"].values[1:].astype(np.float64)
+    spec = encoder_arguments(items["price"], "learnt")
+    assert spec["mean"] == pytest.approx(prices.mean())
+    encoder = make_model(tiny)._encoder("price")
+    value = torch.tensor([prices.mean() + prices.std()], dtype=torch.float32)
+    torch.testing.assert_close(encoder(value)[0], encoder.weight[:, 0])
+
+
+def test_missing_vectors_get_the_learnt_stand_in_or_zero(tiny):
+    items, users = read_all_features(tiny)
+    missing = ~items["81"].present
+    missing[0] = False
+    learnt = make_model(tiny)._encoder("81")
+    rows = torch.from_numpy(np.flatnonzero(missing))
+    values = FeatureTables(items).lookup("81", rows)
+    assert torch.equal(learnt(*values), learnt.stand_in.expand(len(rows), -1))
+    assert encoder_arguments(items["81"], "zero")["has_stand_in"] is False
+    zero = HSTUModel(
+        replace(
+            make_model(tiny).config,
+            item_features={k: encoder_arguments(v, "zero") for k, v in items.items()},
+        ),
+        items,
+        users,
+    )._encoder("81")
+    assert not zero(*values).any()
+
+
+def test_eight_users_are_memorised(tiny):
+    torch.manual_seed(0)
+    model = make_model(tiny, maxlen=9, infonce_temp=0.1)
+    batch = make_batch(tiny, range(8))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.02)
+    for _ in range(150):
+        optimizer.zero_grad()
+        loss = model(batch)
+        loss.backward()
+        optimizer.step()
+    assert loss.item() < 0.1 < math.log(23)

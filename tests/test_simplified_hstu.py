@@ -1,0 +1,265 @@
+"""HSTU's layers against the paper's equations."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+import simplified_hstu
+from simplified_hstu import HSTU, HSTUAttention, PointwiseAttention, cut_rectangles, time_buckets
+
+N, D, H, DQK, DV = 9, 7, 2, 6, 4
+LENGTHS = [9, 5, 2]
+OFFSETS = torch.tensor([0, 9, 14, 16])
+
+
+def silu(x: float) -> float:
+    return x / (1.0 + math.exp(-x))
+
+
+def plain_attention(q, k, v, position_weight, time_weight, offsets, query_times, key_times, scale):
+    """The definition, one score at a time; differentiable."""
+    out = []
+    for start, end in zip(offsets[:-1].tolist(), offsets[1:].tolist(), strict=True):
+        for i in range(start, end):
+            total = torch.zeros_like(v[i])
+            for j in range(start, i + 1):
+                score = (q[i] * k[j]).sum(-1)  # (H,)
+                score = score + position_weight[i - j]
+                dt = abs(int(query_times[i] - key_times[j]))
+                score = score + time_weight[min(128, int(math.log(max(1, dt)) / 0.301))]
+                total = total + torch.nn.functional.silu(score)[:, None] * v[j]
+            out.append(total * scale)
+    return torch.stack(out)
+
+
+@pytest.fixture(params=["one tile", "small tiles", "one sequence at a time"])
+def cuts(request, monkeypatch):
+    if request.param == "small tiles":
+        monkeypatch.setattr(simplified_hstu, "TILE", 4)
+    if request.param == "one sequence at a time":
+        monkeypatch.setattr(simplified_hstu, "CPU_CELLS", 1)
+
+
+def random_inputs(seed: int = 0) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape: int) -> Tensor:
+        x = torch.randn(*shape, generator=generator, dtype=torch.float64)
+        return x.requires_grad_()
+
+    T = sum(LENGTHS)
+    key_times = torch.randint(0, 100_000, (T,), generator=generator).cumsum(0)
+    return {
+        "q": normal(T, H, DQK),
+        "k": normal(T, H, DQK),
+        "v": normal(T, H, DV),
+        "position_weight": normal(N),
+        "time_weight": normal(129),
+        "key_times": key_times,
+        "query_times": key_times + torch.randint(0, 5000, (T,), generator=generator),
+    }
+
+
+def fast_attention(x: dict[str, Tensor], offsets: Tensor = OFFSETS) -> Tensor:
+    rectangles = cut_rectangles(offsets, x["key_times"], x["query_times"])
+    mask = torch.ones(simplified_hstu.TILE, simplified_hstu.TILE, dtype=torch.bool).tril()
+    names = ("q", "k", "v", "position_weight", "time_weight")
+    return PointwiseAttention.apply(*(x[name] for name in names), rectangles, mask, 1.0 / N)
+
+
+def test_attention_and_all_its_gradients_equal_the_double_loop(cuts):
+    x = random_inputs()
+    names = ("q", "k", "v", "position_weight", "time_weight")
+    expected = plain_attention(
+        *(x[name] for name in names), OFFSETS, x["query_times"], x["key_times"], 1.0 / N
+    )
+    found = fast_attention(x)
+    torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-12)
+    weights = torch.randn(expected.shape, dtype=torch.float64)
+    inputs = [x[name] for name in names]
+    grads = torch.autograd.grad((found * weights).sum(), inputs)
+    expected_grads = torch.autograd.grad((expected * weights).sum(), inputs)
+    for name, grad, expected_grad in zip(names, grads, expected_grads, strict=True):
+        torch.testing.assert_close(grad, expected_grad, rtol=1e-9, atol=1e-12, msg=name)
+
+
+def test_rectangles_are_right_in_any_order_of_lengths(cuts):
+    x = random_inputs()
+    offsets = torch.tensor([0, 2, 11, 16])
+    names = ("q", "k", "v", "position_weight", "time_weight")
+    expected = plain_attention(
+        *(x[name] for name in names), offsets, x["query_times"], x["key_times"], 1.0 / N
+    )
+    torch.testing.assert_close(fast_attention(x, offsets), expected, rtol=1e-10, atol=1e-12)
+
+
+def test_rectangles_hold_each_event_once_within_the_cell_limit(monkeypatch):
+    monkeypatch.setattr(simplified_hstu, "CPU_CELLS", 100)
+    lengths = torch.tensor([12, 7, 7, 4, 4, 4, 1, 1])
+    offsets = torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)])
+    rectangles = cut_rectangles(offsets, torch.zeros(40, dtype=torch.int64), None)
+    assert [r.events.start for r in rectangles] == [0, *(r.events.stop for r in rectangles[:-1])]
+    assert rectangles[-1].events.stop == 40
+    assert all(r.shape[0] * r.shape[1] ** 2 <= 100 or r.shape[0] == 1 for r in rectangles)
+
+
+@pytest.mark.parametrize(
+    ("seconds", "bucket"),
+    # floor(ln(max(1, |dt|)) / 0.301) by hand: ln 2 = 0.693, ln 60 = 4.094, ln 86400 = 11.367.
+    [(0, 0), (1, 0), (2, 2), (-2, 2), (60, 13), (86400, 37), (2**62, 128)],
+)
+def test_time_buckets_are_those_of_the_reference(seconds, bucket):
+    assert time_buckets(torch.tensor([seconds])).tolist() == [bucket]
+
+
+def test_a_block_gives_the_numbers_worked_out_by_hand():
+    """Two events, D = 2, one head, dqk = 1, dv = 3, N = 2; every weight is written out.
+
+    LayerNorm of (1, 0) is (1, -1) and of (0, 1) is (-1, 1), up to eps.
+    """
+    block = HSTUAttention(2, 1, 1, 3, 0.0, 2, has_time_bias=True, has_position_bias=True).double()
+    u, v, q, k = [[2, 0], [1, 1], [0, -1]], [[1, 0], [0, 2], [3, 1]], [[1, 0]], [[0, 2]]
+    w_o, b_o = [[1, 0, 2], [0, 1, -1]], [0.5, -0.5]
+    with torch.no_grad():
+        block.qkv_proj.weight.copy_(torch.tensor(u + v + q + k))
+        block.output_proj.weight.copy_(torch.tensor(w_o))
+        block.output_proj.bias.copy_(torch.tensor(b_o))
+        block.relative_bias.position_weight.copy_(torch.tensor([0.25, -0.75]))
+        block.relative_bias.time_weight.zero_()[13] = 1.5
+
+    normed = [(1, -1), (-1, 1)]
+    U, V, Q, K = (
+        [[silu(sum(w * x for w, x in zip(row, n, strict=True))) for row in rows] for n in normed]
+        for rows in (u, v, q, k)
+    )
+    # Times: events at 0 s and 60 s, each query one minute after its own event. So the query of
+    # event 0 sees event 0 from 60 s (bucket 13), that of event 1 sees event 1 from 60 s (13) and
+    # event 0 from 120 s: ln 120 = 4.787, bucket 15, weight 0.
+    a00 = silu(Q[0][0] * K[0][0] + 0.25 + 1.5) / 2
+    a10 = silu(Q[1][0] * K[0][0] - 0.75 + 0.0) / 2
+    a11 = silu(Q[1][0] * K[1][0] + 0.25 + 1.5) / 2
+    attended = [
+        [a00 * V[0][c] for c in range(3)],
+        [a10 * V[0][c] + a11 * V[1][c] for c in range(3)],
+    ]
+    expected = []
+    for x, gate, row in zip([(1, 0), (0, 1)], U, attended, strict=True):
+        mean = sum(row) / 3
+        std = math.sqrt(sum((value - mean) ** 2 for value in row) / 3)
+        y = [g * (value - mean) / std for g, value in zip(gate, row, strict=True)]
+        expected.append(
+            [
+                x[d] + sum(w * value for w, value in zip(w_o[d], y, strict=True)) + b_o[d]
+                for d in (0, 1)
+            ]
+        )
+
+    times = torch.tensor([0, 60])
+    rectangles = cut_rectangles(torch.tensor([0, 2]), times, times + 60)
+    mask = torch.ones(128, 128, dtype=torch.bool).tril()
+    x = torch.tensor([[1.0, 0.0], [0.0, 1.0]], dtype=torch.float64)
+    found = block(x, rectangles, mask)
+    # 1e-4: the hand computation leaves out LayerNorm's eps.
+    torch.testing.assert_close(
+        found, torch.tensor(expected, dtype=torch.float64), rtol=1e-4, atol=1e-4
+    )
+
+
+def make_hstu(time_bias: str = "request", num_blocks: int = 2, **options) -> HSTU:
+    torch.manual_seed(1)
+    block = {"hidden_units": D, "num_heads": H, "attention_dim": DQK, "linear_dim": DV}
+    block |= {"dropout_rate": 0.0, "maxlen": N, "has_position_bias": True} | options
+    hstu = HSTU(num_blocks, time_bias, **block).double()
+    with torch.no_grad():  # large enough for every path to matter
+        for parameter in hstu.parameters():
+            parameter.normal_()
+    return hstu
+
+
+def run_hstu(hstu: HSTU, x: Tensor, offsets: Tensor = OFFSETS, shift: int = 700) -> Tensor:
+    times = torch.arange(len(x)) ** 3
+    return hstu(x, offsets, times, times + shift)
+
+
+@pytest.fixture
+def events() -> Tensor:
+    return torch.randn(sum(LENGTHS), D, generator=torch.Generator().manual_seed(5)).double()
+
+
+def test_future_events_cannot_change_past_outputs(events, cuts):
+    hstu, changed = make_hstu(), events.clone()
+    changed[6] = changed[6].flip(0)  # a plain shift is lost in the LayerNorm
+    before, after = run_hstu(hstu, events), run_hstu(hstu, changed)
+    assert torch.equal(before[:6], after[:6])
+    assert not torch.isclose(before[6:9], after[6:9]).all(-1).any()
+
+
+def test_other_sequences_cannot_change_a_sequence(events, cuts):
+    hstu, changed = make_hstu(), events.clone()
+    changed[9:14] = changed[9:14].flip(1)
+    before, after = run_hstu(hstu, events), run_hstu(hstu, changed)
+    assert torch.equal(before[:9], after[:9])
+    assert torch.equal(before[14:], after[14:])
+
+
+def test_a_sequence_is_the_same_alone_and_in_a_batch(events, cuts):
+    hstu, times = make_hstu(), torch.arange(16) ** 3
+    together = run_hstu(hstu, events)
+    alone = hstu(events[9:14], torch.tensor([0, 5]), times[9:14], times[9:14] + 700)
+    torch.testing.assert_close(together[9:14], alone, rtol=1e-12, atol=1e-12)
+
+
+def test_the_time_bias_knows_what_its_name_says(events):
+    times = torch.arange(16) ** 3
+    requests, late_requests = times + 700, times + 90_000
+    outputs = {
+        mode: [make_hstu(mode)(events, OFFSETS, times, r) for r in (requests, late_requests)]
+        for mode in ("request", "event", "off")
+    }
+    assert not torch.allclose(*outputs["request"])
+    assert torch.equal(*outputs["event"])
+    assert torch.equal(*outputs["off"])
+    hstu = make_hstu("event")
+    assert not torch.allclose(
+        hstu(events, OFFSETS, times, times), hstu(events, OFFSETS, times * 50, times)
+    )
+    hstu = make_hstu("off")
+    assert torch.equal(
+        hstu(events, OFFSETS, times, times), hstu(events, OFFSETS, times * 50, times)
+    )
+
+
+def test_gradient_checkpointing_changes_nothing_but_memory(events):
+    grads = []
+    for is_on in (False, True):
+        hstu = make_hstu(dropout_rate=0.5)
+        hstu.gradient_checkpointing = is_on
+        torch.manual_seed(3)
+        run_hstu(hstu, events).square().sum().backward()
+        grads.append([parameter.grad for parameter in hstu.parameters()])
+    for plain, checkpointed in zip(*grads, strict=True):
+        assert torch.equal(plain, checkpointed)
+
+
+def test_the_causal_mask_is_one_tile_used_by_all_blocks_and_not_saved(events):
+    hstu = make_hstu()
+    assert hstu._causal_mask.shape == (simplified_hstu.TILE, simplified_hstu.TILE)
+    assert "_causal_mask" not in hstu.state_dict()
+    before = run_hstu(hstu, events)
+    hstu._causal_mask.fill_(True)
+    assert not torch.allclose(before, run_hstu(hstu, events))
+
+
+def test_at_initialisation_the_signal_is_finite_and_differs_at_every_position():
+    torch.manual_seed(0)
+    hstu = HSTU(2, "request", hidden_units=64, num_heads=1, attention_dim=64, linear_dim=64,
+                dropout_rate=0.0, maxlen=101, has_position_bias=True)  # fmt: skip
+    x = torch.randn(101, 64) * 0.02
+    y = run_hstu(hstu, x, torch.tensor([0, 101])) - x  # what the blocks add
+    assert y.isfinite().all()
+    assert (y.std(-1) > 0.001).all()
+    assert y.std(0).min() > 0.001
