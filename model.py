@@ -170,7 +170,9 @@ class HSTUModel(nn.Module):
         return x + self._encode_features(self.config.item_features, tables, rows)
 
     def _encode_features(self, specs: Mapping, tables: FeatureTables, rows: Tensor) -> Tensor:
-        return sum(self._encoder(name)(*tables.lookup(name, rows)) for name in specs)  # (n, D)
+        # Sorted: a checkpoint forgets the order of a config, and a sum's last bits depend on it.
+        vectors = (self._encoder(name)(*tables.lookup(name, rows)) for name in sorted(specs))
+        return sum(vectors)  # (n, D)
 
     def item_embeddings(
         self,

@@ -10,7 +10,7 @@ import torch
 
 from data_folder import EVENT_DTYPE, Column, leave_one_out, write_dataset
 
-torch.set_num_threads(2)
+torch.set_num_threads(1)  # the models are tiny: a second thread only waits
 
 NUM_ITEMS, NUM_USERS, NUM_ACTIONS, VECTOR_WIDTH = 23, 11, 3, 6
 

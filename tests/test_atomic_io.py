@@ -106,7 +106,9 @@ def test_the_file_is_synced_before_its_rename_and_the_folder_after(target, monke
     fsync, replace = os.fsync, os.replace
 
     def note_fsync(descriptor):
-        calls.append(os.path.basename(os.readlink(f"/proc/self/fd/{descriptor}")))
+        path = Path(os.readlink(f"/proc/self/fd/{descriptor}"))
+        assert path.is_dir() or path.read_bytes() == NEW
+        calls.append(path.name)
         fsync(descriptor)
 
     def note_replace(source, destination):

@@ -1,0 +1,206 @@
+"""Checkpoints: verified writing and reading, the newest good state to resume from, rotation."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import logging
+import pickle
+import random
+import re
+import struct
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from atomic_io import DataError, atomic_write, file_entry, read_json, sha256_of, write_json
+
+log = logging.getLogger("hstu")
+
+REGISTER = "checkpoints.json"
+KEPT_STATES = 2
+# What torch.load raises on damaged bytes.
+_FAULTS = (ArithmeticError, AssertionError, AttributeError, EOFError, LookupError, OSError)
+_FAULTS += (RuntimeError, TypeError, ValueError, pickle.UnpicklingError, struct.error)
+
+
+def save_checkpoint(path: str | Path, content: Mapping[str, Any], step: int) -> None:
+    """Write `content` durably, then enter its size, SHA-256 and step into checkpoints.json.
+
+    Equal content gives equal bytes in any process. An old file's entry goes before the file does:
+    a kill in between leaves a file without an entry, never a good one that looks damaged.
+
+    Args:
+        path: a .pt file; its folder's register is updated.
+        content: tensors, numbers, strings and containers of them, what weights_only=True loads.
+        step: optimiser steps done; the newest checkpoint is the one with the highest.
+    """
+    path = Path(path)
+    buffer = io.BytesIO()
+    torch.save(_canonical(content), buffer)
+    register = read_register(path.parent)
+    if register.pop(path.name, None):
+        write_json(path.parent / REGISTER, register)
+    with atomic_write(path) as file:
+        file.write(buffer.getbuffer())
+    entry = file_entry(path) | {"step": step, "config": _hash(content.get("config"))}
+    register[path.name] = entry
+    write_json(path.parent / REGISTER, dict(sorted(register.items())))
+
+
+def read_register(folder: str | Path) -> dict[str, Any]:
+    """checkpoints.json: file name -> size, sha256, step, config; empty where there is none."""
+    path = Path(folder) / REGISTER
+    return read_json(path) if path.exists() else {}
+
+
+def load_checkpoint(path: str | Path) -> dict[str, Any]:
+    """The content of a checkpoint, on the CPU, after checking its hash against checkpoints.json.
+
+    A file that is not registered (copied from elsewhere) loads with one notice.
+
+    Raises:
+        DataError: no such file, damaged, or not one of our checkpoints.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise DataError(f"{path}: no such checkpoint file")
+    entry = read_register(path.parent).get(path.name)
+    if entry is None:
+        log.warning("%s: not in %s, so its integrity is not verified", path, REGISTER)
+    elif (found := sha256_of(path)) != entry["sha256"]:
+        raise DataError(
+            f"{path}: SHA-256 {found[:12]}..., but {REGISTER} says {entry['sha256'][:12]}...; the "
+            "file is damaged, use another checkpoint"
+        )
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except _FAULTS as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise DataError(f"{path}: not a readable checkpoint ({reason})") from error
+    if not isinstance(content, dict) or "config" not in content:
+        raise DataError(f"{path}: not a checkpoint of this package (no model config in it)")
+    return content
+
+
+def save_state(folder: str | Path, content: Mapping[str, Any], step: int) -> None:
+    """Write resume_{step}.pt and remove all other states but the one before it."""
+    folder = Path(folder)
+    save_checkpoint(folder / f"resume_{step}.pt", content, step)
+    register = read_register(folder)
+    # Later steps belong to a run that this one has branched off from.
+    kept = [name for name in _states(register) if register[name]["step"] <= step][:KEPT_STATES]
+    outdated = {name for name in _states(register) if name not in kept}
+    if outdated:
+        write_json(
+            folder / REGISTER, {name: e for name, e in register.items() if name not in outdated}
+        )
+    for path in folder.glob("resume_*.pt"):
+        if path.name not in kept:
+            path.unlink()
+
+
+def load_newest_state(folder: str | Path) -> dict[str, Any] | None:
+    """The newest undamaged resume_*.pt by step, or None where there is none at all.
+
+    A damaged one is named in a warning and the one before it is used.
+
+    Raises:
+        DataError: there are states, but all of them are damaged.
+    """
+    states = _states(read_register(folder))
+    problems = []
+    for name in states:
+        try:
+            return load_checkpoint(Path(folder) / name)
+        except DataError as error:
+            log.warning("%s", error)
+            problems.append(name)
+    if problems:
+        raise DataError(
+            f"{folder}: every saved state is damaged ({', '.join(problems)}); remove them or "
+            "choose another --output_dir to start afresh"
+        )
+    return None
+
+
+def _states(register: Mapping[str, Any]) -> list[str]:
+    """Names of the resumable states, newest first."""
+    names = [name for name in register if re.fullmatch(r"resume_\d+\.pt", name)]
+    return sorted(names, key=lambda name: register[name]["step"], reverse=True)
+
+
+def load_weights(model: torch.nn.Module, weights: Mapping[str, Tensor], path: str | Path) -> None:
+    """Put a checkpoint's weights into a model.
+
+    Raises:
+        DataError: names or shapes differ; the message lists them.
+    """
+    expected = model.state_dict()
+    lines = [
+        f"{name}: checkpoint {_shape(weights.get(name))}, model {_shape(expected.get(name))}"
+        for name in sorted(expected.keys() | weights.keys())
+        if _shape(weights.get(name)) != _shape(expected.get(name))
+    ]
+    if lines:
+        raise DataError(f"{path}: does not fit the model: " + "; ".join(lines[:20]))
+    model.load_state_dict(weights)
+
+
+def _shape(tensor: Tensor | None) -> str:
+    return "absent" if tensor is None else str(tuple(tensor.shape))
+
+
+def differences(saved: Mapping[str, Any], current: Mapping[str, Any]) -> list[str]:
+    """One line per setting that is not the same in both."""
+    return [
+        f"{name}: {saved.get(name)!r} then, {current.get(name)!r} now"
+        for name in sorted(saved.keys() | current.keys())
+        if saved.get(name) != current.get(name)
+    ]
+
+
+def random_states() -> dict[str, Any]:
+    """The states of all generators in this process, in types that weights_only=True loads."""
+    name, keys, *rest = np.random.get_state()
+    return {
+        "python": random.getstate(),
+        "numpy": [name, keys.tolist(), *rest],
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+    }
+
+
+def set_random_states(states: Mapping[str, Any]) -> None:
+    version, internal, gauss = states["python"]
+    random.setstate((version, tuple(internal), gauss))
+    np.random.set_state(tuple(states["numpy"]))
+    torch.set_rng_state(states["torch"])
+    if states["cuda"] and torch.cuda.device_count() == len(states["cuda"]):
+        torch.cuda.set_rng_state_all(states["cuda"])
+
+
+def _canonical(value: Any) -> Any:
+    """A fresh copy whose pickle depends on the values alone, not on which objects are shared."""
+    if isinstance(value, Tensor):
+        return value.detach().to("cpu", copy=True).contiguous()
+    if isinstance(value, Mapping):
+        items = sorted(value.items(), key=lambda item: (str(type(item[0])), item[0]))
+        return {_canonical(key): _canonical(item) for key, item in items}
+    if isinstance(value, list | tuple):
+        return type(value)(_canonical(item) for item in value)
+    if type(value) is str:
+        return sys.intern(value)
+    if value is None or type(value) in (bool, int, float):
+        return value
+    raise TypeError(f"{type(value).__name__} would not load with weights_only=True")
+
+
+def _hash(config: Any) -> str:
+    return hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()[:16]

@@ -1,0 +1,440 @@
+"""A data folder on disk: its files' bytes, what is checked on opening, and the one writer.
+
+docs/data_format.md describes every file.
+"""
+
+from __future__ import annotations
+
+import json
+import operator
+import pickle
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from atomic_io import DataError, atomic_write, file_entry, read_json, write_json
+from safe_pickle import load_pickle
+
+EVENT_DTYPE = np.dtype([("item_id", "<i4"), ("action_type", "<i4"), ("timestamp", "<i8")])
+OFFSET_DTYPE = np.dtype("<i8")
+USER_DTYPE = np.dtype("<i4")
+FORMAT_VERSION = 1
+SPLITS = ("train", "valid", "test")
+
+
+class Manifest(NamedTuple):
+    """What a data folder holds, read from manifest.json or, without one, from the files."""
+
+    num_items: int
+    num_users: int
+    num_action_types: int
+    targets: dict[str, str]  # split -> "next" | "last" | "none"
+
+
+class Sequences(NamedTuple):
+    """Users' events laid end to end, in numpy; the target, if there is one, is the last."""
+
+    events: np.ndarray  # (E,) EVENT_DTYPE
+    offsets: np.ndarray  # (B + 1,) int64: sequence b is events[offsets[b]:offsets[b + 1]]
+    user_ids: np.ndarray  # (B,) int32 in 1..num_users
+
+
+def split_path(data_dir: Path, split: str, what: str) -> Path:
+    return data_dir / f"{split}_{what}.bin"
+
+
+def item_ids_of(events: np.ndarray) -> np.ndarray:
+    return events["item_id"] if events.dtype == EVENT_DTYPE else events
+
+
+def gather(events, starts, ends, user_ids) -> Sequences:
+    """The events starts[b]..ends[b]-1 of each sequence, copied out of the map."""
+    lengths = ends - starts
+    offsets = np.concatenate([[0], lengths.cumsum()])
+    picked = events[np.repeat(starts - offsets[:-1], lengths) + np.arange(offsets[-1])]
+    if picked.dtype != EVENT_DTYPE:
+        item_ids, picked = picked, np.zeros(len(picked), EVENT_DTYPE)
+        # A wider id must stay out of range, to be refused, instead of wrapping to a valid one.
+        picked["item_id"], picked["action_type"] = np.clip(item_ids, -(2**31), 2**31 - 1), -1
+    return Sequences(picked, offsets, user_ids)
+
+
+# ---------------------------------------------------------------------------------- reading files
+
+
+def read_manifest(data_dir: str | Path) -> Manifest:
+    """Counts and targets of a data folder.
+
+    Raises:
+        DataError: no such folder, an unknown format version, a field missing or wrong, or a file
+            whose size is not the one in the manifest.
+    """
+    data_dir = Path(data_dir)
+    if not split_path(data_dir, "train", "data").exists():
+        raise DataError(
+            f"{data_dir}: no train_data.bin there; name a data folder with --data_dir or write one "
+            "with scripts/prepare_synthetic.py"
+        )
+    path = data_dir / "manifest.json"
+    if not path.exists():
+        return _infer_manifest(data_dir)
+    content = read_json(path)
+    version = content.get("format_version") if isinstance(content, dict) else None
+    if version != FORMAT_VERSION:
+        raise DataError(
+            f"{path}: format version {version}, expected {FORMAT_VERSION}; "
+            "write the data again with this version's scripts"
+        )
+    try:
+        sizes = {name: entry["size"] for name, entry in content["files"].items()}
+        manifest = Manifest(*(content[field] for field in Manifest._fields))
+        _check_manifest(path, manifest)
+    except (AttributeError, LookupError, TypeError) as error:
+        raise DataError(
+            f"{path}: a field is missing or of the wrong type ({error}); write the data again"
+        ) from error
+    for name, size in sizes.items():
+        file = data_dir / name
+        found = f"{file.stat().st_size} bytes" if file.is_file() else "no such file"
+        if found != f"{size} bytes":
+            raise DataError(
+                f"{file}: {found}, but manifest.json says {size} bytes; the file is "
+                "truncated or from another run, write the data again"
+            )
+    return manifest
+
+
+def _check_manifest(path: Path, manifest: Manifest) -> None:
+    *counts, targets = manifest
+    for name, count in zip(Manifest._fields, counts, strict=False):
+        if type(count) is not int or not 0 <= count < 2**31:
+            raise DataError(f"{path}: {name} is {count!r}, expected a number below 2^31")
+    for split, target in targets.items():
+        legal = ("next",) if split == "train" else ("last", "none")
+        if split not in SPLITS or target not in legal:
+            raise DataError(f"{path}: target {target!r} of split {split!r}, expected {legal}")
+
+
+def _infer_manifest(data_dir: Path) -> Manifest:
+    num_items = num_users = 0
+    max_action = -1
+    targets = {}
+    for split in SPLITS:
+        if not split_path(data_dir, split, "data").exists():
+            continue
+        events, offsets, users = open_split(data_dir, split)
+        targets[split] = "next" if split == "train" else "last"
+        num_items = max(num_items, int(item_ids_of(events).max(initial=0)))
+        num_users = max(num_users, len(offsets) - 1 if users is None else int(users.max(initial=0)))
+        if events.dtype == EVENT_DTYPE:
+            max_action = max(max_action, int(events["action_type"].max(initial=-1)))
+    if (data_dir / "indexer.pkl").exists():
+        indexer = read_indexer(data_dir)
+        num_items, num_users = len(indexer["i"]), len(indexer["u"])
+    if num_items >= 2**31:
+        raise DataError(
+            f"{data_dir}: the largest item id is {num_items}, but re-ids are dense and below 2^31; "
+            "write the data again, little-endian and with dense item ids"
+        )
+    return Manifest(num_items, num_users, max_action + 1, targets)
+
+
+def open_split(data_dir: Path, split: str) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
+    """Events (EVENT_DTYPE or plain ids), offsets, and users or None, as memory maps."""
+    offsets = _map(split_path(data_dir, split, "offsets"), OFFSET_DTYPE)
+    users_path = split_path(data_dir, split, "users")
+    users = _map(users_path, USER_DTYPE) if users_path.exists() else None
+    path = split_path(data_dir, split, "data")
+    if not path.exists():
+        raise DataError(f"{path}: no such file; write the split again")
+    num_events = int(offsets[-1]) if len(offsets) else 0
+    size = path.stat().st_size
+    dtypes = {16: EVENT_DTYPE, 4: np.dtype("<i4"), 8: np.dtype("<i8")}
+    width = size // num_events if num_events > 0 and size % num_events == 0 else 0
+    if size == num_events == 0:
+        width = EVENT_DTYPE.itemsize
+    if width not in dtypes:
+        raise DataError(
+            f"{path}: {size} bytes, but {split}_offsets.bin describes {num_events} events, which "
+            f"makes {num_events * 16} bytes of records (or 4 or 8 bytes per plain item id). "
+            "One of the two is truncated or from another run; write the split again"
+        )
+    return _map(path, dtypes[width]), offsets, users
+
+
+def _map(path: Path, dtype: np.dtype) -> np.ndarray:
+    if not path.exists():
+        raise DataError(f"{path}: no such file; write the split again")
+    size = path.stat().st_size
+    if size % dtype.itemsize:
+        raise DataError(
+            f"{path}: {size} bytes is not a multiple of {dtype.itemsize}; the file is truncated, "
+            "write the split again"
+        )
+    return np.memmap(path, dtype, mode="r") if size else np.empty(0, dtype)
+
+
+def check_split(
+    data_dir: Path, split: str, offsets: np.ndarray, users: np.ndarray | None, num_users: int
+) -> None:
+    """Refuse offsets that do not start at 0 or fall, and users not one per sequence or unknown."""
+    path = split_path(data_dir, split, "offsets")
+    if len(offsets) == 0 or offsets[0] != 0:
+        found = "is empty" if len(offsets) == 0 else f"begins with {offsets[0]}"
+        raise DataError(f"{path}: {found}, but the first offset is 0; write the split again")
+    falls = np.flatnonzero(np.diff(offsets) < 0)
+    if len(falls):
+        k = falls[0] + 1
+        raise DataError(
+            f"{path}: offset[{k}] = {offsets[k]} is below offset[{k - 1}] = {offsets[k - 1]}, but "
+            "offsets never decrease; the file is damaged, write the split again"
+        )
+    if users is not None and len(users) != len(offsets) - 1:
+        raise DataError(
+            f"{split_path(data_dir, split, 'users')}: {len(users)} users, but {len(offsets) - 1} "
+            "sequences; write the split again"
+        )
+    if users is None and len(offsets) - 1 > num_users:
+        raise DataError(
+            f"{path}: {len(offsets) - 1} sequences, but {num_users} users; name the user of each "
+            f"sequence in {split}_users.bin"
+        )
+    if users is not None and len(users) and not 1 <= users.min() <= users.max() <= num_users:
+        k = int(((users < 1) | (users > num_users)).argmax())
+        raise DataError(
+            f"{split_path(data_dir, split, 'users')}: sequence {k} has user {users[k]}, not in "
+            f"1..{num_users}; write the split again"
+        )
+
+
+def read_indexer(data_dir: str | Path, *, trust: bool = False) -> dict[str, dict[Any, int]]:
+    """{"u": user id -> re-id, "i": item id -> re-id, ...} of indexer.pkl."""
+    path = Path(data_dir) / "indexer.pkl"
+    indexer = load_pickle(path, trust=trust)
+    if not isinstance(indexer, dict) or not all(isinstance(indexer.get(s), dict) for s in "ui"):
+        raise DataError(f"{path}: no dictionary with dictionaries 'u' and 'i'; write it again")
+    return indexer
+
+
+def original_ids(
+    data_dir: str | Path, side: str, count: int, *, trust: bool = False
+) -> np.ndarray | None:
+    """(count + 1,) uint64 original ids by re-id (row 0 unused), or None unless all are integers.
+
+    `side` is "i" for items or "u" for users. A text such as "123" is an integer, "0123" is not, nor
+    are two ids of one value. None too where there is no indexer.pkl.
+
+    Raises:
+        DataError: the indexer is not one to one onto 1..count.
+    """
+    path = Path(data_dir) / "indexer.pkl"
+    if not path.exists():
+        return None
+    re_ids = read_indexer(data_dir, trust=trust)[side]
+    kinds = set(map(type, re_ids.values()))
+    is_whole = len(re_ids) == count and all(issubclass(kind, int | np.integer) for kind in kinds)
+    if not is_whole or not all(map(operator.eq, sorted(re_ids.values()), range(1, count + 1))):
+        raise DataError(
+            f"{path}: the re-ids of {side!r} are not 1..{count}, each once; write it again"
+        )
+    originals = np.zeros(count + 1, np.uint64)
+    for original, re_id in re_ids.items():
+        original = _plain(original)
+        if isinstance(original, str) and re.fullmatch(r"0|[1-9][0-9]{0,18}", original):
+            original = int(original)
+        if type(original) is not int or not 0 <= original < 2**63:
+            return None
+        originals[re_id] = original
+    return originals if len(np.unique(originals[1:])) == count else None
+
+
+# ---------------------------------------------------------------------------------- writing files
+
+
+class Column(NamedTuple):
+    """A feature to write: one value per item (or user), the first belonging to re-id 1."""
+
+    kind: str  # "sparse" | "array" | "continual", or a custom kind
+    values: Sequence[Any]  # int >= 0 (0 unknown) | list of int >= 1 | float; None: missing
+
+
+def leave_one_out(events: np.ndarray, offsets: np.ndarray) -> dict[str, Sequences]:
+    """The splits of every leave-one-out setting: the last event is test, the one before valid.
+
+    train has all events but the last two; valid ends with the last but one as its target; test
+    has every event, the last as its target. Sequences below 3 events are in train only, whole.
+
+    Args:
+        events: (E,) EVENT_DTYPE, each user's in order of time.
+        offsets: (S + 1,) int64; sequence k is user k + 1.
+    """
+    starts, ends = offsets[:-1], offsets[1:]
+    user_ids = np.arange(1, len(offsets), dtype=USER_DTYPE)
+    is_long = ends - starts >= 3
+    splits = {"train": gather(events, starts, np.where(is_long, ends - 2, ends), user_ids)}
+    for split, held_out in (("valid", 1), ("test", 0)):
+        splits[split] = gather(events, starts[is_long], ends[is_long] - held_out, user_ids[is_long])
+    return splits
+
+
+def write_dataset(
+    data_dir: str | Path,
+    splits: Mapping[str, Sequences | Iterable[Sequences]],
+    *,
+    item_ids: Sequence[Any],
+    user_ids: Sequence[Any],
+    num_action_types: int,
+    targets: Mapping[str, str] | None = None,
+    item_features: Mapping[str, Column] | None = None,
+    user_features: Mapping[str, Column] | None = None,
+    item_vectors: Mapping[str, np.ndarray] | None = None,
+    item_names: Sequence[str] | None = None,
+) -> None:
+    """Write a data folder; the manifest comes last, so a folder with one is complete.
+
+    Args:
+        data_dir: made if it is not there.
+        splits: "train", and "valid" and "test" if there are any: sequences, or chunks of them.
+        item_ids: the original id of re-id 1, 2, ...; so `user_ids`.
+        num_action_types: action types are 0..num_action_types - 1, or -1.
+        targets: split -> "last" | "none" for valid and test; "last" if not given.
+        item_features: feature id -> Column; so `user_features`.
+        item_vectors: feature id -> (X, W) float, NaN rows for items without a vector.
+        item_names: a line of text per item, for people.
+    """
+    data_dir = Path(data_dir)
+    data_dir.mkdir(parents=True, exist_ok=True)
+    old_files = _retire_manifest(data_dir)
+    for columns, rows in ((item_features, item_ids), (user_features, user_ids)):
+        for feature_id, column in (columns or {}).items():
+            if len(column.values) != len(rows):
+                raise ValueError(f"{feature_id}: {len(column.values)} values, not {len(rows)}")
+    files = []
+    for split, chunks in splits.items():
+        files += _write_split(
+            data_dir, split, [chunks] if isinstance(chunks, Sequences) else chunks
+        )
+    indexer = {
+        "u": {_plain(user): k for k, user in enumerate(user_ids, 1)},
+        "i": {_plain(item): k for k, item in enumerate(item_ids, 1)},
+        "f": {},
+    }
+    if (len(indexer["u"]), len(indexer["i"])) != (len(user_ids), len(item_ids)):
+        raise ValueError("an original id occurs twice in user_ids or item_ids")
+    with atomic_write(data_dir / "indexer.pkl") as file:
+        pickle.dump(indexer, file, protocol=4)
+    files.append("indexer.pkl")
+    files += _write_features(data_dir, {"item": item_features or {}, "user": user_features or {}})
+    for feature_id, vectors in (item_vectors or {}).items():
+        files.append(_write_vectors(data_dir, feature_id, vectors))
+    if item_names is not None:
+        with atomic_write(data_dir / "item_names.txt") as file:
+            file.writelines((name.replace("\n", " ") + "\n").encode() for name in item_names)
+        files.append("item_names.txt")
+    manifest = Manifest(
+        len(item_ids),
+        len(user_ids),
+        num_action_types,
+        {
+            split: (targets or {}).get(split, "next" if split == "train" else "last")
+            for split in splits
+        },
+    )
+    write_json(
+        data_dir / "manifest.json",
+        {
+            "format_version": FORMAT_VERSION,
+            "event_dtype": EVENT_DTYPE.descr,
+            **manifest._asdict(),
+            "files": {name: file_entry(data_dir / name) for name in files},
+        },
+    )
+    for name in old_files.difference(files):
+        (data_dir / name).unlink(missing_ok=True)
+
+
+def _retire_manifest(data_dir: Path) -> set[str]:
+    """Remove the manifest of the data set that the folder holds; the names of its files."""
+    path = data_dir / "manifest.json"
+    if not path.exists():
+        return set()
+    names = set(read_json(path).get("files", {}))
+    path.unlink()
+    return names
+
+
+def _plain(value: Any) -> Any:
+    """A numpy scalar or array, or a list of scalars, as Python's own types."""
+    if isinstance(value, list):
+        return [_plain(item) for item in value]
+    return value.tolist() if isinstance(value, np.generic | np.ndarray) else value
+
+
+def _write_split(data_dir: Path, split: str, chunks: Iterable[Sequences]) -> list[str]:
+    paths = [split_path(data_dir, split, what) for what in ("data", "offsets", "users")]
+    with (
+        atomic_write(paths[0]) as data,
+        atomic_write(paths[1]) as offsets,
+        atomic_write(paths[2]) as users,
+    ):
+        total = 0
+        offsets.write(np.zeros(1, OFFSET_DTYPE).tobytes())
+        for chunk in chunks:
+            data.write(np.ascontiguousarray(chunk.events, EVENT_DTYPE).tobytes())
+            offsets.write((chunk.offsets[1:] + total).astype(OFFSET_DTYPE).tobytes())
+            users.write(chunk.user_ids.astype(USER_DTYPE).tobytes())
+            total += len(chunk.events)
+    return [path.name for path in paths]
+
+
+def _write_features(data_dir: Path, sides: Mapping[str, Mapping[str, Column]]) -> list[str]:
+    if not any(sides.values()):
+        return []
+    types: dict[str, list[str]] = {"item_emb": []}
+    statistics, defaults, names = {}, {}, []
+    for side, columns in sides.items():
+        for feature_id, column in columns.items():
+            types.setdefault(f"{side}_{column.kind}", []).append(feature_id)
+            defaults[feature_id] = [] if column.kind == "array" else 0
+            if column.kind in ("sparse", "array"):
+                statistics[feature_id] = _cardinality(column)
+        if columns:
+            names.append(_write_records(data_dir / f"{side}_feat_dict.json", columns))
+    small = {
+        "feature_types.json": types,
+        "feat_statistics.json": statistics,
+        "feature_default_value.json": defaults,
+    }
+    for name, content in small.items():
+        write_json(data_dir / name, content)
+    return [*names, *small]
+
+
+def _cardinality(column: Column) -> int:
+    rows = column.values if column.kind == "array" else [column.values]
+    return max((int(v) for row in rows if row is not None for v in row if v is not None), default=0)
+
+
+def _write_records(path: Path, columns: Mapping[str, Column]) -> str:
+    """An object per item (or user), a line each, keyed by re-id."""
+    rows = zip(*(column.values for column in columns.values()), strict=True)
+    with atomic_write(path) as file:
+        for re_id, row in enumerate(rows, 1):
+            record = {k: _plain(v) for k, v in zip(columns, row, strict=True) if v is not None}
+            text = json.dumps(record, allow_nan=False)
+            file.write(f'{"{" if re_id == 1 else ","}\n"{re_id}": {text}'.encode())
+        file.write(b"\n}\n")
+    return path.name
+
+
+def _write_vectors(data_dir: Path, feature_id: str, vectors: np.ndarray) -> str:
+    name = f"creative_emb/emb_{feature_id}_{vectors.shape[1]}.npy"
+    (data_dir / "creative_emb").mkdir(exist_ok=True)
+    with atomic_write(data_dir / name) as file:
+        np.save(
+            file, np.vstack([np.full((1, vectors.shape[1]), np.nan), vectors]).astype(np.float32)
+        )
+    return name

@@ -1,0 +1,395 @@
+"""Sequences to batches: MyDataset, Batch, collate, sampler; save_emb and its reader."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset, Sampler
+
+from atomic_io import DataError, atomic_write
+from data_folder import (
+    EVENT_DTYPE,
+    USER_DTYPE,
+    Sequences,
+    check_split,
+    gather,
+    item_ids_of,
+    open_split,
+    read_manifest,
+    split_path,
+)
+
+log = logging.getLogger("hstu")
+
+NEGATIVES = ("all", "batch", "uniform", "mixed")
+EMB_DTYPES = {".fbin": np.dtype("<f4"), ".u64bin": np.dtype("<u8")}
+
+
+class Draw(NamedTuple):
+    """Which sequences make a batch, and the seed of its negatives; what a sampler yields."""
+
+    indices: np.ndarray  # (B,) int64
+    seed: tuple[int, ...]  # (seed, epoch, batch from 1)
+
+
+class Fetched(NamedTuple):
+    """What MyDataset hands to its collate_fn."""
+
+    sequences: Sequences
+    seen: Sequences | None  # whole histories without the target, for valid and test
+    seed: tuple[int, ...]
+
+
+class Batch(NamedTuple):
+    """A packed batch, sequences ordered by falling length. Letters as in simplified_hstu.py."""
+
+    distinct_ids: Tensor  # (R,) int64 in 1..X, rising: the items of the batch, each once
+    item_index: Tensor  # (T,) int64, row of distinct_ids of the seen event
+    target_index: Tensor  # (T,) int64, row of the event to be predicted; -1 none
+    negative_index: Tensor | None  # (M,) int64, distinct rows; None: every row is a negative
+    negative_log_q: Tensor | None  # (M,) float32 to subtract from the negatives' logits
+    action_types: Tensor  # (T,) int64, -1 unknown
+    timestamps: Tensor  # (T,) int64 seconds, 0 none
+    target_action_types: Tensor  # (T,) int64, of the events to be predicted; -1 unknown
+    target_timestamps: Tensor  # (T,) int64 seconds
+    offsets: Tensor  # (B + 1,) int64, on the CPU: sequence b is rows offsets[b]:offsets[b + 1]
+    user_ids: Tensor  # (B,) int64 in 1..num_users
+    seen_ids: Tensor | None  # (V,) int64, items of the whole histories; valid and test only
+    seen_offsets: Tensor | None  # (B + 1,) int64 into seen_ids
+
+    def to(self, device: torch.device | str) -> Batch:
+        """Everything but `offsets` on the device; asynchronous from pinned memory."""
+        moved = {
+            name: value.to(device, non_blocking=True)
+            for name, value in self._asdict().items()
+            if value is not None and name != "offsets"
+        }
+        return self._replace(**moved)
+
+    def target_ids(self) -> Tensor:
+        """(B,) int64 in 1..X, the item of each sequence's last target."""
+        return self.distinct_ids[
+            self.target_index[(self.offsets[1:] - 1).to(self.item_index.device)]
+        ]
+
+
+class MyDataset(Dataset):
+    """Sequences of one split over memory-mapped files.
+
+    Files open lazily in each process and never travel to a worker.
+
+    Args:
+        data_dir: a folder as docs/data_format.md describes it.
+        split: "train", "valid" or "test".
+        maxlen: events seen, N; the newest are kept.
+        negatives: "all", "batch" (the batch's targets), "uniform", or "mixed" (both).
+        num_negatives: distinct uniform ones per batch, for "uniform" and "mixed".
+        item_counts: (X + 1,) how often each item is trained on; given, logQ corrects the negatives.
+        request_time: Unix seconds of a query whose target is unknown; None: its last event's.
+
+    Raises:
+        DataError: files are missing, or do not fit together.
+        ValueError: no such `negatives`, or none of them.
+    """
+
+    def __init__(
+        self,
+        data_dir: str | Path,
+        split: str,
+        maxlen: int = 101,
+        negatives: str = "all",
+        num_negatives: int = 0,
+        item_counts: np.ndarray | None = None,
+        request_time: int | None = None,
+    ):
+        if negatives not in NEGATIVES or (negatives in ("uniform", "mixed") and num_negatives < 1):
+            raise ValueError(f"negatives {negatives!r} with num_negatives {num_negatives}: no loss")
+        self.data_dir, self.split, self.maxlen = Path(data_dir), split, maxlen
+        self.negatives, self.num_negatives = negatives, num_negatives
+        self.item_counts, self.request_time = item_counts, request_time
+        manifest = read_manifest(self.data_dir)
+        self.num_items, self.num_users = manifest.num_items, manifest.num_users
+        self.num_action_types = manifest.num_action_types
+        if split not in manifest.targets:
+            raise DataError(
+                f"{self.data_dir}: no {split} split there, only {', '.join(manifest.targets)}"
+            )
+        self.target = manifest.targets[split]
+        self._maps: tuple[np.ndarray, np.ndarray, np.ndarray | None] | None = None
+        events, offsets, users = self._open()
+        self.has_timestamps = events.dtype == EVENT_DTYPE
+        check_split(self.data_dir, split, offsets, users, self.num_users)
+        shortest = 1 if self.target == "none" else 2
+        is_usable = np.diff(offsets) >= shortest
+        self._usable = None if is_usable.all() else np.flatnonzero(is_usable)
+        if self._usable is not None:
+            skipped = len(is_usable) - len(self._usable)
+            log.warning(
+                "%s: %d of %d sequences have fewer than %d events and are skipped",
+                split, skipped, len(is_usable), shortest,
+            )  # fmt: skip
+        if split == "train" and not len(self):
+            raise DataError(
+                f"{split_path(self.data_dir, split, 'data')}: no sequence has two events or more, "
+                "so there is nothing to predict; write the split again"
+            )
+
+    def __len__(self) -> int:
+        if self._usable is not None:
+            return len(self._usable)
+        return len(self._open()[1]) - 1
+
+    def __getitem__(self, index: int) -> Fetched:
+        return self.__getitems__([index])
+
+    def __getitems__(self, indices: Draw | Sequence[int]) -> Fetched:
+        """The sequences `indices`, in one gather, ordered by falling length."""
+        draw = indices if isinstance(indices, Draw) else Draw(np.asarray(indices), (0,))
+        events, offsets, users = self._open()
+        rows = draw.indices if self._usable is None else self._usable[draw.indices]
+        has_target = self.target != "none"
+        starts = np.maximum(offsets[rows], offsets[rows + 1] - (self.maxlen + has_target))
+        order = np.argsort(starts - offsets[rows + 1], kind="stable")
+        rows, starts = rows[order], starts[order]
+        user_ids = (rows + 1 if users is None else users[rows]).astype(USER_DTYPE)
+        kept = gather(events, starts, offsets[rows + 1], user_ids)
+        self._check(kept, rows, starts - offsets[rows])
+        seen = None
+        if self.split != "train":
+            seen = gather(events, offsets[rows], offsets[rows + 1] - has_target, user_ids)
+            self._check(seen, rows, np.zeros_like(rows))
+        return Fetched(kept, seen, draw.seed)
+
+    def collate_fn(self, fetched: Fetched | Sequence[Fetched]) -> Batch:
+        """A Batch of what `__getitems__` returned, or of a list of `self[i]`."""
+        if not isinstance(fetched, Fetched):
+            fetched = _concatenate(fetched)
+        sequences, seen, seed = fetched
+        has_target = self.target != "none"
+        lengths = np.diff(sequences.offsets) - has_target
+        offsets = np.concatenate([[0], lengths.cumsum()])
+        # Where each input, and the event after it, stands among the events.
+        inputs = np.arange(offsets[-1]) + np.repeat(np.arange(len(lengths)) * has_target, lengths)
+        last = offsets[1:] - 1
+        nexts = inputs + 1
+        if not has_target:
+            nexts[last] = inputs[last]
+        times = sequences.events["timestamp"].astype(np.int64)
+        target_times = times[nexts]
+        if not has_target and self.request_time is not None:
+            target_times[last] = self.request_time
+        has_next = np.full(len(inputs), self.split == "train")
+        has_next[last] = has_target
+        actions = sequences.events["action_type"].astype(np.int64)
+        target_actions = actions[nexts]
+        if not has_target:
+            target_actions[last] = -1
+        items = self._index_items(sequences.events["item_id"], inputs, nexts, has_next, seed)
+        arrays = items | {
+            "action_types": actions[inputs],
+            "timestamps": times[inputs],
+            "target_action_types": target_actions,
+            "target_timestamps": target_times,
+            "offsets": offsets,
+            "user_ids": sequences.user_ids.astype(np.int64),
+            "seen_ids": None if seen is None else seen.events["item_id"].astype(np.int64),
+            "seen_offsets": None if seen is None else seen.offsets,
+        }
+        return Batch(**{k: None if v is None else torch.from_numpy(v) for k, v in arrays.items()})
+
+    def _index_items(self, item_ids, inputs, nexts, has_next, seed) -> dict[str, np.ndarray | None]:
+        """The item fields of Batch; draws the negatives."""
+        if self.negatives == "all":
+            distinct, event_rows = np.arange(1, self.num_items + 1), item_ids.astype(np.int64) - 1
+            drawn_rows = event_rows[:0]
+        else:
+            drawn = self._draw_uniform(seed)
+            distinct, rows = np.unique(np.concatenate([item_ids, drawn]), return_inverse=True)
+            event_rows, drawn_rows = np.split(rows, [len(item_ids)])
+        target_index = np.where(has_next, event_rows[nexts], -1)
+        negative_index = log_q = None
+        if self.negatives != "all":
+            if self.negatives != "uniform":
+                drawn_rows = np.concatenate([drawn_rows, event_rows[nexts][has_next]])
+            negative_index = np.unique(drawn_rows)
+            if self.item_counts is not None:
+                num_targets = 0 if self.negatives == "uniform" else int(has_next.sum())
+                log_q = self._log_q(distinct[negative_index], num_targets)
+        return {
+            "distinct_ids": distinct.astype(np.int64),
+            "item_index": event_rows[inputs],
+            "target_index": target_index,
+            "negative_index": negative_index,
+            "negative_log_q": log_q,
+        }
+
+    def _draw_uniform(self, seed: tuple[int, ...]) -> np.ndarray:
+        if self.negatives == "batch":
+            return np.empty(0, np.int64)
+        size = min(self.num_negatives, self.num_items)
+        generator = np.random.default_rng(seed)
+        return generator.choice(self.num_items, size, replace=False, shuffle=False) + 1
+
+    def _log_q(self, item_ids: np.ndarray, num_targets: int) -> np.ndarray:
+        """Log of how much likelier each negative was than one drawn uniformly, (M,) float32.
+
+        An item is in the set if it is one of the batch's targets or among the uniform draws, so
+        popular items come too often; with their logits lowered by this much, the sum over
+        negatives estimates what the same number of uniform ones would give.
+        """
+        share = (self.item_counts[item_ids] + 1.0) / (self.item_counts.sum() + self.num_items)
+        uniform = 0 if self.negatives == "batch" else min(self.num_negatives, self.num_items)
+        absent = np.exp(num_targets * np.log1p(-share)) * (1 - uniform / self.num_items)
+        return np.log((1 - absent) / (len(item_ids) / self.num_items)).astype(np.float32)
+
+    def count_items(self) -> np.ndarray:
+        """(X + 1,) int64: how often each item occurs in this split."""
+        events, counts = self._open()[0], np.zeros(self.num_items + 1, np.int64)
+        for start in range(0, len(events), 1 << 22):
+            ids = item_ids_of(events[start : start + (1 << 22)])
+            bad = (ids < 1) | (ids > self.num_items)
+            if bad.any():
+                event, path = bad.argmax(), split_path(self.data_dir, self.split, "data")
+                raise DataError(
+                    f"{path}: event {start + event} has item id {ids[event]}, not in "
+                    f"1..{self.num_items}; write the split again"
+                )
+            counts += np.bincount(ids, minlength=len(counts))
+        return counts
+
+    def _open(self) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
+        if self._maps is None:
+            self._maps = open_split(self.data_dir, self.split)
+        return self._maps
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_maps": None}
+
+    def _check(self, kept: Sequences, rows: np.ndarray, skipped: np.ndarray) -> None:
+        """Refuse ids and action types out of range before they index anything.
+
+        `rows`: (B,) sequence numbers; `skipped`: (B,) events cut off at each one's start.
+        """
+        ids, actions = kept.events["item_id"], kept.events["action_type"]
+        bad = (
+            (ids < 1) | (ids > self.num_items) | (actions < -1) | (actions >= self.num_action_types)
+        )
+        if not bad.any():
+            return
+        event = int(bad.argmax())
+        b = int(np.searchsorted(kept.offsets, event, side="right")) - 1
+        where = (
+            f"{split_path(self.data_dir, self.split, 'data')}: sequence {rows[b]} "
+            f"event {event - kept.offsets[b] + skipped[b]}"
+        )
+        if 1 <= ids[event] <= self.num_items:
+            raise DataError(
+                f"{where}: action type {actions[event]} is not in -1..{self.num_action_types - 1}; "
+                "write the split again"
+            )
+        raise DataError(
+            f"{where}: item id {ids[event]} is not in 1..{self.num_items} (0 is padding and never "
+            "stored); write the split again with dense item ids"
+        )
+
+
+def _concatenate(fetched: Sequence[Fetched]) -> Fetched:
+    """Single sequences as one batch, ordered by falling length."""
+    order = sorted(fetched, key=lambda one: -len(one.sequences.events))
+    joined = [
+        None if parts[0] is None else Sequences(
+            np.concatenate([part.events for part in parts]),
+            np.cumsum([0] + [len(part.events) for part in parts]),
+            np.concatenate([part.user_ids for part in parts]),
+        )
+        for parts in ([one.sequences for one in order], [one.seen for one in order])
+    ]  # fmt: skip
+    return Fetched(*joined, seed=fetched[0].seed)
+
+
+class BatchSampler(Sampler[Draw]):
+    """Batches in an order that is a function of (seed, epoch), from any batch on.
+
+    Args:
+        num_sequences: how many there are.
+        batch_size: sequences in a batch; the last batch may be smaller.
+        seed: of order and negatives.
+        is_shuffled: False keeps the order of the file.
+    """
+
+    def __init__(self, num_sequences: int, batch_size: int, seed: int, is_shuffled: bool):
+        self.num_sequences, self.batch_size = num_sequences, batch_size
+        self.seed, self.is_shuffled = seed, is_shuffled
+        self.epoch, self.first_batch = 0, 0
+
+    def __iter__(self):
+        order = np.arange(self.num_sequences)
+        if self.is_shuffled:
+            order = np.random.default_rng((self.seed, self.epoch)).permutation(order)
+        for batch in range(self.first_batch, self.num_batches):
+            part = order[batch * self.batch_size : (batch + 1) * self.batch_size]
+            # From 1: numpy takes (seed, epoch) and (seed, epoch, 0) for one seed.
+            yield Draw(part, (self.seed, self.epoch, batch + 1))
+
+    def __len__(self) -> int:
+        return self.num_batches - self.first_batch
+
+    @property
+    def num_batches(self) -> int:
+        return -(-self.num_sequences // self.batch_size)
+
+
+# ------------------------------------------------------------------------------------- embeddings
+
+
+def save_emb(emb: np.ndarray, save_path: str | Path) -> None:
+    """Write a matrix as vector indexes read it: uint32 n, uint32 d, then the rows.
+
+    Args:
+        emb: (n, d) float for `*.fbin`; (n, d) or (n,) integers for `*.u64bin` (-1 is stored as
+            2^64 - 1, int64's bits).
+        save_path: ends in .fbin (float32) or .u64bin (uint64), all little-endian.
+
+    Raises:
+        DataError: a row is not finite: an index built on it would hang or be corrupt.
+        ValueError: another suffix, or more than 2^31 - 1 rows or columns.
+    """
+    path = Path(save_path)
+    matrix = emb[:, None] if emb.ndim == 1 else emb
+    if path.suffix not in EMB_DTYPES or matrix.ndim != 2 or max(matrix.shape) >= 2**31:
+        raise ValueError(f"{path}: {matrix.shape} as {path.suffix!r} is no .fbin or .u64bin matrix")
+    with np.errstate(over="ignore"):  # beyond float32 is infinite, and refused below
+        matrix = np.ascontiguousarray(matrix, EMB_DTYPES[path.suffix])
+    if path.suffix == ".fbin" and not np.isfinite(matrix).all():
+        row = int(np.argmin(np.isfinite(matrix).all(1)))
+        raise DataError(f"{path}: row {row} is not finite; the model has diverged, lower --lr")
+    with atomic_write(path) as file:
+        file.write(np.array(matrix.shape, "<u4").tobytes())
+        file.write(matrix.data)
+
+
+def load_emb(path: str | Path) -> np.ndarray:
+    """(n, d) memory map of what `save_emb` wrote; `*.u64bin` as int64, so that -1 is -1 again.
+
+    Raises:
+        DataError: the size is not the one that the header says.
+    """
+    path = Path(path)
+    dtype = EMB_DTYPES[path.suffix]
+    header = np.fromfile(path, "<u4", 2)
+    shape = tuple(int(size) for size in header)
+    expected = 8 + math.prod(shape) * dtype.itemsize if len(shape) == 2 else 8
+    if path.stat().st_size != expected:
+        raise DataError(
+            f"{path}: {path.stat().st_size} bytes, but its header makes {expected}; "
+            "the file is truncated, export again"
+        )
+    matrix = np.memmap(path, dtype, "r", 8, shape) if all(shape) else np.empty(shape, dtype)
+    return matrix.view("<i8") if path.suffix == ".u64bin" else matrix

@@ -1,0 +1,208 @@
+"""The command line: every flag, its default and its help."""
+
+from __future__ import annotations
+
+import argparse
+import math
+from typing import Any
+
+# Up to this many items "--negatives auto" ranks against all of them: it learns most per second
+# there (docs/log.md); beyond, the cost of a step would follow the catalogue.
+ALL_NEGATIVES_UP_TO = 20_000
+# Flags that a resumed run may change: where and how it runs, not what it computes.
+FREE_FLAGS = {
+    "data_dir",
+    "output_dir",
+    "log_dir",
+    "num_workers",
+    "device",
+    "resume",
+    "overwrite",
+    "save_every_steps",
+    "log_every",
+    "inference_only",
+    "state_dict_path",
+    "trust_pickle",
+    "top_k",
+    "request_time",
+}
+
+
+DEFAULT_MM_EMB_ID = ["81"]
+
+
+def get_args(argv: list[str] | None = None) -> argparse.Namespace:
+    """The flags; the only place with defaults."""
+    parser = argparse.ArgumentParser(
+        description="Train HSTU on user-event sequences, or export embeddings.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    flag = argparse.BooleanOptionalAction
+    data = parser.add_argument_group("data").add_argument
+    data("--data_dir", default="./data", help="folder of train_data.bin and the rest")
+    data("--maxlen", type=at_least(1), default=101, help="events seen, the newest are kept")
+    data("--item_features", nargs="+", default=["all"], metavar="ID", help="all, none, or ids")
+    data("--user_features", nargs="+", default=["all"], metavar="ID", help="all, none, or ids")
+    data("--actions", action=flag, default=True, help="inputs carry the event's action type")
+    data(
+        "--mm_emb_id",
+        nargs="*",
+        default=DEFAULT_MM_EMB_ID,
+        metavar="ID",
+        help="multimodal vectors to use; no value: none",
+    )
+    data(
+        "--mm_missing",
+        choices=["learnt", "zero"],
+        default="learnt",
+        help="what stands for an item without a multimodal vector",
+    )
+    data(
+        "--trust_pickle",
+        action="store_true",
+        help="load .pkl files unchecked: they can run any code",
+    )
+    data("--num_workers", type=at_least(0), default=4, help="loader processes; 0: load in line")
+
+    model = parser.add_argument_group("model").add_argument
+    model("--hidden_units", type=at_least(1), default=64, help="embedding width")
+    model("--num_blocks", type=at_least(1), default=2, help="HSTU layers")
+    model("--num_heads", type=at_least(1), default=1, help="attention heads")
+    model("--attention_dim", type=at_least(1), default=64, help="query and key width per head")
+    model("--linear_dim", type=at_least(1), default=64, help="value and gate width per head")
+    model(
+        "--dropout_rate",
+        type=between(0, 1, with_low=True),
+        default=0.2,
+        help="of inputs and blocks; 0: off",
+    )
+    model(
+        "--time_bias",
+        choices=["request", "event", "off"],
+        default="request",
+        help="time a query has: that of the event to predict, of the last seen event, or none",
+    )
+    model("--position_bias", action=flag, default=True, help="attention bias by distance")
+
+    loss = parser.add_argument_group("loss").add_argument
+    loss("--infonce_temp", type=between(0, math.inf), default=0.1, help="temperature, above 0")
+    loss(
+        "--negatives",
+        choices=["auto", "all", "batch", "uniform", "mixed"],
+        default="auto",
+        help="all items, the batch's targets, uniform ones, batch and uniform; "
+        f"auto: all up to {ALL_NEGATIVES_UP_TO:,} items, else mixed",
+    )
+    loss(
+        "--num_negatives",
+        type=at_least(1),
+        default=1024,
+        help="distinct uniform negatives shared by a batch",
+    )
+    loss(
+        "--logq", action=flag, default=True, help="correct in-batch negatives for their popularity"
+    )
+
+    optim = parser.add_argument_group("optimisation").add_argument
+    optim("--batch_size", type=at_least(1), default=128, help="sequences per batch")
+    optim("--num_epochs", type=at_least(1), default=3, help="passes over the training sequences")
+    optim("--lr", type=between(0, math.inf), default=0.001, help="highest learning rate")
+    optim(
+        "--weight_decay",
+        type=between(0, math.inf, with_low=True),
+        default=0.01,
+        help="AdamW's, of matrices but not of tables; 0: off",
+    )
+    optim(
+        "--warmup_steps",
+        type=at_least(0),
+        default=100,
+        help="steps of rising learning rate, before a cosine to 0; 0: none",
+    )
+    optim(
+        "--clip_grad",
+        type=between(0, math.inf, with_low=True),
+        default=1.0,
+        help="largest gradient norm; 0: no clipping",
+    )
+    optim("--accumulate_steps", type=at_least(1), default=1, help="batches per update")
+    optim(
+        "--patience",
+        type=at_least(0),
+        default=5,
+        help="epochs without a better validation before the run ends; 0: never",
+    )
+    optim(
+        "--early_stop_on",
+        choices=["loss", "ndcg"],
+        default="loss",
+        help="what decides the best epoch: validation loss or NDCG@10",
+    )
+    optim("--precision", choices=["fp32", "bf16", "fp16"], default="fp32", help="autocast type")
+    optim("--gradient_checkpointing", action="store_true", help="less memory, a third more time")
+    optim("--compile", action="store_true", help="torch.compile the model")
+
+    run = parser.add_argument_group("run").add_argument
+    run("--output_dir", default="./outputs", help="checkpoints, metrics and exports")
+    run("--log_dir", default="./logs", help="TensorBoard files")
+    run("--device", default="cuda", help="cuda, cuda:1, cpu; without CUDA: cpu")
+    run("--seed", type=at_least(0), default=42, help="of weights, order, dropout and negatives")
+    run(
+        "--resume",
+        default="auto",
+        metavar="auto|none|PATH",
+        help="go on from output_dir's newest state, start afresh, or go on from a resume_*.pt",
+    )
+    run(
+        "--overwrite",
+        action="store_true",
+        help="with --resume none: remove the checkpoints in output_dir",
+    )
+    run(
+        "--save_every_steps",
+        type=at_least(0),
+        default=0,
+        help="steps between saved states, besides each epoch's end; 0: none between",
+    )
+    run("--log_every", type=at_least(1), default=20, help="steps between log entries")
+    run(
+        "--remove_seen",
+        action=flag,
+        default=True,
+        help="leave a user's seen items out of the ranking",
+    )
+    run("--inference_only", action="store_true", help="export embeddings instead of training")
+    run("--state_dict_path", metavar="PATH", help="model_*.pt file to export")
+    run("--top_k", type=at_least(1), default=10, help="items exported per test user")
+    run(
+        "--request_time",
+        type=at_least(0),
+        default=None,
+        metavar="SECONDS",
+        help="Unix time of queries whose target is unknown; else that of the last event",
+    )
+    return parser.parse_args(argv)
+
+
+def at_least(low: int) -> Any:
+    """An argparse type: an integer not below `low`."""
+
+    def integer(text: str) -> int:
+        value = int(text)
+        if value < low:
+            raise argparse.ArgumentTypeError(f"{value} is below {low}")
+        return value
+
+    return integer
+
+
+def between(low: float, high: float, with_low: bool = False) -> Any:
+    """An argparse type: a number above `low` (or from it on) and below `high`."""
+
+    def number(text: str) -> float:
+        value = float(text)
+        if not (low < value < high or (with_low and value == low)):
+            raise argparse.ArgumentTypeError(f"{value} is not between {low} and {high}")
+        return value
+
+    return number

@@ -1,0 +1,136 @@
+"""MovieLens-1M to a data folder with leave-one-out splits.
+
+Reads the folder as GroupLens ships it (ratings.dat, movies.dat, users.dat) or as CSV
+(interactions.csv.gz, movies.csv.gz, users.csv). Equal timestamps keep the order of the file,
+which decides the last item of 42 % of the users. Ratings 1..5 become action types 0..4.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import gzip
+import re
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import numpy as np
+
+from atomic_io import DataError
+from data_folder import EVENT_DTYPE, Column, leave_one_out, write_dataset
+
+NUM_RATINGS = 5
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("source", help="folder of ratings.dat or interactions.csv.gz")
+    parser.add_argument("data_dir", help="folder to write")
+    args = parser.parse_args(argv)
+    try:
+        convert(Path(args.source), Path(args.data_dir))
+    except DataError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def convert(source: Path, data_dir: Path) -> None:
+    ratings, movies, users = read_source(source)
+    raw_users, raw_items, values, times = ratings.T
+    user_ids, user_index = np.unique(raw_users, return_inverse=True)
+    item_ids, item_index = np.unique(raw_items, return_inverse=True)
+    order = np.lexsort((times, user_index))  # stable: equal times stay in the file's order
+    events = np.empty(len(order), EVENT_DTYPE)
+    events["item_id"] = item_index[order] + 1
+    events["action_type"] = values[order] - 1
+    events["timestamp"] = times[order]
+    offsets = np.concatenate([[0], np.bincount(user_index).cumsum()])
+    titles, item_features = film_features([movies[item] for item in item_ids.tolist()])
+    write_dataset(
+        data_dir,
+        leave_one_out(events, offsets),
+        item_ids=item_ids,
+        user_ids=user_ids,
+        num_action_types=NUM_RATINGS,
+        item_features=item_features,
+        user_features=person_features([users[user] for user in user_ids.tolist()]),
+        item_names=titles,
+    )
+    counts = f"{len(user_ids):,} users, {len(item_ids):,} items, {len(events):,} events"
+    print(f"wrote {data_dir}: {counts}")
+
+
+def film_features(films: list[tuple[str, str, str]]) -> tuple[list[str], dict[str, Column]]:
+    """Titles, and genres as an array feature, year as a sparse one."""
+    titles, years, genres = zip(*films, strict=True)
+    names = sorted({name for row in genres for name in row.split("|")})
+    first = min(int(year) for year in years) - 1
+    return list(titles), {
+        "genres": Column("array", [[names.index(n) + 1 for n in row.split("|")] for row in genres]),
+        "year": Column("sparse", [int(year) - first for year in years]),
+    }
+
+
+def person_features(people: list[tuple[str, str, str]]) -> dict[str, Column]:
+    """Gender, age group and occupation as sparse features."""
+    columns = {}
+    for name, values in zip(
+        ("gender", "age", "occupation"), zip(*people, strict=True), strict=True
+    ):
+        codes = sorted(set(values))
+        columns[name] = Column("sparse", [codes.index(value) + 1 for value in values])
+    return columns
+
+
+def read_source(source: Path) -> tuple[np.ndarray, dict[int, tuple], dict[int, tuple]]:
+    """(n, 4) int64 user, item, rating, time; films: title, year, genres; users' demographics."""
+    if (source / "ratings.dat").exists():
+        ratings = np.array([row for row in read_dat(source / "ratings.dat", 4)], np.int64)
+        movies = {int(i): (t, year_of(t), g) for i, t, g in read_dat(source / "movies.dat", 3)}
+        people = read_dat(source / "users.dat", 5)
+        return ratings, movies, {int(u): (g, a, o) for u, g, a, o, _ in people}
+    if not (source / "interactions.csv.gz").exists():
+        raise DataError(f"{source}: neither ratings.dat nor interactions.csv.gz is there")
+    columns = ("user", "item", "rating", "timestamp")
+    ratings = np.array(
+        [[row[c] for c in columns] for row in read_csv(source / "interactions.csv.gz")], np.int64
+    )
+    movies = {
+        int(row["item"]): (row["title"], row["year"], row["genres"])
+        for row in read_csv(source / "movies.csv.gz")
+    }
+    users = {
+        int(row["user"]): (row["gender"], row["age"], row["occupation"])
+        for row in read_csv(source / "users.csv")
+    }
+    return ratings, movies, users
+
+
+def year_of(title: str) -> str:
+    return re.search(r"\((\d{4})\)\s*$", title).group(1)
+
+
+def read_dat(path: Path, num_fields: int) -> Iterator[list[str]]:
+    with open(path, encoding="latin-1") as file:
+        for number, line in enumerate(file, 1):
+            fields = line.rstrip("\r\n").split("::")
+            if len(fields) != num_fields:
+                raise DataError(
+                    f"{path}: line {number} has {len(fields)} fields, expected {num_fields} "
+                    "separated by '::'"
+                )
+            yield fields
+
+
+def read_csv(path: Path) -> Iterator[dict[str, str]]:
+    opener = gzip.open if path.suffix == ".gz" else open
+    with opener(path, "rt", encoding="utf-8-sig", newline="") as file:
+        yield from csv.DictReader(file)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

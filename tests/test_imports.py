@@ -1,0 +1,64 @@
+"""Imports between our modules go one way, and run-time packages are the four that are promised."""
+
+from __future__ import annotations
+
+import ast
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+# Module -> what it may import of ours, directly.
+ALLOWED = {
+    "atomic_io": set(),
+    "safe_pickle": {"atomic_io"},
+    "checkpoint": {"atomic_io"},
+    "features": {"atomic_io", "safe_pickle"},
+    "data_folder": {"atomic_io", "safe_pickle"},
+    "dataset": {"atomic_io", "data_folder"},
+    "hstu_components": set(),
+    "simplified_hstu": set(),
+    "dot_product_similarity": set(),
+    "model": {"hstu_components", "simplified_hstu", "dot_product_similarity"},
+    "metrics": set(),
+    "flags": set(),
+    "run_log": set(),
+}
+ALLOWED["main"] = set(ALLOWED)
+PACKAGES = {"torch", "numpy", "tqdm", "pyarrow"}  # pyarrow: optional, inside a function
+
+
+def imported(path: Path) -> set[str]:
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name.split(".")[0] for alias in node.names}
+        if isinstance(node, ast.ImportFrom) and node.level == 0:
+            names.add(node.module.split(".")[0])
+    return names
+
+
+def test_every_module_has_its_place():
+    assert {path.stem for path in ROOT.glob("*.py")} == set(ALLOWED)
+
+
+@pytest.mark.parametrize("module", ALLOWED)
+def test_imports_go_one_way(module):
+    names = imported(ROOT / f"{module}.py")
+    assert names & ALLOWED.keys() <= ALLOWED[module]
+    assert names - ALLOWED.keys() - set(sys.stdlib_module_names) <= PACKAGES
+
+
+@pytest.mark.parametrize(
+    ("module", "forbidden"),
+    [
+        ("model", {"tqdm", "argparse", "logging", "pathlib"}),
+        ("dataset", {"argparse", "tqdm"}),
+        ("checkpoint", {"argparse"}),
+        ("hstu_components", {"argparse", "logging", "pathlib"}),
+        ("simplified_hstu", {"argparse", "logging", "pathlib"}),
+    ],
+)
+def test_modules_do_not_contain_what_belongs_elsewhere(module, forbidden):
+    assert not imported(ROOT / f"{module}.py") & forbidden

@@ -1,0 +1,476 @@
+"""The command line end to end, in this process: each flag has an effect, runs resume exactly."""
+
+from __future__ import annotations
+
+import json
+import pickle
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import NUM_ITEMS, write_tiny
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+import main as main_module
+from checkpoint import load_checkpoint
+from data_folder import EVENT_DTYPE, Sequences, write_dataset
+from dataset import load_emb
+from flags import get_args
+from main import main
+
+SMALL = [
+    "--device=cpu", "--num_workers=0", "--num_epochs=2", "--batch_size=4", "--maxlen=6",
+    "--hidden_units=8", "--attention_dim=5", "--linear_dim=6", "--warmup_steps=2",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    return write_tiny(tmp_path_factory.mktemp("tiny") / "data")
+
+
+def run(tmp_path: Path, data: Path, *flags: str, name: str = "run") -> Path:
+    """Train into tmp_path/name; later flags win."""
+    output_dir = tmp_path / name
+    folders = [f"--data_dir={data}", f"--output_dir={output_dir}", f"--log_dir={output_dir}/logs"]
+    assert main([*folders, *SMALL, *flags]) == 0
+    return output_dir
+
+
+def weights(output_dir: Path, name: str = "model_epoch_2.pt") -> dict[str, torch.Tensor]:
+    return load_checkpoint(output_dir / name)["weights"]
+
+
+def are_equal(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(one[k], other[k]) for k in one)
+
+
+def metrics(output_dir: Path) -> dict:
+    return json.loads((output_dir / "metrics.json").read_text())
+
+
+# Flag -> (flags of one run, flags of the other): the trained weights must differ.
+TRAINING_FLAGS = {
+    "maxlen": ([], ["--maxlen=3"]),
+    "item_features": (["--item_features", "100"], ["--item_features", "none"]),
+    "user_features": ([], ["--user_features", "103", "age"]),
+    "actions": ([], ["--no-actions"]),
+    "mm_emb_id": ([], ["--mm_emb_id"]),
+    "mm_missing": ([], ["--mm_missing=zero"]),
+    "hidden_units": ([], ["--hidden_units=9"]),
+    "num_blocks": ([], ["--num_blocks=1"]),
+    "num_heads": ([], ["--num_heads=2"]),
+    "attention_dim": ([], ["--attention_dim=4"]),
+    "linear_dim": ([], ["--linear_dim=4"]),
+    "dropout_rate": ([], ["--dropout_rate=0"]),
+    "time_bias": ([], ["--time_bias=event"]),
+    "position_bias": ([], ["--no-position_bias"]),
+    "infonce_temp": ([], ["--infonce_temp=0.5"]),
+    "negatives": (["--negatives=batch"], ["--negatives=mixed"]),
+    "num_negatives": (
+        ["--negatives=uniform", "--num_negatives=3"],
+        ["--negatives=uniform", "--num_negatives=5"],
+    ),
+    "logq": (["--negatives=batch"], ["--negatives=batch", "--no-logq"]),
+    "batch_size": ([], ["--batch_size=3"]),
+    "num_epochs": ([], ["--num_epochs=3"]),
+    "lr": ([], ["--lr=0.01"]),
+    "weight_decay": ([], ["--weight_decay=0.5"]),
+    "warmup_steps": ([], ["--warmup_steps=0"]),
+    "clip_grad": (["--clip_grad=0"], ["--clip_grad=0.001"]),
+    "accumulate_steps": ([], ["--accumulate_steps=2"]),
+    "precision": ([], ["--precision=bf16"]),
+    "seed": ([], ["--seed=1"]),
+}
+
+
+@pytest.mark.parametrize("flag", TRAINING_FLAGS)
+def test_flag_changes_what_is_trained(flag, tmp_path, data):
+    first, second = TRAINING_FLAGS[flag]
+    one, other = run(tmp_path, data, *first), run(tmp_path, data, *second, name="other")
+    assert not are_equal(weights(one), weights(other))
+
+
+def test_every_flag_is_tested_for_its_effect():
+    others = {
+        "data_dir", "output_dir", "log_dir", "num_workers", "device", "trust_pickle", "patience",
+        "early_stop_on", "gradient_checkpointing", "compile", "resume", "overwrite",
+        "save_every_steps", "log_every", "remove_seen", "inference_only", "state_dict_path",
+        "top_k", "request_time",
+    }  # fmt: skip
+    assert set(vars(get_args([]))) == others | set(TRAINING_FLAGS)
+
+
+def test_two_runs_with_one_seed_are_equal_byte_for_byte(tmp_path, data):
+    one, other = run(tmp_path, data), run(tmp_path, data, name="other")
+    for name in ("model_epoch_1.pt", "model_epoch_2.pt", "model_best.pt"):
+        assert (one / name).read_bytes() == (other / name).read_bytes()
+    assert metrics(one) == metrics(other)
+
+
+def test_the_number_of_workers_does_not_change_what_is_trained(tmp_path, data, monkeypatch):
+    opened = []
+    loader = main_module.DataLoader
+
+    def spy(*args, **kwargs):
+        opened.append(kwargs["num_workers"])
+        return loader(*args, **kwargs)
+
+    monkeypatch.setattr(main_module, "DataLoader", spy)
+    flags = ["--negatives=mixed", "--num_negatives=4"]
+    one = run(tmp_path, data, *flags)
+    assert set(opened) == {0}
+    opened.clear()
+    other = run(tmp_path, data, *flags, "--num_workers=2", name="o")
+    assert set(opened) == {2}
+    assert are_equal(weights(one), weights(other))
+
+
+def test_accumulated_batches_equal_one_large_batch(tmp_path, data):
+    flags = ["--dropout_rate=0", "--num_epochs=1"]
+    one = run(tmp_path, data, *flags, "--batch_size=6")
+    other = run(tmp_path, data, *flags, "--batch_size=2", "--accumulate_steps=3", name="o")
+    pairs = weights(one, "model_epoch_1.pt"), weights(other, "model_epoch_1.pt")
+    for name, weight in pairs[0].items():
+        torch.testing.assert_close(weight, pairs[1][name], rtol=1e-4, atol=1e-5, msg=name)
+
+
+def test_gradient_checkpointing_is_used_and_changes_no_weight(tmp_path, data, monkeypatch):
+    import simplified_hstu
+
+    calls = []
+    checkpoint = simplified_hstu.checkpoint
+
+    def spy(*args, **kwargs):
+        calls.append(args[0])
+        return checkpoint(*args, **kwargs)
+
+    monkeypatch.setattr(simplified_hstu, "checkpoint", spy)
+    plain = run(tmp_path, data)
+    assert not calls
+    saved = run(tmp_path, data, "--gradient_checkpointing", name="o")
+    assert calls
+    assert are_equal(weights(plain), weights(saved))
+
+
+@pytest.mark.slow
+def test_a_compiled_model_learns_the_same(tmp_path, data, monkeypatch):
+    compiled = []
+    monkeypatch.setattr(
+        torch, "compile", lambda model, **options: compiled.append(options) or model
+    )
+    one, other = run(tmp_path, data), run(tmp_path, data, "--compile", name="o")
+    assert compiled and all(options == {"dynamic": True} for options in compiled)
+    assert are_equal(weights(one), weights(other))
+
+
+def test_a_machine_without_cuda_falls_back_with_one_line(tmp_path, data, capsys):
+    if torch.cuda.is_available():
+        pytest.skip("this machine has CUDA")
+    run(tmp_path, data, "--device=cuda")
+    assert capsys.readouterr().out.count("running on the CPU") == 1
+
+
+def test_absent_vectors_81_are_said_once_and_others_are_an_error(tmp_path, data, capsys):
+    write_dataset(
+        tmp_path / "plain",
+        {"train": read_split(data, "train")},
+        item_ids=range(1, NUM_ITEMS + 1),
+        user_ids=range(1, 12),
+        num_action_types=3,
+    )
+    run(tmp_path, tmp_path / "plain")
+    assert capsys.readouterr().out.count("no multimodal vectors 81") == 1
+    assert main([f"--data_dir={data}", f"--output_dir={tmp_path}/o", *SMALL, "--mm_emb_id=82"]) == 1
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert "82" in error and "81" in error
+
+
+def read_split(data: Path, split: str) -> Sequences:
+    events = np.fromfile(data / f"{split}_data.bin", EVENT_DTYPE)
+    offsets = np.fromfile(data / f"{split}_offsets.bin", np.int64)
+    return Sequences(events, offsets, np.fromfile(data / f"{split}_users.bin", np.int32))
+
+
+def test_a_pickle_is_trusted_only_on_request(tmp_path, capsys):
+    data = write_tiny(tmp_path / "data")
+    vectors = {1000 + 3 * k: Trusting() if k == 0 else np.ones(4) for k in range(NUM_ITEMS)}
+    (data / "creative_emb" / "82.pkl").write_bytes(pickle.dumps(vectors))
+    flags = [f"--data_dir={data}", f"--output_dir={tmp_path}/o", f"--log_dir={tmp_path}/l", *SMALL]
+    assert main([*flags, "--mm_emb_id=82"]) == 1
+    assert "82.pkl" in capsys.readouterr().err
+    assert main([*flags, "--mm_emb_id=82", "--trust_pickle"]) == 0
+
+
+class Trusting:
+    """Pickles as a call of numpy.ones, which the safe reader refuses."""
+
+    def __reduce__(self):
+        return np.ones, (4,)
+
+
+def test_metrics_are_those_of_the_best_epoch_and_patience_ends_a_run(tmp_path, data):
+    for criterion in ("loss", "ndcg"):
+        flags = ["--num_epochs=12", "--patience=2", f"--early_stop_on={criterion}", "--lr=0.3"]
+        output_dir = run(tmp_path, data, *flags, name=criterion)
+        curve = scalars(output_dir, "Loss/valid" if criterion == "loss" else "Metrics/NDCG@10")
+        values = [value if criterion == "loss" else -value for _, value in curve]
+        best = metrics(output_dir)["best_epoch"]
+        assert best == values.index(min(values)) + 1
+        assert len(values) == min(12, best + 2)
+        assert (output_dir / "model_best.pt").read_bytes() == (
+            output_dir / f"model_epoch_{best}.pt"
+        ).read_bytes()
+    assert not (tmp_path / "loss" / "model_epoch_12.pt").exists()
+
+
+def scalars(output_dir: Path, tag: str) -> list[tuple[int, float]]:
+    events = EventAccumulator(str(output_dir / "logs"), size_guidance={"scalars": 0}).Reload()
+    return [(event.step, event.value) for event in events.Scalars(tag)]
+
+
+def test_seen_items_are_ranked_only_on_request(tmp_path, data):
+    removed = run(tmp_path, data)
+    kept = run(tmp_path, data, "--no-remove_seen", name="o")
+    assert metrics(removed)["test"]["MRR"] > metrics(kept)["test"]["MRR"]
+
+
+def test_log_every_sets_the_steps_of_the_curves(tmp_path, data):
+    output_dir = run(tmp_path, data, "--log_every=2")
+    assert [step for step, _ in scalars(output_dir, "Loss/train")] == [2, 4, 6]
+    assert [step for step, _ in scalars(output_dir, "Loss/valid")] == [3, 6]
+
+
+# ------------------------------------------------------------------------------------------- resume
+
+
+class KilledError(Exception):
+    """Stands for a kill."""
+
+
+def stop_after(monkeypatch, steps: int) -> None:
+    train_step = main_module.train_step
+    taken = []
+
+    def stopping(*args):
+        if len(taken) == steps:
+            raise KilledError
+        taken.append(1)
+        return train_step(*args)
+
+    monkeypatch.setattr(main_module, "train_step", stopping)
+
+
+@pytest.mark.parametrize(
+    ("steps", "every"), [(1, 0), (3, 0), (5, 0), (1, 1), (3, 1), (4, 1), (4, 2), (5, 2)]
+)
+def test_an_interrupted_run_ends_like_a_whole_one(tmp_path, data, monkeypatch, steps, every):
+    flags = ["--negatives=mixed", "--num_negatives=4", "--log_every=1"]
+    whole = run(tmp_path, data, *flags)
+    with monkeypatch.context() as patch:
+        stop_after(patch, steps)
+        with pytest.raises(KilledError):
+            run(tmp_path, data, *flags, f"--save_every_steps={every}", name="o")
+    torch.manual_seed(999)
+    resumed = run(tmp_path, data, *flags, f"--save_every_steps={every}", name="o")
+    for name in ("model_epoch_1.pt", "model_epoch_2.pt", "model_best.pt"):
+        assert (whole / name).read_bytes() == (resumed / name).read_bytes()
+    assert metrics(whole) == metrics(resumed)
+    for tag in ("Loss/train", "Loss/train_epoch", "Loss/valid", "Train/lr", "Metrics/MRR"):
+        assert scalars(whole, tag) == scalars(resumed, tag), tag
+
+
+def test_states_are_saved_every_so_many_steps_and_the_last_two_kept(tmp_path, data):
+    output_dir = run(tmp_path, data, "--save_every_steps=1")
+    assert sorted(path.name for path in output_dir.glob("resume_*")) == [
+        "resume_5.pt",
+        "resume_6.pt",
+    ]
+
+
+def test_a_finished_run_is_not_trained_again(tmp_path, data, monkeypatch, capsys):
+    output_dir = run(tmp_path, data)
+    before = {path.name: path.stat().st_mtime_ns for path in output_dir.glob("*.pt")}
+    stop_after(monkeypatch, 0)
+    run(tmp_path, data)
+    assert before == {path.name: path.stat().st_mtime_ns for path in output_dir.glob("*.pt")}
+    assert capsys.readouterr().out.count("finished: 2 epochs") == 2
+
+
+def test_other_settings_are_refused_with_both_values(tmp_path, data, capsys):
+    output_dir = run(tmp_path, data)
+    folders = [f"--data_dir={data}", f"--output_dir={output_dir}", f"--log_dir={output_dir}/logs"]
+    assert main([*folders, *SMALL, "--lr=0.5", "--hidden_units=9"]) == 1
+    error = capsys.readouterr().err
+    assert "lr: 0.001 then, 0.5 now" in error
+    assert "hidden_units: 8 then, 9 now" in error
+    assert error.count("\n") == 1
+
+
+def test_resume_none_never_overwrites_unasked(tmp_path, data, capsys):
+    output_dir = run(tmp_path, data, "--resume=none")
+    folders = [f"--data_dir={data}", f"--output_dir={output_dir}", f"--log_dir={output_dir}/logs"]
+    assert main([*folders, *SMALL, "--resume=none"]) == 1
+    assert "--overwrite" in capsys.readouterr().err
+    run(tmp_path, data, "--resume=none", "--overwrite", "--lr=0.5")
+    assert metrics(output_dir)
+
+
+def test_resume_from_a_named_state(tmp_path, data):
+    whole = run(tmp_path, data, "--save_every_steps=5")
+    resumed = run(tmp_path, data, f"--resume={whole}/resume_5.pt", name="o")
+    assert (whole / "model_epoch_2.pt").read_bytes() == (resumed / "model_epoch_2.pt").read_bytes()
+
+
+# ---------------------------------------------------------------------------------------- inference
+
+
+def infer(tmp_path: Path, data: Path, checkpoint: Path, *flags: str, name: str = "export") -> Path:
+    export = tmp_path / name
+    folders = [f"--data_dir={data}", f"--output_dir={export}", f"--state_dict_path={checkpoint}"]
+    assert main(["--inference_only", "--device=cpu", "--num_workers=0", *folders, *flags]) == 0
+    return export
+
+
+def test_inference_exports_what_an_index_and_a_recommender_need(tmp_path, data):
+    trained = run(tmp_path, data)
+    export = infer(tmp_path, data, trained / "model_epoch_2.pt", "--top_k=4")
+    items = load_emb(export / "item_embeddings" / "embedding.fbin")
+    ids = load_emb(export / "item_embeddings" / "id.u64bin")[:, 0]
+    assert items.shape == (NUM_ITEMS, 8)
+    np.testing.assert_allclose(np.linalg.norm(items, axis=1), 1, rtol=1e-5)
+    assert ids.tolist() == [1000 + 3 * k for k in range(NUM_ITEMS)]
+    queries = load_emb(export / "user_embeddings" / "embedding.fbin")
+    users = load_emb(export / "user_embeddings" / "id.u64bin")[:, 0]
+    top = load_emb(export / "user_embeddings" / "topk.u64bin")
+    assert top.shape == (11, 4)
+    assert sorted(users.tolist()) == list(range(1, 12))  # "user-3" is no integer: re-ids
+    history = read_split(data, "test")
+    for query, user, row in zip(queries, users, top, strict=True):
+        events = history.events[history.offsets[user - 1] : history.offsets[user] - 1]
+        scores = items @ query
+        scores[events["item_id"] - 1] = -np.inf
+        assert row.tolist() == ids[np.argsort(-scores)[:4]].tolist()
+    manifest = json.loads((export / "user_embeddings" / "manifest.json").read_text())
+    assert (manifest["item_ids"], manifest["user_ids"]) == ("original", "re-id")
+
+
+def test_the_exported_config_wins_over_todays_flags(tmp_path, data):
+    trained = run(tmp_path, data)
+    plain = infer(tmp_path, data, trained / "model_best.pt")
+    other = infer(
+        tmp_path, data, trained / "model_best.pt", "--hidden_units=9", "--maxlen=2", name="o"
+    )
+    for name in ("item_embeddings/embedding.fbin", "user_embeddings/embedding.fbin"):
+        assert (plain / name).read_bytes() == (other / name).read_bytes()
+
+
+def test_the_request_time_is_the_query_time_of_unknown_targets(tmp_path, data):
+    test_split = read_split(data, "test")
+    write_dataset(
+        tmp_path / "data",
+        {"train": read_split(data, "train"), "test": test_split},
+        item_ids=range(1, NUM_ITEMS + 1),
+        user_ids=range(1, 12),
+        num_action_types=3,
+        targets={"test": "none"},
+    )
+    trained = run(tmp_path, tmp_path / "data", "--lr=0.1")
+    exports = [
+        infer(tmp_path, tmp_path / "data", trained / "model_best.pt", *flags, name=f"export{k}")
+        for k, flags in enumerate([[], ["--request_time=2000000000"]])
+    ]
+    name = "user_embeddings/embedding.fbin"
+    assert (exports[0] / name).read_bytes() != (exports[1] / name).read_bytes()
+    assert "test" not in metrics(trained)
+
+
+def test_a_checkpoint_of_other_data_is_refused(tmp_path, data, capsys):
+    trained = run(tmp_path, data)
+    write_dataset(
+        tmp_path / "data",
+        {"train": read_split(data, "train")},
+        item_ids=range(1, NUM_ITEMS + 9),
+        user_ids=range(1, 12),
+        num_action_types=3,
+    )
+    flags = [f"--state_dict_path={trained}/model_best.pt", f"--output_dir={tmp_path}/e"]
+    assert main(["--inference_only", "--device=cpu", f"--data_dir={tmp_path}/data", *flags]) == 1
+    assert capsys.readouterr().err.count("\n") == 1
+    assert not (tmp_path / "e").exists()
+
+
+# ------------------------------------------------------------------------------------------- errors
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--batch_size=0"], ["--lr=nan"], ["--infonce_temp=0"], ["--maxlen=0"],
+        ["--num_workers=-1"], ["--dropout_rate=1"], ["--clip_grad=-1"], ["--negatives=none"],
+    ],
+)  # fmt: skip
+def test_a_wrong_flag_is_argparses_error(flags, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        main(flags)
+    assert flags[0].split("=")[0] in capsys.readouterr().err
+
+
+def test_a_missing_data_folder_is_one_line_and_exit_code_1(tmp_path, capsys):
+    assert main([f"--data_dir={tmp_path}/nowhere", f"--output_dir={tmp_path}/o"]) == 1
+    captured = capsys.readouterr()
+    assert captured.err.startswith("error: ") and captured.err.count("\n") == 1
+    assert "nowhere" in captured.err
+
+
+def test_a_loss_that_is_not_finite_stops_before_the_update(tmp_path, data, monkeypatch, capsys):
+    before = []
+    forward = main_module.HSTUModel.forward
+
+    def poisoned(model, batch):
+        before.append({k: v.clone() for k, v in model.state_dict().items()})
+        poisoned.model = model
+        return forward(model, batch) * (float("nan") if len(before) == 3 else 1.0)
+
+    monkeypatch.setattr(main_module.HSTUModel, "forward", poisoned)
+    output_dir = tmp_path / "o"
+    assert (
+        main(
+            [f"--data_dir={data}", f"--output_dir={output_dir}", f"--log_dir={output_dir}", *SMALL]
+        )
+        == 1
+    )
+    assert "epoch 1 step 3: loss nan" in capsys.readouterr().err
+    assert are_equal(before[-1], poisoned.model.state_dict())
+
+
+def test_names_of_the_public_description_are_there(data):
+    from dataset import MyDataset, save_emb
+    from dot_product_similarity import DotProductSimilarity
+    from hstu_components import (
+        L2NormEmbeddingPostprocessor,
+        LearnablePositionalEmbeddingInputFeaturesPreprocessor,
+        LocalEmbeddingModule,
+    )
+    from simplified_hstu import HSTU, HSTUAttention
+
+    args = get_args([f"--data_dir={data}", *SMALL])
+    model = main_module.prepare_run(
+        args, main_module.read_manifest(data), MyDataset(data, "train", 6)
+    ).model
+    assert isinstance(model.embedding_module, LocalEmbeddingModule)
+    assert isinstance(
+        model.input_preprocessor, LearnablePositionalEmbeddingInputFeaturesPreprocessor
+    )
+    assert isinstance(model.hstu, HSTU)
+    assert isinstance(model.output_postprocessor, L2NormEmbeddingPostprocessor)
+    assert isinstance(model.similarity, DotProductSimilarity)
+    assert model.sparse_emb and model.emb_transform
+    block = model.hstu.blocks[0]
+    assert isinstance(block, HSTUAttention)
+    assert all(
+        hasattr(block, name) for name in ("qkv_proj", "output_proj", "layer_norm", "dropout")
+    )
+    assert callable(model.compute_infonce_loss) and callable(save_emb)
