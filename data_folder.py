@@ -327,8 +327,10 @@ def write_dataset(
     with atomic_write(data_dir / "indexer.pkl") as file:
         pickle.dump(indexer, file, protocol=4)
     files.append("indexer.pkl")
-    files += _write_features(data_dir, {"item": item_features or {}, "user": user_features or {}})
-    for feature_id, vectors in (item_vectors or {}).items():
+    item_vectors = item_vectors or {}
+    sides = {"item": item_features or {}, "user": user_features or {}}
+    files += _write_features(data_dir, sides, list(item_vectors))
+    for feature_id, vectors in item_vectors.items():
         files.append(_write_vectors(data_dir, feature_id, vectors))
     if item_names is not None:
         with atomic_write(data_dir / "item_names.txt") as file:
@@ -390,10 +392,12 @@ def _write_split(data_dir: Path, split: str, chunks: Iterable[Sequences]) -> lis
     return [path.name for path in paths]
 
 
-def _write_features(data_dir: Path, sides: Mapping[str, Mapping[str, Column]]) -> list[str]:
+def _write_features(
+    data_dir: Path, sides: Mapping[str, Mapping[str, Column]], vector_ids: list[str]
+) -> list[str]:
     if not any(sides.values()):
         return []
-    types: dict[str, list[str]] = {"item_emb": []}
+    types: dict[str, list[str]] = {"item_emb": vector_ids}
     statistics, defaults, names = {}, {}, []
     for side, columns in sides.items():
         for feature_id, column in columns.items():

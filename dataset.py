@@ -91,7 +91,9 @@ class MyDataset(Dataset):
         maxlen: events seen, N; the newest are kept.
         negatives: "all", "batch" (the batch's targets), "uniform", or "mixed" (both).
         num_negatives: distinct uniform ones per batch, for "uniform" and "mixed".
-        item_counts: (X + 1,) how often each item is trained on; given, logQ corrects the negatives.
+        item_counts: (X + 1,) how often each item is trained on; given, an item that never is will
+            not be a negative: it could only be pushed away, whatever its features say.
+        has_logq: correct in-batch negatives for how often their items come (needs item_counts).
         request_time: Unix seconds of a query whose target is unknown; None: its last event's.
 
     Raises:
@@ -107,16 +109,21 @@ class MyDataset(Dataset):
         negatives: str = "all",
         num_negatives: int = 0,
         item_counts: np.ndarray | None = None,
+        has_logq: bool = False,
         request_time: int | None = None,
     ):
         if negatives not in NEGATIVES or (negatives in ("uniform", "mixed") and num_negatives < 1):
             raise ValueError(f"negatives {negatives!r} with num_negatives {num_negatives}: no loss")
         self.data_dir, self.split, self.maxlen = Path(data_dir), split, maxlen
         self.negatives, self.num_negatives = negatives, num_negatives
-        self.item_counts, self.request_time = item_counts, request_time
+        self.has_logq, self.request_time = has_logq, request_time
         manifest = read_manifest(self.data_dir)
         self.num_items, self.num_users = manifest.num_items, manifest.num_users
         self.num_action_types = manifest.num_action_types
+        self.item_counts = item_counts
+        self.trained_ids = np.arange(1, self.num_items + 1)
+        if item_counts is not None:
+            self.trained_ids = np.flatnonzero(item_counts)
         if split not in manifest.targets:
             raise DataError(
                 f"{self.data_dir}: no {split} split there, only {', '.join(manifest.targets)}"
@@ -208,20 +215,19 @@ class MyDataset(Dataset):
         """The item fields of Batch; draws the negatives."""
         if self.negatives == "all":
             distinct, event_rows = np.arange(1, self.num_items + 1), item_ids.astype(np.int64) - 1
-            drawn_rows = event_rows[:0]
+            is_every = len(self.trained_ids) == self.num_items
+            negative_index = None if is_every else self.trained_ids - 1
         else:
             drawn = self._draw_uniform(seed)
             distinct, rows = np.unique(np.concatenate([item_ids, drawn]), return_inverse=True)
-            event_rows, drawn_rows = np.split(rows, [len(item_ids)])
-        target_index = np.where(has_next, event_rows[nexts], -1)
-        negative_index = log_q = None
-        if self.negatives != "all":
+            event_rows, negative_index = np.split(rows, [len(item_ids)])
             if self.negatives != "uniform":
-                drawn_rows = np.concatenate([drawn_rows, event_rows[nexts][has_next]])
-            negative_index = np.unique(drawn_rows)
-            if self.item_counts is not None:
-                num_targets = 0 if self.negatives == "uniform" else int(has_next.sum())
-                log_q = self._log_q(distinct[negative_index], num_targets)
+                targets = event_rows[nexts][has_next]
+                negative_index = np.unique(np.concatenate([negative_index, targets]))
+        target_index = np.where(has_next, event_rows[nexts], -1)
+        log_q = None
+        if self.has_logq and self.negatives in ("batch", "mixed"):
+            log_q = self._log_q(distinct[negative_index], int(has_next.sum()))
         return {
             "distinct_ids": distinct.astype(np.int64),
             "item_index": event_rows[inputs],
@@ -233,9 +239,9 @@ class MyDataset(Dataset):
     def _draw_uniform(self, seed: tuple[int, ...]) -> np.ndarray:
         if self.negatives == "batch":
             return np.empty(0, np.int64)
-        size = min(self.num_negatives, self.num_items)
-        generator = np.random.default_rng(seed)
-        return generator.choice(self.num_items, size, replace=False, shuffle=False) + 1
+        total = len(self.trained_ids)
+        size, generator = min(self.num_negatives, total), np.random.default_rng(seed)
+        return self.trained_ids[generator.choice(total, size, replace=False, shuffle=False)]
 
     def _log_q(self, item_ids: np.ndarray, num_targets: int) -> np.ndarray:
         """Log of how much likelier each negative was than one drawn uniformly, (M,) float32.
@@ -244,25 +250,11 @@ class MyDataset(Dataset):
         popular items come too often; with their logits lowered by this much, the sum over
         negatives estimates what the same number of uniform ones would give.
         """
-        share = (self.item_counts[item_ids] + 1.0) / (self.item_counts.sum() + self.num_items)
-        uniform = 0 if self.negatives == "batch" else min(self.num_negatives, self.num_items)
-        absent = np.exp(num_targets * np.log1p(-share)) * (1 - uniform / self.num_items)
-        return np.log((1 - absent) / (len(item_ids) / self.num_items)).astype(np.float32)
-
-    def count_items(self) -> np.ndarray:
-        """(X + 1,) int64: how often each item occurs in this split."""
-        events, counts = self._open()[0], np.zeros(self.num_items + 1, np.int64)
-        for start in range(0, len(events), 1 << 22):
-            ids = item_ids_of(events[start : start + (1 << 22)])
-            bad = (ids < 1) | (ids > self.num_items)
-            if bad.any():
-                event, path = bad.argmax(), split_path(self.data_dir, self.split, "data")
-                raise DataError(
-                    f"{path}: event {start + event} has item id {ids[event]}, not in "
-                    f"1..{self.num_items}; write the split again"
-                )
-            counts += np.bincount(ids, minlength=len(counts))
-        return counts
+        num_items = len(self.trained_ids)
+        share = (self.item_counts[item_ids] + 1.0) / (self.item_counts.sum() + num_items)
+        uniform = 0 if self.negatives == "batch" else min(self.num_negatives, num_items)
+        absent = np.exp(num_targets * np.log1p(-share)) * (1 - uniform / num_items)
+        return np.log((1 - absent) / (len(item_ids) / num_items)).astype(np.float32)
 
     def _open(self) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
         if self._maps is None:
@@ -298,6 +290,26 @@ class MyDataset(Dataset):
             f"{where}: item id {ids[event]} is not in 1..{self.num_items} (0 is padding and never "
             "stored); write the split again with dense item ids"
         )
+
+
+def count_items(data_dir: str | Path, split: str, num_items: int) -> np.ndarray:
+    """(X + 1,) int64: how often each item occurs in a split.
+
+    Raises:
+        DataError: an event's item id lies outside 1..num_items.
+    """
+    events, counts = open_split(Path(data_dir), split)[0], np.zeros(num_items + 1, np.int64)
+    for start in range(0, len(events), 1 << 22):
+        ids = item_ids_of(events[start : start + (1 << 22)])
+        bad = (ids < 1) | (ids > num_items)
+        if bad.any():
+            event, path = bad.argmax(), split_path(Path(data_dir), split, "data")
+            raise DataError(
+                f"{path}: event {start + event} has item id {ids[event]}, not in "
+                f"1..{num_items}; write the split again"
+            )
+        counts += np.bincount(ids, minlength=len(counts))
+    return counts
 
 
 def _concatenate(fetched: Sequence[Fetched]) -> Fetched:

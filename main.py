@@ -30,7 +30,7 @@ from checkpoint import (
     set_random_states,
 )
 from data_folder import Manifest, original_ids, read_indexer, read_manifest
-from dataset import Batch, BatchSampler, MyDataset, save_emb
+from dataset import Batch, BatchSampler, MyDataset, count_items, save_emb
 from features import find_vectors, load_features, load_vectors
 from flags import ALL_NEGATIVES_UP_TO, DEFAULT_MM_EMB_ID, FREE_FLAGS, get_args
 from hstu_components import encoder_arguments
@@ -75,14 +75,17 @@ class Run:
 def main(argv: list[str] | None = None) -> int:
     """Train or infer as the command line says; the exit code."""
     args = get_args(argv)
-    logging.basicConfig(format="%(message)s", stream=sys.stdout, force=True)
+    handler = logging.StreamHandler(sys.stdout)
+    log.addHandler(handler)
     log.setLevel(logging.INFO)
     try:
-        with logging_redirect_tqdm(loggers=[logging.root]):
+        with logging_redirect_tqdm(loggers=[log]):
             infer(args) if args.inference_only else train(args)
     except DataError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
+    finally:
+        log.removeHandler(handler)
     return 0
 
 
@@ -119,13 +122,14 @@ def open_datasets(args: argparse.Namespace, manifest: Manifest) -> dict[str, MyD
         "maxlen": args.maxlen,
         "negatives": negatives,
         "num_negatives": args.num_negatives,
+        "has_logq": args.logq,
         "request_time": args.request_time,
     }
-    train_set = MyDataset(args.data_dir, "train", **options)
-    if args.logq and negatives in ("batch", "mixed"):
-        train_set.item_counts = options["item_counts"] = train_set.count_items()
-    others = [split for split in manifest.targets if split != "train"]
-    return {"train": train_set} | {s: MyDataset(args.data_dir, s, **options) for s in others}
+    counts = count_items(args.data_dir, "train", manifest.num_items)
+    return {
+        split: MyDataset(args.data_dir, split, item_counts=counts, **options)
+        for split in manifest.targets
+    }
 
 
 def prepare_run(args: argparse.Namespace, manifest: Manifest, train_set: MyDataset) -> Run:

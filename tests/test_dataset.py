@@ -16,13 +16,17 @@ from torch.utils.data import DataLoader
 
 from atomic_io import DataError
 from data_folder import EVENT_DTYPE, Sequences, write_dataset
-from dataset import Batch, BatchSampler, Draw, MyDataset, load_emb, save_emb
+from dataset import Batch, BatchSampler, Draw, MyDataset, count_items, load_emb, save_emb
 
 NUM_ITEMS, NUM_USERS, NUM_ACTIONS, MAXLEN = 23, 11, 3, 4
 LENGTHS = [3, 9, 2, 5, 6, 2, 4]
 USERS = [4, 2, 11, 7, 1, 9, 5]
 REQUEST_TIME = 2_000_000_000
 SEED = (42, 1, 3)
+
+
+def counts_of(dataset: MyDataset) -> np.ndarray:
+    return count_items(dataset.data_dir, dataset.split, dataset.num_items)
 
 
 def make_events(num_events: int, seed: int = 0) -> np.ndarray:
@@ -353,7 +357,7 @@ def test_a_plain_id_beyond_int32_is_refused(tmp_path):
 
 def test_items_are_counted_over_the_whole_file(folder):
     expected = np.bincount(make_events(sum(LENGTHS))["item_id"], minlength=NUM_ITEMS + 1)
-    assert_array_equal(MyDataset(folder, "train", maxlen=1).count_items(), expected)
+    assert_array_equal(counts_of(MyDataset(folder, "train", maxlen=1)), expected)
 
 
 @pytest.mark.parametrize("value", [0, -1, NUM_ITEMS + 1])
@@ -362,7 +366,7 @@ def test_counting_names_a_bad_event(tmp_path, value):
     events["item_id"][13] = value
     dataset = MyDataset(write(tmp_path, events=events), "train")
     with pytest.raises(DataError, match=rf"train_data\.bin: event 13 has item id {value}, not in"):
-        dataset.count_items()
+        counts_of(dataset)
 
 
 # -------------------------------------------------------------------------------------- negatives
@@ -456,7 +460,7 @@ def test_log_q_makes_negatives_of_the_batch_as_good_as_uniform_ones(
     popular, negatives, num_negatives
 ):
     dataset = MyDataset(popular, "train", MAXLEN, negatives, num_negatives)
-    dataset.item_counts = dataset.count_items()
+    dataset.has_logq, dataset.item_counts = True, counts_of(dataset)
     weights = inclusion(dataset, 3000, is_weighted=True)
     # A uniform negative counts 1 on average. Monte Carlo: 5 standard errors, passed for one of 13
     # items once in 130,000 seeds. The + 1 that smooths the counts: less than 1 %.
@@ -469,7 +473,7 @@ def test_log_q_makes_negatives_of_the_batch_as_good_as_uniform_ones(
 
 def test_log_q_is_a_function_of_frequency_and_batch(popular):
     dataset = MyDataset(popular, "train", MAXLEN, "batch")
-    dataset.item_counts = dataset.count_items()
+    dataset.has_logq, dataset.item_counts = True, counts_of(dataset)
     batch = make_batch(dataset, range(6))
     ids = batch.distinct_ids[batch.negative_index].tolist()
     total = 2 * POPULARITY.sum() + len(POPULARITY)
@@ -481,10 +485,8 @@ def test_log_q_is_a_function_of_frequency_and_batch(popular):
 
 def test_uniform_negatives_need_no_correction(popular):
     dataset = MyDataset(popular, "train", MAXLEN, "uniform", 4)
-    dataset.item_counts = dataset.count_items()
-    log_q = make_batch(dataset, [0, 1, 2]).negative_log_q
-    # log 1, from shares that are rounded to float64
-    assert abs(log_q).max() < 1e-7
+    dataset.has_logq, dataset.item_counts = True, counts_of(dataset)
+    assert make_batch(dataset, [0, 1, 2]).negative_log_q is None
 
 
 def test_without_counts_there_is_no_correction(popular):
@@ -503,7 +505,7 @@ def make_loader(dataset: MyDataset, sampler: BatchSampler, num_workers: int) -> 
 @pytest.mark.parametrize("negatives", ["all", "batch", "mixed"])
 def test_any_number_of_workers_gives_the_same_batches(folder, negatives):
     dataset = MyDataset(folder, "train", MAXLEN, negatives, 5)
-    dataset.item_counts = dataset.count_items()
+    dataset.has_logq, dataset.item_counts = True, counts_of(dataset)
     sampler = BatchSampler(len(dataset), 2, seed=5, is_shuffled=True)
     sampler.epoch = 3
     runs = [list(make_loader(dataset, sampler, workers)) for workers in (0, 1, 2)]
@@ -686,3 +688,14 @@ def test_every_truncation_of_an_embedding_file_is_refused_by_name(tmp_path, name
         path.write_bytes(content)
         with pytest.raises(DataError, match=rf"{name}: {len(content)} bytes, but"):
             load_emb(path)
+
+
+@pytest.mark.parametrize("negatives", ["all", "uniform", "mixed"])
+def test_an_item_that_is_never_trained_on_is_no_negative(tiny, negatives):
+    counts = np.ones(24, np.int64)
+    counts[[0, 4, 17]] = 0
+    dataset = MyDataset(tiny, "train", 1, negatives=negatives, num_negatives=23, item_counts=counts)
+    batch = dataset.collate_fn(dataset.__getitems__([0]))  # one event, so one target
+    ids = set(batch.distinct_ids[batch.negative_index].tolist())
+    targets = set(batch.distinct_ids[batch.target_index].tolist())
+    assert ids == (set(range(1, 24)) - {4, 17}) | (targets if negatives == "mixed" else set())

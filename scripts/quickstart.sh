@@ -1,0 +1,24 @@
+#!/usr/bin/env bash
+# From nothing to exported embeddings on synthetic data: install, write data, train, export.
+# Running it again skips what is done.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+source scripts/venv.sh
+use_venv requirements.txt
+
+data=data/synthetic output=outputs/synthetic logs=logs/synthetic
+[ -e "$data/manifest.json" ] || python scripts/prepare_synthetic.py "$data"
+python main.py --data_dir "$data" --output_dir "$output" --log_dir "$logs" --num_epochs 20 --lr 0.003
+python main.py --inference_only --state_dict_path "$output/model_best.pt" \
+  --data_dir "$data" --output_dir "$output"
+cat <<END
+
+Done. What there is now:
+  $data                                 the data, in the format of docs/data_format.md
+  $output/model_best.pt                 the best epoch; metrics.json beside it has its test metrics
+  $output/item_embeddings/              embedding.fbin and id.u64bin for a vector index
+  $output/user_embeddings/              the test users' queries and their top-10 items
+Where to look next:
+  .venv/bin/tensorboard --logdir $logs  the curves
+  README.md, "Your own data"            MovieLens-1M and your own events
+END
