@@ -62,7 +62,12 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
         action="store_true",
         help="load .pkl files unchecked: they can run any code",
     )
-    data("--num_workers", type=at_least(0), default=4, help="loader processes; 0: load in line")
+    data(
+        "--num_workers",
+        type=at_least(0),
+        default=4,
+        help="loader processes, at most one per core; 0: load in line",
+    )
 
     model = parser.add_argument_group("model").add_argument
     model("--hidden_units", type=at_least(1), default=64, help="embedding width")

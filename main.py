@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import logging
 import math
+import os
 import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping
@@ -426,6 +427,7 @@ def seen_rows(batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
 def make_loader(
     dataset: MyDataset, sampler: BatchSampler, device: torch.device, num_workers: int
 ) -> DataLoader:
+    num_workers = min(num_workers, len(os.sched_getaffinity(0)))
     return DataLoader(
         dataset,
         batch_sampler=sampler,

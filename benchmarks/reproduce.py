@@ -39,7 +39,11 @@ SMALL = [
 SETTINGS = {
     "ml-1m-small": (
         "prepare_movielens.py",
-        [*IDS_AND_TIMES, *SMALL, "--lr=0.003", "--num_epochs=20", "--early_stop_on=ndcg"],
+        [
+            *IDS_AND_TIMES,
+            *SMALL,
+            *"--lr=0.003 --infonce_temp=0.05 --num_epochs=30 --early_stop_on=ndcg".split(),
+        ],
     ),
     "ml-1m-default": ("prepare_movielens.py", ["--num_epochs=20", "--early_stop_on=ndcg"]),
 }

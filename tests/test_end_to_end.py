@@ -1,0 +1,117 @@
+"""The main job as a user runs it: processes, a kill, exported files, and that it learns."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import prepare_synthetic
+import pytest
+
+from data_folder import EVENT_DTYPE
+from main import main
+
+ROOT = Path(__file__).resolve().parent.parent
+TRAIN = ["--device=cpu", "--num_workers=0", "--lr=0.003"]
+
+
+def command(*args: object) -> list[str]:
+    return [sys.executable, *map(str, args)]
+
+
+def run(*args: object) -> str:
+    done = subprocess.run(command(*args), cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stderr == ""
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def export(tmp_path_factory) -> tuple[Path, Path, str]:
+    """Data and output folder of a run that was killed, resumed and exported; the last output."""
+    folder = tmp_path_factory.mktemp("run")
+    data, output = folder / "data", folder / "outputs"
+    run("scripts/prepare_synthetic.py", data, "--num_users=600")
+    train = ["main.py", f"--data_dir={data}", f"--output_dir={output}", f"--log_dir={folder}/logs",
+             "--num_epochs=2", "--save_every_steps=1", *TRAIN]  # fmt: skip
+    process = subprocess.Popen(command(*train), cwd=ROOT, stdout=subprocess.DEVNULL)
+    while not list(output.glob("resume_*.pt")) and process.poll() is None:
+        time.sleep(0.02)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    assert not (output / "metrics.json").exists()
+    resumed = run(*train)
+    assert "resuming at epoch" in resumed
+    infer = ["--inference_only", f"--state_dict_path={output}/model_epoch_2.pt", "--device=cuda"]
+    run("main.py", f"--data_dir={data}", f"--output_dir={output}", *infer)
+    return data, output, resumed
+
+
+def test_a_training_says_what_it_does_and_what_comes_next(export):
+    _, output, text = export
+    assert "train on cpu in fp32: 600 users, 400 items" in text
+    assert "epoch 2/2: train loss" in text
+    assert f"--inference_only --state_dict_path {output}/model_best.pt" in text
+
+
+def read_matrix(path: Path, dtype: str) -> np.ndarray:
+    """As a vector index's reader does it: two uint32, then rows, and nothing else."""
+    raw = path.read_bytes()
+    n, d = np.frombuffer(raw, "<u4", 2)
+    assert len(raw) == 8 + n * d * np.dtype(dtype).itemsize
+    return np.frombuffer(raw, dtype, offset=8).reshape(n, d)
+
+
+def test_the_exports_open_with_an_independent_reader(export):
+    data, output, _ = export
+    vectors = read_matrix(output / "item_embeddings" / "embedding.fbin", "<f4")
+    ids = read_matrix(output / "item_embeddings" / "id.u64bin", "<u8")
+    assert vectors.shape == (400, 64)
+    assert ids[:, 0].tolist() == [500_000 + 3 * k for k in range(400)]
+    queries = read_matrix(output / "user_embeddings" / "embedding.fbin", "<f4")
+    assert queries.shape == (600, 64)
+    users = read_matrix(output / "user_embeddings" / "id.u64bin", "<u8")
+    assert sorted(users[:, 0].tolist()) == [10_000 + 7 * k for k in range(600)]
+    assert json.loads((data / "manifest.json").read_text())["num_users"] == 600
+
+
+def test_faiss_finds_the_exported_top_items(export):
+    faiss = pytest.importorskip("faiss", reason="faiss-cpu is not installed")
+    _, output, _ = export
+    vectors = read_matrix(output / "item_embeddings" / "embedding.fbin", "<f4")
+    ids = read_matrix(output / "item_embeddings" / "id.u64bin", "<u8")[:, 0]
+    queries = read_matrix(output / "user_embeddings" / "embedding.fbin", "<f4")
+    top = read_matrix(output / "user_embeddings" / "topk.u64bin", "<i8")
+    index = faiss.IndexFlatIP(vectors.shape[1])
+    index.add(np.ascontiguousarray(vectors))
+    _, rows = index.search(np.ascontiguousarray(queries), 60)  # seen items, 40 at most, and 10 more
+    for found, exported in zip(ids[rows], top, strict=True):
+        kept = [item for item in found.tolist() if item in set(exported.tolist())]
+        assert kept == exported.tolist()
+
+
+@pytest.mark.slow
+def test_the_model_reaches_nine_tenths_of_the_known_optimum(tmp_path):
+    """And three times popularity; a model that shuffled the ids between items would not."""
+    report = prepare_synthetic.write(tmp_path / "data", 2000, 400, 7)["HR@10"]
+    reached = hit_rate_on_test(tmp_path, "learns", "--num_epochs=30")
+    assert reached >= 0.9 * report["optimum"]
+    assert reached >= 3 * report["popularity"]
+
+    events = np.memmap(tmp_path / "data" / "train_data.bin", EVENT_DTYPE, "r+")
+    events["item_id"] = np.random.default_rng(0).permutation(400)[events["item_id"] - 1] + 1
+    events.flush()
+    assert hit_rate_on_test(tmp_path, "shuffled", "--num_epochs=10") < 0.2 * report["optimum"]
+
+
+def hit_rate_on_test(folder: Path, name: str, *flags: str) -> float:
+    output = folder / name
+    folders = [f"--data_dir={folder}/data", f"--output_dir={output}", f"--log_dir={output}/logs"]
+    assert main([*folders, *TRAIN, *flags]) == 0
+    return json.loads((output / "metrics.json").read_text())["test"]["HR@10"]
