@@ -109,7 +109,7 @@ def train(args: argparse.Namespace) -> None:
         lengths = run.total_steps, args.num_epochs, args.log_every
         with RunLog(args.log_dir, first_step, *lengths) as run_log:
             if first_step == 1:
-                run_log.flags(vars(args))
+                run_log.start(vars(args))
             train_epochs(run, datasets, run_log)
     report(run, datasets)
 
@@ -136,7 +136,7 @@ def open_datasets(args: argparse.Namespace, manifest: Manifest) -> dict[str, MyD
 def prepare_run(args: argparse.Namespace, manifest: Manifest, train_set: MyDataset) -> Run:
     device = pick_device(args.device)
     features = read_features(args, manifest)
-    config = make_config(args, manifest, features)
+    config = make_config(args, manifest, features, train_set.has_timestamps)
     model = HSTUModel(config, *features).to(device)
     model.hstu.gradient_checkpointing = args.gradient_checkpointing
     num_batches = -(-len(train_set) // args.batch_size)
@@ -181,7 +181,9 @@ def wanted(values: list[str]) -> str | list[str]:
     return values[0] if values in (["all"], ["none"]) else values
 
 
-def make_config(args: argparse.Namespace, manifest: Manifest, features: tuple) -> HSTUConfig:
+def make_config(
+    args: argparse.Namespace, manifest: Manifest, features: tuple, has_timestamps: bool
+) -> HSTUConfig:
     specs = [
         {name: encoder_arguments(feature, args.mm_missing) for name, feature in side.items()}
         for side in features
@@ -198,7 +200,7 @@ def make_config(args: argparse.Namespace, manifest: Manifest, features: tuple) -
         attention_dim=args.attention_dim,
         linear_dim=args.linear_dim,
         dropout_rate=args.dropout_rate,
-        time_bias=args.time_bias,
+        time_bias=args.time_bias if has_timestamps else "off",
         position_bias=args.position_bias,
         infonce_temp=args.infonce_temp,
     )
@@ -237,8 +239,9 @@ def resume(run: Run) -> None:
             raise DataError(
                 f"{output_dir}: holds checkpoints; choose an empty --output_dir, or add --overwrite"
             )
-        for old in [*output_dir.glob("*.pt"), *output_dir.glob("*.json")]:
-            old.unlink()
+        for pattern in ("model_*.pt", "resume_*.pt", "checkpoints.json", "metrics.json"):
+            for old in output_dir.glob(pattern):
+                old.unlink()
         return
     is_auto = args.resume == "auto"
     state = load_newest_state(output_dir) if is_auto else load_checkpoint(args.resume)

@@ -13,6 +13,20 @@ from tqdm import tqdm
 
 log = logging.getLogger("hstu")
 
+# TensorBoard's "custom scalars" page: what belongs together in one chart.
+LAYOUT = {
+    "Learning": {
+        "loss": ["Multiline", ["Loss/train_epoch", "Loss/valid"]],
+        "ranking": ["Multiline", ["Metrics/HR@10", "Metrics/NDCG@10", "Metrics/MRR"]],
+        "learning rate": ["Multiline", ["Train/lr"]],
+        "gradient norm": ["Multiline", ["Train/grad_norm"]],
+    },
+    "Speed": {
+        "events per second": ["Multiline", ["Train/tokens_per_s"]],
+        "wait for data, ms": ["Multiline", ["Train/data_wait_ms"]],
+    },
+}
+
 
 class RunLog:
     """The log of one run; the x axis of every curve is the optimiser step.
@@ -37,8 +51,9 @@ class RunLog:
     def __exit__(self, *_: object) -> None:
         self.writer.close()
 
-    def flags(self, flags: Mapping[str, Any]) -> None:
-        """The resolved flags as a table."""
+    def start(self, flags: Mapping[str, Any]) -> None:
+        """The resolved flags as a table, and the page of charts."""
+        self.writer.add_custom_scalars(LAYOUT)
         rows = [f"| {name} | {value} |" for name, value in sorted(flags.items())]
         self.writer.add_text("flags", "\n".join(["| flag | value |", "|---|---|", *rows]))
 

@@ -42,7 +42,7 @@ SETTINGS = {
         [
             *IDS_AND_TIMES,
             *SMALL,
-            *"--lr=0.003 --infonce_temp=0.05 --num_epochs=30 --early_stop_on=ndcg".split(),
+            *["--lr=0.003", "--infonce_temp=0.05", "--num_epochs=30", "--early_stop_on=ndcg"],
         ],
     ),
     "ml-1m-default": ("prepare_movielens.py", ["--num_epochs=20", "--early_stop_on=ndcg"]),
@@ -80,6 +80,7 @@ def main() -> None:
         "peak_rss_gb": round(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1e6, 2),
         **environment(args.device),
     }
+    RESULTS.mkdir(exist_ok=True)
     path = RESULTS / f"{args.name}_seed{args.seed}.json"
     path.write_text(json.dumps(result, indent=1) + "\n")
     print(json.dumps(result))

@@ -418,6 +418,18 @@ def test_a_wrong_flag_is_argparses_error(flags, capsys):
     assert flags[0].split("=")[0] in capsys.readouterr().err
 
 
+def test_plain_item_ids_train_without_times_and_actions(tmp_path, data, capsys):
+    folder = tmp_path / "plain"
+    folder.mkdir()
+    split = read_split(data, "train")
+    split.events["item_id"].astype("<i8").tofile(folder / "train_data.bin")
+    split.offsets.tofile(folder / "train_offsets.bin")
+    output_dir = run(tmp_path, folder)
+    config = load_checkpoint(output_dir / "model_best.pt")["config"]
+    assert (config["time_bias"], config["num_action_types"]) == ("off", 0)
+    assert capsys.readouterr().out.count("time and actions are off") == 1
+
+
 def test_a_missing_data_folder_is_one_line_and_exit_code_1(tmp_path, capsys):
     assert main([f"--data_dir={tmp_path}/nowhere", f"--output_dir={tmp_path}/o"]) == 1
     captured = capsys.readouterr()
@@ -474,3 +486,13 @@ def test_names_of_the_public_description_are_there(data):
         hasattr(block, name) for name in ("qkv_proj", "output_proj", "layer_norm", "dropout")
     )
     assert callable(model.compute_infonce_loss) and callable(save_emb)
+
+
+def test_the_page_of_charts_names_only_curves_that_are_there(tmp_path, data):
+    from run_log import LAYOUT
+
+    output_dir = run(tmp_path, data, "--log_every=1")
+    events = EventAccumulator(str(output_dir / "logs")).Reload()
+    assert "custom_scalars__config__" in events.Tags()["tensors"]
+    charts = [tags for page in LAYOUT.values() for _, tags in page.values()]
+    assert {tag for tags in charts for tag in tags} <= set(events.Tags()["scalars"])
