@@ -8,7 +8,7 @@ use_venv requirements.txt
 
 data=data/synthetic output=outputs/synthetic logs=logs/synthetic
 [ -e "$data/manifest.json" ] || python scripts/prepare_synthetic.py "$data"
-python main.py --data_dir "$data" --output_dir "$output" --log_dir "$logs" --num_epochs 20 --lr 0.003
+python main.py --data_dir "$data" --output_dir "$output" --log_dir "$logs" --num_epochs 30 --lr 0.003
 python main.py --inference_only --state_dict_path "$output/model_best.pt" \
   --data_dir "$data" --output_dir "$output"
 cat <<END
