@@ -14,11 +14,11 @@ python main.py --inference_only --state_dict_path "$output/model_best.pt" \
 cat <<END
 
 Done. What there is now:
-  $data                                 the data, in the format of docs/data_format.md
-  $output/model_best.pt                 the best epoch; metrics.json beside it has its test metrics
-  $output/item_embeddings/              embedding.fbin and id.u64bin for a vector index
-  $output/user_embeddings/              the test users' queries and their top-10 items
+  $data                      the data, in the format of docs/data_format.md
+  $output/model_best.pt      the best epoch; metrics.json beside it has its test metrics
+  $output/item_embeddings/   embedding.fbin and id.u64bin for a vector index
+  $output/user_embeddings/   the test users' queries and their top-10 items
 Where to look next:
-  .venv/bin/tensorboard --logdir $logs  the curves
-  README.md, "Your own data"            MovieLens-1M and your own events
+  .venv/bin/tensorboard --logdir $logs    the curves
+  README.md, "Your own data"                         MovieLens-1M and your own events
 END

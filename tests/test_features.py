@@ -223,6 +223,7 @@ def test_up_to_twenty_bad_values_are_listed(tmp_path):
 
 
 def test_text_values_read_as_unknown_and_are_counted_once(tmp_path, caplog):
+    caplog.set_level("WARNING", "hstu")
     records = {str(i): {"x": "cold", "y": ["cold", 2]} for i in (1, 2, 3)}
     write_items(tmp_path, records, {"item_sparse": ["x"], "item_array": ["y"]}, {"x": 6, "y": 6})
     found = load_features(tmp_path, "item", 3)
@@ -538,6 +539,7 @@ def test_a_pickle_that_runs_code_is_refused_unless_trusted(tmp_path):
 
 
 def test_low_coverage_is_a_warning(tmp_path, caplog):
+    caplog.set_level("WARNING", "hstu")
     write_vectors(tmp_path, "81.pkl", {"a7": [1.0]})
     load_81(tmp_path)
     assert [record.levelname for record in caplog.records] == ["WARNING"]
