@@ -9,7 +9,7 @@ import json
 import operator
 import pickle
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -234,12 +234,7 @@ def original_ids(
     if not path.exists():
         return None
     re_ids = read_indexer(data_dir, trust=trust)[side]
-    kinds = set(map(type, re_ids.values()))
-    is_whole = len(re_ids) == count and all(issubclass(kind, int | np.integer) for kind in kinds)
-    if not is_whole or not all(map(operator.eq, sorted(re_ids.values()), range(1, count + 1))):
-        raise DataError(
-            f"{path}: the re-ids of {side!r} are not 1..{count}, each once; write it again"
-        )
+    check_re_ids(path, side, re_ids, count)
     originals = np.zeros(count + 1, np.uint64)
     for original, re_id in re_ids.items():
         original = _plain(original)
@@ -249,6 +244,46 @@ def original_ids(
             return None
         originals[re_id] = original
     return originals if len(np.unique(originals[1:])) == count else None
+
+
+def check_re_ids(path: Path, side: str, re_ids: Mapping[Any, int], count: int) -> None:
+    """Refuse a side of an indexer that is not one to one onto 1..count."""
+    kinds = set(map(type, re_ids.values()))
+    is_whole = len(re_ids) == count and all(issubclass(kind, int | np.integer) for kind in kinds)
+    if not is_whole or not all(map(operator.eq, sorted(re_ids.values()), range(1, count + 1))):
+        raise DataError(
+            f"{path}: the re-ids of {side!r} are not 1..{count}, each once; write it again"
+        )
+
+
+class Candidates(NamedTuple):
+    """The items to export and rank instead of the catalogue, C of them, in their order."""
+
+    retrieval_ids: np.ndarray  # (C,) uint64, each once
+    item_ids: np.ndarray  # (C,) int32 re-ids, 0: not in the catalogue
+    original_ids: np.ndarray  # (C,) uint64, for the multimodal vectors
+
+
+def read_candidates(folder: str | Path, num_items: int) -> Candidates:
+    """The three id files of a candidate folder.
+
+    Raises:
+        DataError: a file is missing or truncated, their lengths differ, or ids are out of range.
+    """
+    dtypes = {"retrieval_ids": "<u8", "item_ids": "<i4", "original_ids": "<u8"}
+    paths = {name: Path(folder) / f"{name}.bin" for name in dtypes}
+    found = Candidates(*(_map(paths[name], np.dtype(dtype)) for name, dtype in dtypes.items()))
+    if len({len(ids) for ids in found}) > 1 or not len(found.item_ids):
+        lengths = ", ".join(f"{name} {len(ids)}" for name, ids in zip(paths, found, strict=True))
+        raise DataError(f"{folder}: id files of different or no length ({lengths}); write it again")
+    if not 0 <= found.item_ids.min() <= found.item_ids.max() <= num_items:
+        raise DataError(
+            f"{paths['item_ids']}: ids from {found.item_ids.min()} to {found.item_ids.max()}, not "
+            f"in 0..{num_items}; write it again from this data"
+        )
+    if len(np.unique(found.retrieval_ids)) < len(found.retrieval_ids):
+        raise DataError(f"{paths['retrieval_ids']}: an id occurs twice; an index needs each once")
+    return found
 
 
 # ---------------------------------------------------------------------------------- writing files
@@ -306,17 +341,14 @@ def write_dataset(
         item_names: a line of text per item, for people.
     """
     data_dir = Path(data_dir)
-    data_dir.mkdir(parents=True, exist_ok=True)
-    old_files = _retire_manifest(data_dir)
+    old_files = retire_manifest(data_dir)
     for columns, rows in ((item_features, item_ids), (user_features, user_ids)):
         for feature_id, column in (columns or {}).items():
             if len(column.values) != len(rows):
                 raise ValueError(f"{feature_id}: {len(column.values)} values, not {len(rows)}")
     files = []
     for split, chunks in splits.items():
-        files += _write_split(
-            data_dir, split, [chunks] if isinstance(chunks, Sequences) else chunks
-        )
+        files += write_split(data_dir, split, [chunks] if isinstance(chunks, Sequences) else chunks)
     indexer = {
         "u": {_plain(user): k for k, user in enumerate(user_ids, 1)},
         "i": {_plain(item): k for k, item in enumerate(item_ids, 1)},
@@ -345,6 +377,27 @@ def write_dataset(
             for split in splits
         },
     )
+    write_manifest(data_dir, manifest, files, old_files)
+
+
+# What write_dataset consists of, for a converter that streams or has some files ready.
+
+
+def retire_manifest(data_dir: Path) -> set[str]:
+    """Make the folder, or remove the manifest of the data it holds; the names of its files."""
+    data_dir.mkdir(parents=True, exist_ok=True)
+    path = data_dir / "manifest.json"
+    if not path.exists():
+        return set()
+    names = set(read_json(path).get("files", {}))
+    path.unlink()
+    return names
+
+
+def write_manifest(
+    data_dir: Path, manifest: Manifest, files: Sequence[str], old_files: set[str]
+) -> None:
+    """Write manifest.json over `files`, then remove those of the old data that are not of them."""
     write_json(
         data_dir / "manifest.json",
         {
@@ -358,16 +411,6 @@ def write_dataset(
         (data_dir / name).unlink(missing_ok=True)
 
 
-def _retire_manifest(data_dir: Path) -> set[str]:
-    """Remove the manifest of the data set that the folder holds; the names of its files."""
-    path = data_dir / "manifest.json"
-    if not path.exists():
-        return set()
-    names = set(read_json(path).get("files", {}))
-    path.unlink()
-    return names
-
-
 def _plain(value: Any) -> Any:
     """A numpy scalar or array, or a list of scalars, as Python's own types."""
     if isinstance(value, list):
@@ -375,7 +418,8 @@ def _plain(value: Any) -> Any:
     return value.tolist() if isinstance(value, np.generic | np.ndarray) else value
 
 
-def _write_split(data_dir: Path, split: str, chunks: Iterable[Sequences]) -> list[str]:
+def write_split(data_dir: Path, split: str, chunks: Iterable[Sequences]) -> list[str]:
+    """Write the three files of a split; their names."""
     paths = [split_path(data_dir, split, what) for what in ("data", "offsets", "users")]
     with (
         atomic_write(paths[0]) as data,
@@ -406,7 +450,13 @@ def _write_features(
             if column.kind in ("sparse", "array"):
                 statistics[feature_id] = _cardinality(column)
         if columns:
-            names.append(_write_records(data_dir / f"{side}_feat_dict.json", columns))
+            path = data_dir / f"{side}_feat_dict.json"
+            names.append(write_records(path, _records(columns)))
+    return names + write_schema(data_dir, types, statistics, defaults)
+
+
+def write_schema(data_dir: Path, types: dict, statistics: dict, defaults: dict) -> list[str]:
+    """Write the three small files that describe the features; their names."""
     small = {
         "feature_types.json": types,
         "feat_statistics.json": statistics,
@@ -414,7 +464,7 @@ def _write_features(
     }
     for name, content in small.items():
         write_json(data_dir / name, content)
-    return [*names, *small]
+    return list(small)
 
 
 def _cardinality(column: Column) -> int:
@@ -422,15 +472,22 @@ def _cardinality(column: Column) -> int:
     return max((int(v) for row in rows if row is not None for v in row if v is not None), default=0)
 
 
-def _write_records(path: Path, columns: Mapping[str, Column]) -> str:
-    """An object per item (or user), a line each, keyed by re-id."""
+def _records(columns: Mapping[str, Column]) -> Iterator[tuple[int, str]]:
+    """Re-id and JSON text of each item (or user)."""
     rows = zip(*(column.values for column in columns.values()), strict=True)
+    for re_id, row in enumerate(rows, 1):
+        record = {k: _plain(v) for k, v in zip(columns, row, strict=True) if v is not None}
+        yield re_id, json.dumps(record, allow_nan=False)
+
+
+def write_records(path: Path, records: Iterable[tuple[int, str]]) -> str:
+    """Write a *_feat_dict.json from re-ids and JSON texts of objects, a line each; its name."""
     with atomic_write(path) as file:
-        for re_id, row in enumerate(rows, 1):
-            record = {k: _plain(v) for k, v in zip(columns, row, strict=True) if v is not None}
-            text = json.dumps(record, allow_nan=False)
-            file.write(f'{"{" if re_id == 1 else ","}\n"{re_id}": {text}'.encode())
-        file.write(b"\n}\n")
+        separator = "{"
+        for re_id, text in records:
+            file.write(f'{separator}\n"{re_id}": {text}'.encode())
+            separator = ","
+        file.write(b"{}\n" if separator == "{" else b"\n}\n")
     return path.name
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -61,16 +61,19 @@ class Batch(NamedTuple):
     target_timestamps: Tensor  # (T,) int64 seconds
     offsets: Tensor  # (B + 1,) int64, on the CPU: sequence b is rows offsets[b]:offsets[b + 1]
     user_ids: Tensor  # (B,) int64 in 1..num_users
+    item_vectors: dict[str, tuple[Tensor, Tensor]] | None  # host vectors: (R, W) float32, (R,) bool
     seen_ids: Tensor | None  # (V,) int64, items of the whole histories; valid and test only
     seen_offsets: Tensor | None  # (B + 1,) int64 into seen_ids
 
     def to(self, device: torch.device | str) -> Batch:
         """Everything but `offsets` on the device; asynchronous from pinned memory."""
-        moved = {
-            name: value.to(device, non_blocking=True)
-            for name, value in self._asdict().items()
-            if value is not None and name != "offsets"
-        }
+
+        def move(value: Any) -> Any:
+            if isinstance(value, dict):
+                return {name: tuple(map(move, pair)) for name, pair in value.items()}
+            return None if value is None else value.to(device, non_blocking=True)
+
+        moved = {name: move(value) for name, value in self._asdict().items() if name != "offsets"}
         return self._replace(**moved)
 
     def target_ids(self) -> Tensor:
@@ -95,6 +98,7 @@ class MyDataset(Dataset):
             not be a negative: it could only be pushed away, whatever its features say.
         has_logq: correct in-batch negatives for how often their items come (needs item_counts).
         request_time: Unix seconds of a query whose target is unknown; None: its last event's.
+        host_vectors: feature id -> features.Feature of kind "emb" whose rows batches bring along.
 
     Raises:
         DataError: files are missing, or do not fit together.
@@ -111,6 +115,7 @@ class MyDataset(Dataset):
         item_counts: np.ndarray | None = None,
         has_logq: bool = False,
         request_time: int | None = None,
+        host_vectors: Mapping[str, Any] | None = None,
     ):
         if negatives not in NEGATIVES or (negatives in ("uniform", "mixed") and num_negatives < 1):
             raise ValueError(f"negatives {negatives!r} with num_negatives {num_negatives}: no loss")
@@ -120,6 +125,7 @@ class MyDataset(Dataset):
         manifest = read_manifest(self.data_dir)
         self.num_items, self.num_users = manifest.num_items, manifest.num_users
         self.num_action_types = manifest.num_action_types
+        self.host_vectors = dict(host_vectors or {})
         self.item_counts = item_counts
         self.trained_ids = np.arange(1, self.num_items + 1)
         if item_counts is not None:
@@ -209,7 +215,17 @@ class MyDataset(Dataset):
             "seen_ids": None if seen is None else seen.events["item_id"].astype(np.int64),
             "seen_offsets": None if seen is None else seen.offsets,
         }
-        return Batch(**{k: None if v is None else torch.from_numpy(v) for k, v in arrays.items()})
+        tensors = {k: None if v is None else torch.from_numpy(v) for k, v in arrays.items()}
+        return Batch(**tensors, item_vectors=self._gather_vectors(items["distinct_ids"]))
+
+    def _gather_vectors(self, item_ids: np.ndarray) -> dict[str, tuple[Tensor, Tensor]] | None:
+        if not self.host_vectors:
+            return None
+        picked = {
+            name: (vectors.values[item_ids], vectors.present[item_ids])
+            for name, vectors in self.host_vectors.items()
+        }
+        return {name: tuple(map(torch.from_numpy, pair)) for name, pair in picked.items()}
 
     def _index_items(self, item_ids, inputs, nexts, has_next, seed) -> dict[str, np.ndarray | None]:
         """The item fields of Batch; draws the negatives."""

@@ -9,6 +9,8 @@ from typing import Any
 # Up to this many items "--negatives auto" ranks against all of them: it learns most per second
 # there (docs/log.md); beyond, the cost of a step would follow the catalogue.
 ALL_NEGATIVES_UP_TO = 20_000
+# Up to this many bytes "--mm_emb_device auto" keeps vectors beside the model.
+MODEL_VECTORS_UP_TO = 1 << 30
 # Flags that a resumed run may change: where and how it runs, not what it computes.
 FREE_FLAGS = {
     "data_dir",
@@ -18,6 +20,8 @@ FREE_FLAGS = {
     "device",
     "resume",
     "overwrite",
+    "mm_emb_device",
+    "candidates",
     "save_every_steps",
     "log_every",
     "inference_only",
@@ -58,6 +62,13 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
         help="what stands for an item without a multimodal vector",
     )
     data(
+        "--mm_emb_device",
+        choices=["auto", "loader", "model"],
+        default="auto",
+        help="where multimodal vectors lie: on disk, loaders gather each batch's; or all on the "
+        f"model's device; auto: on the device up to {MODEL_VECTORS_UP_TO >> 20} MB",
+    )
+    data(
         "--trust_pickle",
         action="store_true",
         help="load .pkl files unchecked: they can run any code",
@@ -95,8 +106,8 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
         "--negatives",
         choices=["auto", "all", "batch", "uniform", "mixed"],
         default="auto",
-        help="all items, the batch's targets, uniform ones, batch and uniform; "
-        f"auto: all up to {ALL_NEGATIVES_UP_TO:,} items, else mixed",
+        help="every item that is trained on, the batch's targets, uniform ones, or batch and "
+        f"uniform; auto: all up to {ALL_NEGATIVES_UP_TO:,} items, else mixed",
     )
     loss(
         "--num_negatives",
@@ -178,6 +189,11 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     )
     run("--inference_only", action="store_true", help="export embeddings instead of training")
     run("--state_dict_path", metavar="PATH", help="model_*.pt file to export")
+    run(
+        "--candidates",
+        metavar="DIR",
+        help="export and rank this candidate folder instead of all items, as retrieval ids",
+    )
     run("--top_k", type=at_least(1), default=10, help="items exported per test user")
     run(
         "--request_time",

@@ -6,7 +6,7 @@ Letters as in simplified_hstu.py.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import numpy as np
@@ -119,12 +119,18 @@ class FeatureTables(nn.Module):
     """The static features of items (or users) as tensors that move with the model.
 
     They are data: no parameters, and not in the state dict.
+
+    Args:
+        features: id -> an object with `values`, `offsets`, `present` as features.Feature.
+        on_host: vectors to leave where they are, in a memory map; a lookup copies its rows.
     """
 
-    def __init__(self, features: Mapping[str, Any]):
-        """`features`: id -> an object with `values`, `offsets`, `present` as features.Feature."""
+    def __init__(self, features: Mapping[str, Any], on_host: Collection[str] = ()):
         super().__init__()
+        self._host = {name: features[name] for name in on_host}
         for feature_id, feature in features.items():
+            if feature_id in self._host:
+                continue
             for field in ("values", "offsets", "present"):
                 array = getattr(feature, field)
                 tensor = None if array is None else torch.tensor(array)
@@ -137,6 +143,8 @@ class FeatureTables(nn.Module):
             (values (n, ...),), or (values (n, W), present (n,)) for vectors that may be missing,
             or (flat values, offsets (n + 1,)) for lists.
         """
+        if feature_id in self._host:
+            return self._lookup_on_host(self._host[feature_id], rows)
         key = module_key(feature_id)
         values, offsets, present = (
             getattr(self, f"{key}_{field}") for field in ("values", "offsets", "present")
@@ -146,6 +154,11 @@ class FeatureTables(nn.Module):
         if present is not None:
             return values[rows], present[rows]
         return (values[rows],)
+
+    def _lookup_on_host(self, feature: Any, rows: Tensor) -> tuple[Tensor, Tensor]:
+        picked = rows.cpu().numpy()
+        pair = feature.values[picked], feature.present[picked]
+        return tuple(torch.from_numpy(array).to(rows.device) for array in pair)
 
 
 def _gather_lists(values: Tensor, offsets: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:

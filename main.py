@@ -11,7 +11,7 @@ import time
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -30,11 +30,17 @@ from checkpoint import (
     save_state,
     set_random_states,
 )
-from data_folder import Manifest, original_ids, read_indexer, read_manifest
+from data_folder import Manifest, original_ids, read_candidates, read_indexer, read_manifest
 from dataset import Batch, BatchSampler, MyDataset, count_items, save_emb
-from features import find_vectors, load_features, load_vectors
-from flags import ALL_NEGATIVES_UP_TO, DEFAULT_MM_EMB_ID, FREE_FLAGS, get_args
-from hstu_components import encoder_arguments
+from features import Feature, find_vectors, load_features, load_vectors
+from flags import (
+    ALL_NEGATIVES_UP_TO,
+    DEFAULT_MM_EMB_ID,
+    FREE_FLAGS,
+    MODEL_VECTORS_UP_TO,
+    get_args,
+)
+from hstu_components import FeatureTables, encoder_arguments
 from metrics import ranking_metrics
 from model import HSTUConfig, HSTUModel
 from run_log import RunLog, summary
@@ -99,9 +105,9 @@ def train(args: argparse.Namespace) -> None:
     output_dir.mkdir(parents=True, exist_ok=True)
     sweep_temporaries(output_dir)
     manifest = read_manifest(args.data_dir)
-    datasets = open_datasets(args, manifest)
-    torch.manual_seed(args.seed)
-    run = prepare_run(args, manifest, datasets["train"])
+    features = read_features(args, manifest)
+    datasets = open_datasets(args, manifest, vectors_on_host(args, features[0]))
+    run = prepare_run(args, manifest, features, datasets["train"])
     resume(run)
     if not run.progress.is_finished:
         announce(run, datasets)
@@ -114,7 +120,9 @@ def train(args: argparse.Namespace) -> None:
     report(run, datasets)
 
 
-def open_datasets(args: argparse.Namespace, manifest: Manifest) -> dict[str, MyDataset]:
+def open_datasets(
+    args: argparse.Namespace, manifest: Manifest, host_vectors: Mapping[str, Feature]
+) -> dict[str, MyDataset]:
     """The splits there are, each with the negatives that the flags ask for."""
     negatives = args.negatives
     if negatives == "auto":
@@ -125,6 +133,7 @@ def open_datasets(args: argparse.Namespace, manifest: Manifest) -> dict[str, MyD
         "num_negatives": args.num_negatives,
         "has_logq": args.logq,
         "request_time": args.request_time,
+        "host_vectors": host_vectors,
     }
     counts = count_items(args.data_dir, "train", manifest.num_items)
     return {
@@ -133,11 +142,14 @@ def open_datasets(args: argparse.Namespace, manifest: Manifest) -> dict[str, MyD
     }
 
 
-def prepare_run(args: argparse.Namespace, manifest: Manifest, train_set: MyDataset) -> Run:
+def prepare_run(
+    args: argparse.Namespace, manifest: Manifest, features: tuple[dict, dict], train_set: MyDataset
+) -> Run:
+    """A fresh model and what trains it."""
     device = pick_device(args.device)
-    features = read_features(args, manifest)
     config = make_config(args, manifest, features, train_set.has_timestamps)
-    model = HSTUModel(config, *features).to(device)
+    torch.manual_seed(args.seed)
+    model = HSTUModel(config, *features, on_host=train_set.host_vectors).to(device)
     model.hstu.gradient_checkpointing = args.gradient_checkpointing
     num_batches = -(-len(train_set) // args.batch_size)
     return Run(
@@ -174,6 +186,18 @@ def read_features(args: argparse.Namespace, manifest: Manifest) -> tuple[dict, d
             folder, wanted_vectors, item_ids, manifest.num_items, trust_pickle=args.trust_pickle
         )
     return items, users
+
+
+def vectors_on_host(
+    args: argparse.Namespace, features: Mapping[str, Feature]
+) -> dict[str, Feature]:
+    """The multimodal vectors among items' features that are not to lie beside the model."""
+    vectors = {name: feature for name, feature in features.items() if feature.kind == "emb"}
+    size = sum(feature.values.nbytes for feature in vectors.values())
+    is_beside = args.mm_emb_device == "model" or (
+        args.mm_emb_device == "auto" and size <= MODEL_VECTORS_UP_TO
+    )
+    return {} if is_beside else vectors
 
 
 def wanted(values: list[str]) -> str | list[str]:
@@ -408,13 +432,15 @@ def autocast(run: Run) -> torch.autocast:
 def evaluate(run: Run, loader: DataLoader) -> dict[str, float]:
     """Mean loss, and the metrics of ranking the whole catalogue for every sequence's target."""
     model = run.model.eval()
-    items = model.item_embeddings(torch.arange(1, model.config.num_items + 1, device=run.device))
+    num_items = model.config.num_items
+    items = model.item_embeddings(torch.arange(1, num_items + 1, device=run.device))
+    row_of_item = torch.arange(-1, num_items, device=run.device)
     ranks, loss_sum = [], 0.0
     for batch in loader:
         batch = batch.to(run.device)
         with autocast(run):
             queries, loss = model.predict_with_loss(batch)
-        seen = seen_rows(batch) if run.args.remove_seen else None
+        seen = seen_rows(batch, row_of_item) if run.args.remove_seen else None
         ranks.append(model.similarity.target_ranks(queries, items, batch.target_ids() - 1, seen))
         loss_sum += loss.item() * len(queries)
     model.train()
@@ -422,9 +448,12 @@ def evaluate(run: Run, loader: DataLoader) -> dict[str, float]:
     return ranking_metrics(all_ranks) | {"loss": loss_sum / len(all_ranks)}
 
 
-def seen_rows(batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
-    """The histories' items as rows of the catalogue, and where each sequence's begin."""
-    return batch.seen_ids - 1, batch.seen_offsets
+def seen_rows(batch: Batch, row_of_item: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The histories' items as rows of a catalogue, and where each sequence's begin."""
+    rows = row_of_item[batch.seen_ids]
+    is_there = rows >= 0
+    offsets = torch.nn.functional.pad(is_there.cumsum(0), (1, 0))[batch.seen_offsets]
+    return rows[is_there], offsets
 
 
 def make_loader(
@@ -490,30 +519,68 @@ def report(run: Run, datasets: Mapping[str, MyDataset]) -> None:
 # ---------------------------------------------------------------------------------------- inference
 
 
+class Catalogue(NamedTuple):
+    """What is exported and ranked: all items, or a candidate set; n rows."""
+
+    embeddings: torch.Tensor  # (n, D) of length 1
+    ids: np.ndarray  # (n,) uint64, as they are exported
+    id_kind: str  # "original", "re-id" or "retrieval"
+    row_of_item: torch.Tensor  # (X + 1,) int64, -1: not among the rows
+
+
 @torch.no_grad()
 def infer(args: argparse.Namespace) -> None:
-    """Export every item's embedding, and the test users' queries and top-k items."""
+    """Export the items' embeddings, and the test users' queries and top-k items."""
     if not args.state_dict_path:
         raise DataError("--inference_only needs --state_dict_path: a model_*.pt file of a training")
     path, output_dir = Path(args.state_dict_path), Path(args.output_dir)
     content = load_checkpoint(path)
     config = HSTUConfig(**content["config"])
     manifest = read_manifest(args.data_dir)
-    device = pick_device(args.device)
-    model = HSTUModel(config, *read_config_features(args, config, manifest)).to(device).eval()
+    features = read_config_features(args, config, manifest)
+    model = HSTUModel(config, *features, on_host=vectors_on_host(args, features[0]))
+    model = model.to(pick_device(args.device)).eval()
     load_weights(model, content["weights"], path)
-    items = model.item_embeddings(torch.arange(1, config.num_items + 1, device=device))  # (X, D)
-    item_ids, kind = exported_ids(args, "i", config.num_items)
-    origin = {"checkpoint": path.name, "item_ids": kind}
-    arrays = {"embedding.fbin": items.cpu().numpy(), "id.u64bin": item_ids[1:]}
+    catalogue = candidates_of(args, model) if args.candidates else all_items(args, model)
+    origin = {"checkpoint": path.name, "item_ids": catalogue.id_kind}
+    arrays = {"embedding.fbin": catalogue.embeddings.cpu().numpy(), "id.u64bin": catalogue.ids}
     publish(output_dir / "item_embeddings", arrays, origin)
     if "test" not in manifest.targets:
         return
-    queries, users, top_rows = recommend(args, model, items)
+    queries, users, top_rows = recommend(args, model, catalogue)
     user_ids, kind = exported_ids(args, "u", manifest.num_users)
-    top_ids = np.where(top_rows < 0, -1, item_ids.astype(np.int64)[top_rows + 1])
+    top_ids = np.where(top_rows < 0, -1, catalogue.ids.astype(np.int64)[top_rows])
     arrays = {"embedding.fbin": queries, "topk.u64bin": top_ids, "id.u64bin": user_ids[users]}
     publish(output_dir / "user_embeddings", arrays, origin | {"user_ids": kind})
+
+
+def all_items(args: argparse.Namespace, model: HSTUModel) -> Catalogue:
+    num_items, device = model.config.num_items, next(model.parameters()).device
+    ids, kind = exported_ids(args, "i", num_items)
+    embeddings = model.item_embeddings(torch.arange(1, num_items + 1, device=device))
+    return Catalogue(embeddings, ids[1:], kind, torch.arange(-1, num_items, device=device))
+
+
+def candidates_of(args: argparse.Namespace, model: HSTUModel) -> Catalogue:
+    """The candidate folder's items; one that is not in the catalogue is what its features say."""
+    config, device = model.config, next(model.parameters()).device
+    candidates = read_candidates(args.candidates, config.num_items)
+    count = len(candidates.item_ids)
+    vectors = [name for name, spec in config.item_features.items() if spec["kind"] == "emb"]
+    plain = [name for name in config.item_features if name not in vectors]
+    features = load_features(args.candidates, "item", count, plain) if plain else {}
+    rows = {original: row for row, original in enumerate(candidates.original_ids.tolist(), 1)}
+    for name in vectors:  # the candidates' own, else the data's by original id
+        folder = args.candidates if name in find_vectors(args.candidates) else args.data_dir
+        features |= load_vectors(folder, [name], rows, count, trust_pickle=args.trust_pickle)
+    tables = FeatureTables(features, vectors_on_host(args, features)).to(device)
+    item_ids = torch.from_numpy(candidates.item_ids.astype(np.int64)).to(device)
+    rows = torch.arange(1, count + 1, device=device)
+    row_of_item = torch.full((config.num_items + 1,), -1, device=device)
+    row_of_item[item_ids] = rows - 1
+    row_of_item[0] = -1
+    embeddings = model.item_embeddings(item_ids, tables, rows)
+    return Catalogue(embeddings, candidates.retrieval_ids, "retrieval", row_of_item)
 
 
 def read_config_features(
@@ -551,7 +618,7 @@ def exported_ids(args: argparse.Namespace, side: str, count: int) -> tuple[np.nd
 
 
 def recommend(
-    args: argparse.Namespace, model: HSTUModel, items: torch.Tensor
+    args: argparse.Namespace, model: HSTUModel, catalogue: Catalogue
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """The test users' queries (S, D), user re-ids (S,), and rows of their top-k items (S, k)."""
     dataset = MyDataset(
@@ -561,14 +628,16 @@ def recommend(
         negatives="batch",
         request_time=args.request_time,
     )
+    device = catalogue.embeddings.device
     sampler = BatchSampler(len(dataset), args.batch_size, args.seed, is_shuffled=False)
-    loader = make_loader(dataset, sampler, items.device, args.num_workers)
+    loader = make_loader(dataset, sampler, device, args.num_workers)
     queries, users, rows = [], [], []
     for batch in tqdm(loader, desc="users", unit="batch", leave=False, disable=None):
-        batch = batch.to(items.device)
+        batch = batch.to(device)
         queries.append(model.predict(batch))
-        seen = seen_rows(batch) if args.remove_seen else None
-        rows.append(model.similarity.top_k(queries[-1], items, args.top_k, seen)[1])
+        seen = seen_rows(batch, catalogue.row_of_item) if args.remove_seen else None
+        top = model.similarity.top_k(queries[-1], catalogue.embeddings, args.top_k, seen)
+        rows.append(top[1])
         users.append(batch.user_ids)
     return tuple(torch.cat(parts).cpu().numpy() for parts in (queries, users, rows))
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -58,6 +58,7 @@ class HSTUModel(nn.Module):
         item_features: feature id -> features.Feature, rows 0..X, for each of
             config.item_features; data, not weights.
         user_features: the same for users.
+        on_host: item vectors that stay on the host; batches bring theirs in `item_vectors`.
     """
 
     def __init__(
@@ -65,6 +66,7 @@ class HSTUModel(nn.Module):
         config: HSTUConfig,
         item_features: Mapping[str, Any],
         user_features: Mapping[str, Any],
+        on_host: Collection[str] = (),
     ):
         super().__init__()
         self.config = config
@@ -73,7 +75,7 @@ class HSTUModel(nn.Module):
         self.sparse_emb, self.emb_transform = nn.ModuleDict(), nn.ModuleDict()
         for feature_id, spec in (config.item_features | config.user_features).items():
             self._add_encoder(feature_id, **spec)
-        self.item_tables = FeatureTables(item_features)
+        self.item_tables = FeatureTables(item_features, on_host)
         self.user_tables = FeatureTables(user_features)
         self.input_preprocessor = LearnablePositionalEmbeddingInputFeaturesPreprocessor(
             config.maxlen, width, config.num_action_types, config.dropout_rate
@@ -106,16 +108,19 @@ class HSTUModel(nn.Module):
 
         `batch` is a dataset.Batch; so it is in `encode` and `predict`.
         """
-        rows = self.item_tower(batch.distinct_ids)  # (R, D)
+        rows = self._rows(batch)  # (R, D)
         queries = self.encode(batch, rows)  # (T, D)
         return self._loss(batch, queries, rows, batch.target_index)
 
     def predict_with_loss(self, batch: Any) -> tuple[Tensor, Tensor]:
         """`predict`, (B, D), and the InfoNCE of each sequence's last target, scalar."""
-        rows = self.item_tower(batch.distinct_ids)  # (R, D)
+        rows = self._rows(batch)  # (R, D)
         last = (batch.offsets[1:] - 1).to(rows.device)
         queries = self.encode(batch, rows)[last]  # (B, D)
         return queries, self._loss(batch, queries, rows, batch.target_index[last])
+
+    def _rows(self, batch: Any) -> Tensor:
+        return self.item_tower(batch.distinct_ids, vectors=batch.item_vectors)  # (R, D)
 
     def _loss(self, batch: Any, queries: Tensor, rows: Tensor, target_index: Tensor) -> Tensor:
         return self.compute_infonce_loss(
@@ -128,7 +133,7 @@ class HSTUModel(nn.Module):
         `rows`: the item tower of batch.distinct_ids, if it is known already.
         """
         if rows is None:
-            rows = self.item_tower(batch.distinct_ids)  # (R, D)
+            rows = self._rows(batch)  # (R, D)
         lengths = batch.offsets.diff()
         starts = batch.offsets[:-1].repeat_interleave(lengths)
         positions = (torch.arange(len(starts)) - starts).to(rows.device, non_blocking=True)
@@ -141,7 +146,7 @@ class HSTUModel(nn.Module):
     def _users(self, user_ids: Tensor, lengths: Tensor) -> Tensor | None:
         if not self.config.user_features:
             return None
-        users = self._encode_features(self.config.user_features, self.user_tables, user_ids)
+        users = self._encode_features(self.config.user_features, self.user_tables, user_ids, {})
         return users.repeat_interleave(  # (T, D)
             lengths.to(users.device), dim=0, output_size=int(lengths.sum())
         )
@@ -155,6 +160,7 @@ class HSTUModel(nn.Module):
         item_ids: Tensor,
         tables: FeatureTables | None = None,
         table_rows: Tensor | None = None,
+        vectors: Mapping[str, tuple[Tensor, Tensor]] | None = None,
     ) -> Tensor:
         """(n, D): id embedding plus every item feature, each at width D.
 
@@ -162,17 +168,21 @@ class HSTUModel(nn.Module):
             item_ids: (n,) int64 in 0..X; 0 is an item without a learnt vector.
             tables, table_rows: where the features are, if not in the catalogue's row `item_ids`:
                 the tables of a candidate set, and rows of them, (n,) int64.
+            vectors: feature id -> (n, W) and (n,) bool as VectorEncoder takes them, instead of a
+                lookup.
         """
         tables, rows = tables or self.item_tables, item_ids if table_rows is None else table_rows
         x = self.embedding_module(item_ids)  # (n, D)
         if not self.config.item_features:
             return x
-        return x + self._encode_features(self.config.item_features, tables, rows)
+        return x + self._encode_features(self.config.item_features, tables, rows, vectors or {})
 
-    def _encode_features(self, specs: Mapping, tables: FeatureTables, rows: Tensor) -> Tensor:
+    def _encode_features(
+        self, specs: Mapping, tables: FeatureTables, rows: Tensor, given: Mapping[str, tuple]
+    ) -> Tensor:
         # Sorted: a checkpoint forgets the order of a config, and a sum's last bits depend on it.
-        vectors = (self._encoder(name)(*tables.lookup(name, rows)) for name in sorted(specs))
-        return sum(vectors)  # (n, D)
+        arguments = {name: given.get(name) or tables.lookup(name, rows) for name in sorted(specs)}
+        return sum(self._encoder(name)(*values) for name, values in arguments.items())  # (n, D)
 
     def item_embeddings(
         self,

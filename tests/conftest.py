@@ -15,7 +15,7 @@ torch.set_num_threads(1)  # the models are tiny: a second thread only waits
 NUM_ITEMS, NUM_USERS, NUM_ACTIONS, VECTOR_WIDTH = 23, 11, 3, 6
 
 
-def write_tiny(data_dir: Path, seed: int = 0) -> Path:
+def write_tiny(data_dir: Path, seed: int = 0, **more_item_features: Column) -> Path:
     """11 users with 4 to 9 events over 23 items, with every kind of feature on both sides."""
     rng = np.random.default_rng(seed)
     lengths = rng.integers(4, 10, NUM_USERS)
@@ -35,6 +35,7 @@ def write_tiny(data_dir: Path, seed: int = 0) -> Path:
             "100": Column("sparse", rng.integers(1, 5, NUM_ITEMS).tolist()),
             "tags": Column("array", [rng.integers(1, 7, k % 3).tolist() for k in range(NUM_ITEMS)]),
             "price": Column("continual", rng.normal(50, 20, NUM_ITEMS).tolist()),
+            **more_item_features,
         },
         user_features={
             "103": Column("sparse", rng.integers(1, 4, NUM_USERS).tolist()),

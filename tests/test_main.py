@@ -97,7 +97,7 @@ def test_every_flag_is_tested_for_its_effect():
         "data_dir", "output_dir", "log_dir", "num_workers", "device", "trust_pickle", "patience",
         "early_stop_on", "gradient_checkpointing", "compile", "resume", "overwrite",
         "save_every_steps", "log_every", "remove_seen", "inference_only", "state_dict_path",
-        "top_k", "request_time",
+        "top_k", "request_time", "mm_emb_device", "candidates",
     }  # fmt: skip
     assert set(vars(get_args([]))) == others | set(TRAINING_FLAGS)
 
@@ -357,6 +357,61 @@ def test_inference_exports_what_an_index_and_a_recommender_need(tmp_path, data):
     assert (manifest["item_ids"], manifest["user_ids"]) == ("original", "re-id")
 
 
+def test_where_vectors_lie_changes_no_weight_and_no_export(tmp_path, data, monkeypatch):
+    on_model, on_disk = (
+        run(tmp_path, data, f"--mm_emb_device={where}", "--negatives=batch", name=where)
+        for where in ("model", "loader")
+    )
+    assert are_equal(weights(on_model), weights(on_disk))
+    exports = [
+        infer(
+            tmp_path, data, on_model / "model_best.pt", f"--mm_emb_device={where}", name=f"e{where}"
+        )
+        for where in ("model", "loader")
+    ]
+    name = "item_embeddings/embedding.fbin"
+    assert (exports[0] / name).read_bytes() == (exports[1] / name).read_bytes()
+    args = get_args([f"--data_dir={data}", "--mm_emb_device=auto"])
+    items, _ = main_module.read_features(args, main_module.read_manifest(data))
+    assert main_module.vectors_on_host(args, items) == {}
+    monkeypatch.setattr(main_module, "MODEL_VECTORS_UP_TO", 100)
+    assert list(main_module.vectors_on_host(args, items)) == ["81"]
+
+
+def test_candidates_restrict_and_order_the_export(tmp_path, data):
+    """Rows are the candidates, ids retrieval ids; a cold one is what its features say."""
+    trained = run(tmp_path, data)
+    folder = tmp_path / "candidates"
+    folder.mkdir()
+    known, retrieval = [7, 3, 20, 11], [9, 4, 2, 8, 5]
+    np.array(retrieval, "<u8").tofile(folder / "retrieval_ids.bin")
+    np.array([*known, 0], "<i4").tofile(folder / "item_ids.bin")
+    np.arange(5, dtype="<u8").tofile(folder / "original_ids.bin")
+    vectors = np.load(data / "creative_emb" / "emb_81_6.npy")
+    (folder / "creative_emb").mkdir()
+    rows = vectors[[0, *known, 7]]  # the cold one has item 7's features
+    np.save(folder / "creative_emb" / "emb_81_6.npy", rows)
+    records = json.loads((data / "item_feat_dict.json").read_text())
+    rows = {row: records[str(k)] for row, k in enumerate([*known, 7], 1)}
+    (folder / "item_feat_dict.json").write_text(json.dumps(rows))
+    for name in ("feature_types", "feat_statistics", "feature_default_value"):
+        (folder / f"{name}.json").write_text((data / f"{name}.json").read_text())
+    checkpoint = trained / "model_best.pt"
+    whole = infer(tmp_path, data, checkpoint, "--top_k=23")
+    export = infer(tmp_path, data, checkpoint, f"--candidates={folder}", "--top_k=5", name="c")
+    items = load_emb(whole / "item_embeddings" / "embedding.fbin")
+    found = load_emb(export / "item_embeddings" / "embedding.fbin")
+    np.testing.assert_allclose(found[:4], items[np.array(known) - 1], rtol=1e-6, atol=1e-7)
+    assert not np.allclose(found[4], items[6])
+    assert load_emb(export / "item_embeddings" / "id.u64bin")[:, 0].tolist() == retrieval
+    top = load_emb(export / "user_embeddings" / "topk.u64bin")
+    everything = load_emb(whole / "user_embeddings" / "topk.u64bin")
+    retrieval_of = {1000 + 3 * (k - 1): r for k, r in zip(known, retrieval, strict=False)}
+    for row, all_row in zip(top.tolist(), everything.tolist(), strict=True):
+        kept = [retrieval_of[item] for item in all_row if item in retrieval_of]
+        assert [r for r in row if r not in (5, -1)] == kept  # 5: the cold one, wherever it stands
+
+
 def test_the_exported_config_wins_over_todays_flags(tmp_path, data):
     trained = run(tmp_path, data)
     plain = infer(tmp_path, data, trained / "model_best.pt")
@@ -469,9 +524,9 @@ def test_names_of_the_public_description_are_there(data):
     from simplified_hstu import HSTU, HSTUAttention
 
     args = get_args([f"--data_dir={data}", *SMALL])
-    model = main_module.prepare_run(
-        args, main_module.read_manifest(data), MyDataset(data, "train", 6)
-    ).model
+    manifest = main_module.read_manifest(data)
+    features = main_module.read_features(args, manifest)
+    model = main_module.prepare_run(args, manifest, features, MyDataset(data, "train", 6)).model
     assert isinstance(model.embedding_module, LocalEmbeddingModule)
     assert isinstance(
         model.input_preprocessor, LearnablePositionalEmbeddingInputFeaturesPreprocessor
