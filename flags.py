@@ -156,7 +156,7 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     )
     optim("--precision", choices=["fp32", "bf16", "fp16"], default="fp32", help="autocast type")
     optim("--gradient_checkpointing", action="store_true", help="less memory, a third more time")
-    optim("--compile", action="store_true", help="torch.compile the model")
+    optim("--compile", action="store_true", help="torch.compile the blocks, attention apart")
 
     run = parser.add_argument_group("run").add_argument
     run("--output_dir", default="./outputs", help="checkpoints, metrics and exports")

@@ -151,6 +151,8 @@ def prepare_run(
     torch.manual_seed(args.seed)
     model = HSTUModel(config, *features, on_host=train_set.host_vectors).to(device)
     model.hstu.gradient_checkpointing = args.gradient_checkpointing
+    if args.compile:
+        model.hstu.compile_blocks()
     num_batches = -(-len(train_set) // args.batch_size)
     return Run(
         args=args,
@@ -358,11 +360,10 @@ def train_one_epoch(run: Run, loader: DataLoader, run_log: RunLog) -> None:
     """
     args, progress = run.args, run.progress
     run.model.train()
-    forward = torch.compile(run.model, dynamic=True) if args.compile else run.model
     groups = groups_of(loader, args.accumulate_steps)
     num_batches = progress.batch + len(loader)
     for batches in run_log.watch(groups, progress.epoch + 1, progress.batch, num_batches):
-        values = train_step(run, forward, batches)
+        values = train_step(run, batches)
         progress.batch += len(batches)
         progress.step += 1
         progress.loss_sum += values["Loss/train"]
@@ -383,14 +384,14 @@ def groups_of(loader: Iterable[Batch], size: int) -> Iterator[list[Batch]]:
         yield group
 
 
-def train_step(run: Run, forward: Any, batches: list[Batch]) -> dict[str, float]:
+def train_step(run: Run, batches: list[Batch]) -> dict[str, float]:
     """One update from one or several batches, as if they were one; TensorBoard tags and values."""
     args, step = run.args, run.progress.step
     counts = [int((batch.target_index >= 0).sum()) for batch in batches]
     loss = torch.zeros((), device=run.device)
     for batch, count in zip(batches, counts, strict=True):
         with autocast(run):
-            part = forward(batch.to(run.device)) * (count / max(1, sum(counts)))
+            part = run.model(batch.to(run.device)) * (count / max(1, sum(counts)))
         run.scaler.scale(part).backward()
         loss += part.detach()
     run.scaler.unscale_(run.optimizer)

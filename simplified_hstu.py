@@ -218,14 +218,6 @@ def _add_bias_grads(bias_grads: list[Tensor | None], score_grad: Tensor, tile: T
         time_grad.scatter_add_(0, tile.time_buckets.flatten(), by_cell.flatten())
 
 
-@torch.compiler.disable
-def pointwise_attention(q, k, v, bias: RelativeAttentionBias, rectangles, causal_mask, scale):
-    """`PointwiseAttention` for a compiled model: its loops follow the lengths, so no graph."""
-    return PointwiseAttention.apply(
-        q, k, v, bias.position_weight, bias.time_weight, rectangles, causal_mask, scale
-    )
-
-
 class HSTUAttention(nn.Module):
     """One HSTU block on packed events, paper equations 1 to 3.
 
@@ -262,11 +254,19 @@ class HSTUAttention(nn.Module):
 
     def forward(self, x: Tensor, rectangles: list[Rectangle], causal_mask: Tensor) -> Tensor:
         """Events (T, D), each attending to its own sequence's past and itself -> (T, D)."""
+        u, v, q, k = self.project(x)  # (T, H, dv or dqk)
+        weights = self.relative_bias.position_weight, self.relative_bias.time_weight
+        attended = PointwiseAttention.apply(q, k, v, *weights, rectangles, causal_mask, self.scale)
+        return self.gate(x, u, attended)  # (T, D)
+
+    def project(self, x: Tensor) -> tuple[Tensor, ...]:
+        """U, V, Q, K of each event."""
         projected = F.silu(self.qkv_proj(self.layer_norm(x)))  # (T, H * (2 dv + 2 dqk))
         projected = projected.unflatten(-1, (self.num_heads, -1))  # (T, H, 2 dv + 2 dqk)
-        u, v, q, k = projected.split(self.split_sizes, dim=-1)  # (T, H, dv or dqk)
-        bias = self.relative_bias
-        attended = pointwise_attention(q, k, v, bias, rectangles, causal_mask, self.scale)
+        return projected.split(self.split_sizes, dim=-1)
+
+    def gate(self, x: Tensor, u: Tensor, attended: Tensor) -> Tensor:
+        """What the block adds to x, and x."""
         gated = u.flatten(1) * self.attention_norm(attended.flatten(1))  # (T, H * dv)
         return x + self.output_proj(self.dropout(gated))  # (T, D)
 
@@ -321,3 +321,12 @@ class HSTU(nn.Module):
             else:
                 x = block(x, rectangles, self._causal_mask)
         return x  # (T, D)
+
+    def compile_blocks(self) -> None:
+        """Compile what stands around each block's attention, once for all lengths.
+
+        The attention itself loops over rectangles, whose number and shapes follow the lengths.
+        """
+        for block in self.blocks:
+            block.project = torch.compile(block.project, dynamic=True)
+            block.gate = torch.compile(block.gate, dynamic=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shutil
 
 import pytest
 import torch
@@ -243,6 +244,20 @@ def test_gradient_checkpointing_changes_nothing_but_memory(events):
         grads.append([parameter.grad for parameter in hstu.parameters()])
     for plain, checkpointed in zip(*grads, strict=True):
         assert torch.equal(plain, checkpointed)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler here")
+def test_compiled_blocks_give_the_same_for_all_lengths_without_compiling_again(events):
+    plain, compiled = make_hstu(), make_hstu()
+    compiled.compile_blocks()
+    for first in (0, 2, 3, 5):
+        offsets = torch.tensor([0, 9 - first, 16 - first])
+        recompiling = torch._dynamo.config.patch(error_on_recompile=first > 2)
+        with recompiling:
+            found = run_hstu(compiled, events[first:], offsets)
+            found.square().sum().backward()
+        torch.testing.assert_close(found, run_hstu(plain, events[first:], offsets))
 
 
 def test_the_causal_mask_is_one_tile_used_by_all_blocks_and_not_saved(events):
