@@ -81,20 +81,26 @@ def read_json(path: str | Path) -> Any:
 
     Raises:
         DataError: the file is unreadable, not UTF-8 (a byte order mark is accepted), not JSON, or
-            holds a key twice, NaN, Infinity, or an integer beyond int64.
+            holds a key twice, NaN, Infinity, an integer beyond int64, or text that is no Unicode.
     """
     path = Path(path)
     try:
         text = path.read_text(encoding="utf-8-sig")
-        return json.loads(
+        value = json.loads(
             text,
             object_pairs_hook=lambda pairs: _unique_keys(path, pairs),
             parse_constant=lambda name: _refuse(path, name),
             parse_float=lambda digits: _finite(path, digits),
             parse_int=lambda digits: _int64(path, digits),
         )
+        json.dumps(value, ensure_ascii=False).encode()
+        return value
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror})") from error
+    except UnicodeEncodeError as error:
+        raise DataError(
+            f"{path}: {error.object[error.start]!a} is half a surrogate pair and no text; remove it"
+        ) from error
     except UnicodeDecodeError as error:
         raise DataError(
             f"{path}: byte {error.start} is not UTF-8; write it again as UTF-8"

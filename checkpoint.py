@@ -149,7 +149,9 @@ def load_weights(model: torch.nn.Module, weights: Mapping[str, Tensor], path: st
         if _shape(weights.get(name)) != _shape(expected.get(name))
     ]
     if lines:
-        raise DataError(f"{path}: does not fit the model: " + "; ".join(lines[:20]))
+        prefixes = [p for p in ("module.", "_orig_mod.") if all(k.startswith(p) for k in weights)]
+        hint = "".join(f"all names begin with {prefix!r}, take it off: " for prefix in prefixes)
+        raise DataError(f"{path}: does not fit the model: {hint}" + "; ".join(lines[:20]))
     model.load_state_dict(weights)
 
 

@@ -5,6 +5,7 @@ docs/data_format.md describes every file.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import operator
 import pickle
@@ -23,6 +24,9 @@ OFFSET_DTYPE = np.dtype("<i8")
 USER_DTYPE = np.dtype("<i4")
 FORMAT_VERSION = 1
 SPLITS = ("train", "valid", "test")
+# What a damaged or byte-swapped number would make of a folder: tables beyond any memory.
+MOST_UNSEEN = 1 << 22  # ids without an event, where only the events tell how many there are
+MOST_ACTION_TYPES = 1 << 16
 
 
 class Manifest(NamedTuple):
@@ -91,7 +95,7 @@ def read_manifest(data_dir: str | Path) -> Manifest:
     try:
         sizes = {name: entry["size"] for name, entry in content["files"].items()}
         manifest = Manifest(*(content[field] for field in Manifest._fields))
-        _check_manifest(path, manifest)
+        _check_manifest(path, manifest, sizes.get("indexer.pkl"))
     except (AttributeError, LookupError, TypeError) as error:
         raise DataError(
             f"{path}: a field is missing or of the wrong type ({error}); write the data again"
@@ -107,11 +111,18 @@ def read_manifest(data_dir: str | Path) -> Manifest:
     return manifest
 
 
-def _check_manifest(path: Path, manifest: Manifest) -> None:
+def _check_manifest(path: Path, manifest: Manifest, indexer_size: int | None) -> None:
     *counts, targets = manifest
     for name, count in zip(Manifest._fields, counts, strict=False):
-        if type(count) is not int or not 0 <= count < 2**31:
-            raise DataError(f"{path}: {name} is {count!r}, expected a number below 2^31")
+        limit = MOST_ACTION_TYPES if name == "num_action_types" else 2**31
+        if type(count) is not int or not 0 <= count < limit:
+            raise DataError(f"{path}: {name} is {count!r}, expected a number below {limit}")
+        # An id and its re-id take four bytes or more.
+        if name != "num_action_types" and indexer_size is not None and 4 * count > indexer_size:
+            raise DataError(
+                f"{path}: {name} is {count}, too many for an indexer.pkl of {indexer_size} bytes; "
+                "write the data again"
+            )
     for split, target in targets.items():
         legal = ("next",) if split == "train" else ("last", "none")
         if split not in SPLITS or target not in legal:
@@ -119,7 +130,7 @@ def _check_manifest(path: Path, manifest: Manifest) -> None:
 
 
 def _infer_manifest(data_dir: Path) -> Manifest:
-    num_items = num_users = 0
+    num_items = num_users = num_events = num_sequences = 0
     max_action = -1
     targets = {}
     for split in SPLITS:
@@ -127,31 +138,53 @@ def _infer_manifest(data_dir: Path) -> Manifest:
             continue
         events, offsets, users = open_split(data_dir, split)
         targets[split] = "next" if split == "train" else "last"
+        num_events, num_sequences = num_events + len(events), num_sequences + len(offsets)
         num_items = max(num_items, int(item_ids_of(events).max(initial=0)))
         num_users = max(num_users, len(offsets) - 1 if users is None else int(users.max(initial=0)))
         if events.dtype == EVENT_DTYPE:
             max_action = max(max_action, int(events["action_type"].max(initial=-1)))
+        if max_action >= MOST_ACTION_TYPES:
+            raise DataError(
+                f"{split_path(data_dir, split, 'data')}: the largest action type is {max_action}, "
+                f"expected one below {MOST_ACTION_TYPES}; write the split again, little-endian"
+            )
     if (data_dir / "indexer.pkl").exists():
         indexer = read_indexer(data_dir)
         num_items, num_users = len(indexer["i"]), len(indexer["u"])
-    if num_items >= 2**31:
-        raise DataError(
-            f"{data_dir}: the largest item id is {num_items}, but re-ids are dense and below 2^31; "
-            "write the data again, little-endian and with dense item ids"
-        )
+        for side, count in (("i", num_items), ("u", num_users)):
+            check_re_ids(data_dir / "indexer.pkl", side, indexer[side], count)
+        return Manifest(num_items, num_users, max_action + 1, targets)
+    found = (("item", num_items, num_events), ("user", num_users, num_sequences))
+    for what, largest, count in found:
+        if largest > count + MOST_UNSEEN:
+            raise DataError(
+                f"{split_path(data_dir, 'train', 'data')}, or the file of another split: the "
+                f"largest {what} id is {largest}, but re-ids are dense and {count} are stored; "
+                "write the data again, little-endian and with dense ids"
+            )
     return Manifest(num_items, num_users, max_action + 1, targets)
+
+
+def fingerprint(data_dir: str | Path) -> str:
+    """A hash of the manifest's sizes and hashes; without one, of the sequence files' sizes."""
+    data_dir = Path(data_dir)
+    files = {path.name: path.stat().st_size for path in data_dir.glob("*_*.bin")}
+    if (data_dir / "manifest.json").exists():
+        files = read_json(data_dir / "manifest.json")["files"]
+    return hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def open_split(data_dir: Path, split: str) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
     """Events (EVENT_DTYPE or plain ids), offsets, and users or None, as memory maps."""
-    offsets = _map(split_path(data_dir, split, "offsets"), OFFSET_DTYPE)
+    offsets_path = split_path(data_dir, split, "offsets")
+    offsets = _map(offsets_path, OFFSET_DTYPE)
     users_path = split_path(data_dir, split, "users")
     users = _map(users_path, USER_DTYPE) if users_path.exists() else None
     path = split_path(data_dir, split, "data")
-    if not path.exists():
-        raise DataError(f"{path}: no such file; write the split again")
     num_events = int(offsets[-1]) if len(offsets) else 0
-    size = path.stat().st_size
+    size = _size(path)
+    if not len(offsets) and size == 0 and split != "train":
+        offsets = np.zeros(1, OFFSET_DTYPE)
     dtypes = {16: EVENT_DTYPE, 4: np.dtype("<i4"), 8: np.dtype("<i8")}
     width = size // num_events if num_events > 0 and size % num_events == 0 else 0
     if size == num_events == 0:
@@ -161,20 +194,43 @@ def open_split(data_dir: Path, split: str) -> tuple[np.ndarray, np.ndarray, np.n
             f"{path}: {size} bytes, but {split}_offsets.bin describes {num_events} events, which "
             f"makes {num_events * 16} bytes of records (or 4 or 8 bytes per plain item id). "
             "One of the two is truncated or from another run; write the split again"
+            + _hint(offsets_path, size)
         )
     return _map(path, dtypes[width]), offsets, users
 
 
 def _map(path: Path, dtype: np.dtype) -> np.ndarray:
-    if not path.exists():
-        raise DataError(f"{path}: no such file; write the split again")
-    size = path.stat().st_size
+    size = _size(path)
     if size % dtype.itemsize:
+        data_path = path.with_name(path.name.replace("_offsets", "_data"))
         raise DataError(
             f"{path}: {size} bytes is not a multiple of {dtype.itemsize}; the file is truncated, "
             "write the split again"
+            + (_hint(path, _size(data_path)) if dtype == OFFSET_DTYPE else "")
         )
     return np.memmap(path, dtype, mode="r") if size else np.empty(0, dtype)
+
+
+def _size(path: Path) -> int:
+    if not path.is_file():
+        found = "a folder" if path.is_dir() else "no such file"
+        raise DataError(f"{path}: {found}; write the split again")
+    return path.stat().st_size
+
+
+def _hint(path: Path, data_size: int) -> str:
+    """What may be wrong with offsets that do not fit `data_size` bytes, to end a message with."""
+    for dtype, kind in ((">i8", "big-endian"), ("<i4", "like int32"), (">i4", "like >i4")):
+        offsets = np.fromfile(path, dtype)
+        is_rising = len(offsets) and offsets[0] == 0 and (offsets[1:] >= offsets[:-1]).all()
+        if is_rising and data_size in (int(offsets[-1]) * width for width in (4, 8, 16)):
+            return f". {path.name} looks {kind}, but offsets are little-endian int64"
+    offsets, num_events = np.fromfile(path, OFFSET_DTYPE), data_size // EVENT_DTYPE.itemsize
+    beyond = np.flatnonzero(offsets[1:] > num_events)
+    if not len(beyond):
+        return ""
+    k = beyond[0]
+    return f". Sequence {k} ends at event {offsets[k + 1]}, but {num_events} are there"
 
 
 def check_split(
@@ -252,8 +308,22 @@ def check_re_ids(path: Path, side: str, re_ids: Mapping[Any, int], count: int) -
     is_whole = len(re_ids) == count and all(issubclass(kind, int | np.integer) for kind in kinds)
     if not is_whole or not all(map(operator.eq, sorted(re_ids.values()), range(1, count + 1))):
         raise DataError(
-            f"{path}: the re-ids of {side!r} are not 1..{count}, each once; write it again"
+            f"{path}: the re-ids of {side!r} are not 1..{count}, each once: "
+            f"{_re_id_fault(re_ids, count)}; write it again"
         )
+
+
+def _re_id_fault(re_ids: Mapping[Any, int], count: int) -> str:
+    owners: dict[Any, Any] = {}
+    for original, re_id in re_ids.items():
+        if not isinstance(re_id, int | np.integer):
+            return f"{original!r:.60} is {re_id!r:.60}"
+        if re_id in owners:
+            return f"{owners[re_id]!r:.60} and {original!r:.60} are both {re_id}"
+        if not 1 <= re_id <= len(re_ids):
+            return f"{original!r:.60} is {re_id}, but there are {len(re_ids)} of them"
+        owners[re_id] = original
+    return f"there are {len(re_ids)} of them, not {count}"
 
 
 class Candidates(NamedTuple):

@@ -33,6 +33,7 @@ _LONGEST_RECORD = 1 << 26  # characters; a broken file is not read to its end as
 _RECORDS = 20_000  # parsed at once
 _VECTORS = 1024  # parsed at once; 130 MB of Python floats at width 4096
 _MAX_PROBLEMS = 20  # shown
+_LONGEST_LIST = 10_000  # values; every batch that holds such an item embeds them all
 _BAD_VALUE = (ValueError, TypeError, OverflowError)  # what a parser may raise
 
 _VECTOR_FILE = r"(?:emb_(.+)_\d+|([^.]+))\.(?:pkl|npy)"
@@ -199,8 +200,12 @@ def _list_columns(data_dir: Path, side: str, wanted: str | Sequence[str]) -> dic
     if bad := [i for i in coded if type(sizes.get(i)) is not int or not 0 <= sizes[i] < 2**31]:
         found = ", ".join(f"{i} ({sizes.get(i, 'missing')!r:.20})" for i in bad)
         raise DataError(
-            f"{data_dir / 'feat_statistics.json'}: no cardinality (a whole number) for {found}"
+            f"{data_dir / 'feat_statistics.json'}: no cardinality (a whole number) for {found}, "
+            "which feature_types.json lists"
         )
+    absent = [i for i in kinds if i not in defaults]
+    if absent and (path := data_dir / "feature_default_value.json").exists():
+        log.warning("%s: no value for %s; 0, or an empty list, is used", path, ", ".join(absent))
     return {
         i: Column(
             kind, sizes.get(i, 0), defaults.get(i, [] if kind == "array" else 0), Counter(), []
@@ -246,7 +251,10 @@ def _array(column: Column) -> Feature:
         column.notes["single values read as lists of one"] += scalars
         values = [value if type(value) is list else [value] for value in values]
     offsets = np.zeros(len(values) + 1, np.int64)
-    np.cumsum([len(value) for value in values], out=offsets[1:])
+    lengths = np.array([len(value) for value in values])
+    if lengths.max(initial=0) > _LONGEST_LIST:
+        raise ValueError(f"{lengths.max()} values, at most {_LONGEST_LIST} are taken")
+    np.cumsum(lengths, out=offsets[1:])
     codes = _codes(list(itertools.chain.from_iterable(values)), column)
     return Feature("array", column.size, codes, offsets)
 
@@ -256,10 +264,13 @@ def _continual(column: Column) -> Feature:
         raise ValueError("not a number")
     with np.errstate(over="ignore"):
         values = np.array(column.values, np.float64).astype(np.float32)
+        default = np.float32(column.default)
     bad = ~np.isfinite(values)
+    if bad.any() and not np.isfinite(default):
+        raise ValueError("the default, too, is not finite in float32")
     if bad.any():
         column.notes["values not finite in float32 read as the default"] += int(bad.sum())
-        values[bad] = column.default
+        values[bad] = default
     return Feature("continual", 1, values)
 
 

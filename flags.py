@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import re
 from typing import Any
 
 # Up to this many items "--negatives auto" ranks against all of them: it learns most per second
@@ -29,6 +30,7 @@ FREE_FLAGS = {
     "trust_pickle",
     "top_k",
     "request_time",
+    "debug",
 }
 
 
@@ -67,6 +69,12 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
         default="auto",
         help="where multimodal vectors lie: on disk, loaders gather each batch's; or all on the "
         f"model's device; auto: on the device up to {MODEL_VECTORS_UP_TO >> 20} MB",
+    )
+    data(
+        "--mm_projection",
+        choices=["learnt", "frozen"],
+        default="learnt",
+        help="of multimodal vectors to the width; frozen: the random one of the start",
     )
     data(
         "--trust_pickle",
@@ -161,7 +169,7 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     run = parser.add_argument_group("run").add_argument
     run("--output_dir", default="./outputs", help="checkpoints, metrics and exports")
     run("--log_dir", default="./logs", help="TensorBoard files")
-    run("--device", default="cuda", help="cuda, cuda:1, cpu; without CUDA: cpu")
+    run("--device", type=device_name, default="cuda", help="cuda, cuda:1, cpu; without CUDA: cpu")
     run("--seed", type=at_least(0), default=42, help="of weights, order, dropout and negatives")
     run(
         "--resume",
@@ -202,7 +210,18 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
         metavar="SECONDS",
         help="Unix time of queries whose target is unknown; else that of the last event",
     )
-    return parser.parse_args(argv)
+    run("--debug", action="store_true", help="show where in the code an error was raised")
+    args = parser.parse_args(argv)
+    if args.inference_only and not args.state_dict_path:
+        parser.error("--inference_only needs --state_dict_path: a model_*.pt file of a training")
+    return args
+
+
+def device_name(text: str) -> str:
+    """An argparse type: cpu, cuda or cuda:N."""
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", text):
+        raise argparse.ArgumentTypeError(f"{text!r} is not cpu, cuda or cuda:N")
+    return text
 
 
 def at_least(low: int) -> Any:
@@ -210,8 +229,8 @@ def at_least(low: int) -> Any:
 
     def integer(text: str) -> int:
         value = int(text)
-        if value < low:
-            raise argparse.ArgumentTypeError(f"{value} is below {low}")
+        if not low <= value < 2**63:
+            raise argparse.ArgumentTypeError(f"{value} is not between {low} and 2^63 - 1")
         return value
 
     return integer

@@ -70,10 +70,12 @@ class ContinualEncoder(nn.Linear):
 
 
 class VectorEncoder(nn.Linear):
-    """A projection of a frozen multimodal vector; `stand_in` for the items that have none."""
+    """A projection of a fixed multimodal vector; `stand_in` for the items that have none."""
 
-    def __init__(self, hidden_units: int, size: int, has_stand_in: bool):
+    def __init__(self, hidden_units: int, size: int, has_stand_in: bool, is_frozen: bool):
+        """`is_frozen`: the projection stays the random one of the start."""
         super().__init__(size, hidden_units, bias=False)
+        self.weight.requires_grad_(not is_frozen)
         nn.init.normal_(self.weight, std=INIT_STD)
         self.stand_in = nn.Parameter(torch.zeros(hidden_units)) if has_stand_in else None
 
@@ -95,10 +97,15 @@ ENCODERS: dict[str, Callable[..., nn.Module]] = {
 }
 
 
-def encoder_arguments(feature: Any, missing_vector: str) -> dict[str, Any]:
+def encoder_arguments(
+    feature: Any, missing_vector: str = "learnt", projection: str = "learnt"
+) -> dict[str, Any]:
     """What a checkpoint stores of a features.Feature to build its encoder again.
 
-    `missing_vector`: "learnt" or "zero", what stands for an absent multimodal vector.
+    Args:
+        feature: a features.Feature.
+        missing_vector: "learnt" or "zero", what stands for an absent multimodal vector.
+        projection: "learnt" or "frozen", of multimodal vectors.
     """
     spec: dict[str, Any] = {"kind": feature.kind, "size": int(feature.size)}
     if feature.kind == "continual":
@@ -107,6 +114,7 @@ def encoder_arguments(feature: Any, missing_vector: str) -> dict[str, Any]:
     if feature.kind == "emb":
         is_complete = bool(feature.present[1:].all())
         spec["has_stand_in"] = missing_vector == "learnt" and not is_complete
+        spec["is_frozen"] = projection == "frozen"
     return spec
 
 

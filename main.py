@@ -6,10 +6,11 @@ import argparse
 import logging
 import math
 import os
+import re
 import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -30,7 +31,15 @@ from checkpoint import (
     save_state,
     set_random_states,
 )
-from data_folder import Manifest, original_ids, read_candidates, read_indexer, read_manifest
+from data_folder import (
+    Manifest,
+    check_re_ids,
+    fingerprint,
+    original_ids,
+    read_candidates,
+    read_indexer,
+    read_manifest,
+)
 from dataset import Batch, BatchSampler, MyDataset, count_items, save_emb
 from features import Feature, find_vectors, load_features, load_vectors
 from flags import (
@@ -86,14 +95,42 @@ def main(argv: list[str] | None = None) -> int:
     log.addHandler(handler)
     log.setLevel(logging.INFO)
     try:
+        check_folders(args)
         with logging_redirect_tqdm(loggers=[log]):
             infer(args) if args.inference_only else train(args)
-    except DataError as error:
-        print(f"error: {error}", file=sys.stderr)
+    except (DataError, OSError, MemoryError, RuntimeError) as error:
+        line = one_line(error)
+        if args.debug or not line:
+            raise
+        print(f"error: {line}", file=sys.stderr)
         return 1
     finally:
         log.removeHandler(handler)
     return 0
+
+
+def check_folders(args: argparse.Namespace) -> None:
+    if Path(args.output_dir).resolve() == Path(args.data_dir).resolve():
+        raise DataError(f"{args.output_dir}: --output_dir is the data folder; name another one")
+    for flag in ("output_dir", "log_dir"):
+        path = Path(vars(args)[flag])
+        if path.exists() and not path.is_dir():
+            raise DataError(f"{path}: --{flag} is not a folder; name another one")
+
+
+def one_line(error: Exception) -> str:
+    """What a user can act on, without its traceback; empty for a fault of the program."""
+    text = str(error)
+    if text.startswith("Caught "):  # in a loader process, whose traceback comes before the message
+        text = text.rstrip().rpartition("Error: ")[2]
+    if isinstance(error, OSError) and error.filename:
+        return f"{error.filename}: {error.strerror}"
+    if isinstance(error, DataError | OSError):
+        return text
+    if re.search("out of memory|allocate memory|not enough memory|Unable to allocate", text):
+        first = text.splitlines()[0]
+        return f"not enough memory, lower --batch_size or the model's widths ({first:.150})"
+    return ""
 
 
 # ----------------------------------------------------------------------------------------- training
@@ -162,7 +199,11 @@ def prepare_run(
         scaler=torch.amp.GradScaler(device.type, enabled=args.precision == "fp16"),
         total_steps=args.num_epochs * -(-num_batches // args.accumulate_steps),
         binding={k: v for k, v in vars(args).items() if k not in FREE_FLAGS}
-        | {"config": asdict(config), "data": manifest._asdict() | {"sequences": len(train_set)}},
+        | {
+            "config": asdict(config),
+            "data": manifest._asdict() | {"sequences": len(train_set)},
+            "data files": fingerprint(args.data_dir),
+        },
     )
 
 
@@ -170,7 +211,10 @@ def pick_device(name: str) -> torch.device:
     if name.startswith("cuda") and not torch.cuda.is_available():
         log.info("no CUDA device here: running on the CPU")
         return torch.device("cpu")
-    return torch.device(name)
+    device, count = torch.device(name), torch.cuda.device_count()
+    if device.type == "cuda" and (device.index or 0) >= count:
+        raise DataError(f"--device {name}: there are cuda:0 to cuda:{count - 1}; name one of them")
+    return device
 
 
 def read_features(args: argparse.Namespace, manifest: Manifest) -> tuple[dict, dict]:
@@ -184,6 +228,7 @@ def read_features(args: argparse.Namespace, manifest: Manifest) -> tuple[dict, d
         wanted_vectors = []
     if wanted_vectors:
         item_ids = read_indexer(folder, trust=args.trust_pickle)["i"]
+        check_re_ids(Path(folder) / "indexer.pkl", "i", item_ids, manifest.num_items)
         items |= load_vectors(
             folder, wanted_vectors, item_ids, manifest.num_items, trust_pickle=args.trust_pickle
         )
@@ -211,7 +256,10 @@ def make_config(
     args: argparse.Namespace, manifest: Manifest, features: tuple, has_timestamps: bool
 ) -> HSTUConfig:
     specs = [
-        {name: encoder_arguments(feature, args.mm_missing) for name, feature in side.items()}
+        {
+            name: encoder_arguments(feature, args.mm_missing, args.mm_projection)
+            for name, feature in side.items()
+        }
         for side in features
     ]
     return HSTUConfig(
@@ -356,9 +404,11 @@ def train_one_epoch(run: Run, loader: DataLoader, run_log: RunLog) -> None:
     """The steps that are left of the epoch under way.
 
     Raises:
-        DataError: the loss or the gradient is not finite; weights are those of the step before.
+        DataError: the data changed; or the loss or the gradient is not finite, and the weights are
+            those of the step before.
     """
     args, progress = run.args, run.progress
+    loader.dataset.check_unchanged()
     run.model.train()
     groups = groups_of(loader, args.accumulate_steps)
     num_batches = progress.batch + len(loader)
@@ -432,6 +482,7 @@ def autocast(run: Run) -> torch.autocast:
 @torch.no_grad()
 def evaluate(run: Run, loader: DataLoader) -> dict[str, float]:
     """Mean loss, and the metrics of ranking the whole catalogue for every sequence's target."""
+    loader.dataset.check_unchanged()
     model = run.model.eval()
     num_items = model.config.num_items
     items = model.item_embeddings(torch.arange(1, num_items + 1, device=run.device))
@@ -532,27 +583,43 @@ class Catalogue(NamedTuple):
 @torch.no_grad()
 def infer(args: argparse.Namespace) -> None:
     """Export the items' embeddings, and the test users' queries and top-k items."""
-    if not args.state_dict_path:
-        raise DataError("--inference_only needs --state_dict_path: a model_*.pt file of a training")
     path, output_dir = Path(args.state_dict_path), Path(args.output_dir)
-    content = load_checkpoint(path)
-    config = HSTUConfig(**content["config"])
+    config, weights = read_model(path)
     manifest = read_manifest(args.data_dir)
     features = read_config_features(args, config, manifest)
     model = HSTUModel(config, *features, on_host=vectors_on_host(args, features[0]))
     model = model.to(pick_device(args.device)).eval()
-    load_weights(model, content["weights"], path)
+    load_weights(model, weights, path)
     catalogue = candidates_of(args, model) if args.candidates else all_items(args, model)
     origin = {"checkpoint": path.name, "item_ids": catalogue.id_kind}
     arrays = {"embedding.fbin": catalogue.embeddings.cpu().numpy(), "id.u64bin": catalogue.ids}
     publish(output_dir / "item_embeddings", arrays, origin)
     if "test" not in manifest.targets:
         return
-    queries, users, top_rows = recommend(args, model, catalogue)
+    options = {"negatives": "batch", "request_time": args.request_time}
+    dataset = MyDataset(args.data_dir, "test", config.maxlen, **options)
+    if not len(dataset):
+        return
+    queries, users, top_rows = recommend(args, model, dataset, catalogue)
     user_ids, kind = exported_ids(args, "u", manifest.num_users)
     top_ids = np.where(top_rows < 0, -1, catalogue.ids.astype(np.int64)[top_rows])
     arrays = {"embedding.fbin": queries, "topk.u64bin": top_ids, "id.u64bin": user_ids[users]}
     publish(output_dir / "user_embeddings", arrays, origin | {"user_ids": kind})
+
+
+def read_model(path: Path) -> tuple[HSTUConfig, Mapping[str, torch.Tensor]]:
+    """The config and the weights in a checkpoint."""
+    content = load_checkpoint(path)
+    config, weights = content["config"], content.get("weights")
+    if not isinstance(config, dict) or not isinstance(weights, dict):
+        raise DataError(f"{path}: not a checkpoint of this package (no config and weights in it)")
+    names = {setting.name for setting in fields(HSTUConfig)}
+    if changed := sorted(names ^ config.keys()):
+        raise DataError(
+            f"{path}: settings {', '.join(changed)} are unknown or missing; export it with the "
+            "version that trained it"
+        )
+    return HSTUConfig(**config), weights
 
 
 def all_items(args: argparse.Namespace, model: HSTUModel) -> Catalogue:
@@ -619,16 +686,9 @@ def exported_ids(args: argparse.Namespace, side: str, count: int) -> tuple[np.nd
 
 
 def recommend(
-    args: argparse.Namespace, model: HSTUModel, catalogue: Catalogue
+    args: argparse.Namespace, model: HSTUModel, dataset: MyDataset, catalogue: Catalogue
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """The test users' queries (S, D), user re-ids (S,), and rows of their top-k items (S, k)."""
-    dataset = MyDataset(
-        args.data_dir,
-        "test",
-        model.config.maxlen,
-        negatives="batch",
-        request_time=args.request_time,
-    )
     device = catalogue.embeddings.device
     sampler = BatchSampler(len(dataset), args.batch_size, args.seed, is_shuffled=False)
     loader = make_loader(dataset, sampler, device, args.num_workers)
@@ -644,16 +704,50 @@ def recommend(
 
 
 def publish(folder: Path, arrays: Mapping[str, np.ndarray], origin: Mapping[str, str]) -> None:
-    """Write an export's files, and last the manifest that names their sizes and hashes."""
+    """Write an export's files, and last the manifest that names their sizes and hashes.
+
+    Raises:
+        DataError: no index takes these vectors; the export that was there is as it was.
+    """
+    n, d = arrays["embedding.fbin"].shape
+    check_size(folder, n, d)
+    check_rows(folder, arrays["embedding.fbin"], arrays["id.u64bin"])
     folder.mkdir(parents=True, exist_ok=True)
     sweep_temporaries(folder)
     (folder / "manifest.json").unlink(missing_ok=True)
     for name, array in arrays.items():
         save_emb(array, folder / name)
-    n, d = arrays["embedding.fbin"].shape
     files = {name: file_entry(folder / name) for name in arrays}
     write_json(folder / "manifest.json", {"n": n, "d": d, **origin, "files": files})
     log.info("wrote %s: %s vectors of width %d", folder, f"{n:,}", d)
+
+
+def check_size(folder: Path, n: int, d: int) -> None:
+    if n == 0 or d == 1:
+        raise DataError(
+            f"{folder}: {n} vectors of width {d}, but an index needs one at least, of width 2 or "
+            "more; train with larger --hidden_units"
+        )
+    if n * d >= 2**32:
+        log.warning(
+            "%s: %d vectors of width %d are 2^32 numbers or more; readers that multiply the "
+            "header's two uint32 in 32 bits overflow", folder, n, d,
+        )  # fmt: skip
+
+
+def check_rows(folder: Path, embeddings: np.ndarray, ids: np.ndarray) -> None:
+    is_finite = np.isfinite(embeddings).all(1)
+    if not is_finite.all():
+        raise DataError(
+            f"{folder}: id {ids[is_finite.argmin()]}: its embedding is not finite; the model has "
+            "diverged, export another checkpoint or train with a lower --lr"
+        )
+    zero_ids = ids[~embeddings.any(1)]
+    if len(zero_ids):
+        log.warning(
+            "%s: %d vectors are zero and have no direction, the first: %s",
+            folder, len(zero_ids), ", ".join(map(str, zero_ids[:3])),
+        )  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -261,7 +261,9 @@ def test_sequences_too_short_are_skipped_with_one_warning(tmp_path, caplog):
     caplog.set_level(logging.WARNING, logger="hstu")
     dataset = MyDataset(folder, "train", maxlen=5)
     messages = [record.getMessage() for record in caplog.records]
-    assert messages == ["train: 2 of 5 sequences have fewer than 2 events and are skipped"]
+    assert messages == [
+        "train: 2 of 5 sequences have fewer than 2 events and are skipped, the first: 1, 3"
+    ]
     assert len(dataset) == 3
     batch = make_batch(dataset, [0, 1, 2])
     assert batch.user_ids.tolist() == [USERS[4], USERS[2], USERS[0]]
@@ -365,7 +367,8 @@ def test_counting_names_a_bad_event(tmp_path, value):
     events = make_events(sum(LENGTHS))
     events["item_id"][13] = value
     dataset = MyDataset(write(tmp_path, events=events), "train")
-    with pytest.raises(DataError, match=rf"train_data\.bin: event 13 has item id {value}, not in"):
+    place = r"train_data\.bin: sequence 2 event 1: "
+    with pytest.raises(DataError, match=rf"{place}item id {value} is not in 1\.\.23"):
         counts_of(dataset)
 
 

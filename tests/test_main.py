@@ -50,6 +50,8 @@ def metrics(output_dir: Path) -> dict:
     return json.loads((output_dir / "metrics.json").read_text())
 
 
+GOLDEN = [8.6996, 6.804, 9.7934, 6.6458, 8.1669, 5.9822, 7.1304, 5.9847, 7.0993, 5.8424]
+
 # Flag -> (flags of one run, flags of the other): the trained weights must differ.
 TRAINING_FLAGS = {
     "maxlen": ([], ["--maxlen=3"]),
@@ -58,6 +60,7 @@ TRAINING_FLAGS = {
     "actions": ([], ["--no-actions"]),
     "mm_emb_id": ([], ["--mm_emb_id"]),
     "mm_missing": ([], ["--mm_missing=zero"]),
+    "mm_projection": ([], ["--mm_projection=frozen"]),
     "hidden_units": ([], ["--hidden_units=9"]),
     "num_blocks": ([], ["--num_blocks=1"]),
     "num_heads": ([], ["--num_heads=2"]),
@@ -97,7 +100,7 @@ def test_every_flag_is_tested_for_its_effect():
         "data_dir", "output_dir", "log_dir", "num_workers", "device", "trust_pickle", "patience",
         "early_stop_on", "gradient_checkpointing", "compile", "resume", "overwrite",
         "save_every_steps", "log_every", "remove_seen", "inference_only", "state_dict_path",
-        "top_k", "request_time", "mm_emb_device", "candidates",
+        "top_k", "request_time", "debug", "mm_emb_device", "candidates",
     }  # fmt: skip
     assert set(vars(get_args([]))) == others | set(TRAINING_FLAGS)
 
@@ -550,3 +553,11 @@ def test_the_page_of_charts_names_only_curves_that_are_there(tmp_path, data):
     assert "custom_scalars__config__" in events.Tags()["tensors"]
     charts = [tags for page in LAYOUT.values() for _, tags in page.values()]
     assert {tag for tags in charts for tag in tags} <= set(events.Tags()["scalars"])
+
+
+def test_the_first_ten_losses_are_the_golden_ones(tmp_path, data):
+    """They change only with the model, the loss, the data or the order of random draws."""
+    output_dir = run(tmp_path, data, "--log_every=1", "--num_epochs=4")
+    losses = [loss for _, loss in scalars(output_dir, "Loss/train")][:10]
+    # 1e-3: another CPU sums in another order.
+    assert losses == pytest.approx(GOLDEN, rel=1e-3)

@@ -33,8 +33,8 @@ def make_model(data_dir, features=None, **changes) -> HSTUModel:
     config = HSTUConfig(
         num_items=manifest.num_items,
         num_action_types=manifest.num_action_types,
-        item_features={k: encoder_arguments(v, "learnt") for k, v in items.items()},
-        user_features={k: encoder_arguments(v, "learnt") for k, v in users.items()},
+        item_features={k: encoder_arguments(v) for k, v in items.items()},
+        user_features={k: encoder_arguments(v) for k, v in users.items()},
         maxlen=9,
         hidden_units=10,
         num_blocks=2,
@@ -278,7 +278,7 @@ def test_lists_of_any_length_are_pooled_by_their_mean(tiny):
 def test_numbers_are_standardised_with_the_statistics_of_the_checkpoint(tiny):
     items, _ = read_all_features(tiny)
     prices = items["price"].values[1:].astype(np.float64)
-    spec = encoder_arguments(items["price"], "learnt")
+    spec = encoder_arguments(items["price"])
     assert spec["mean"] == pytest.approx(prices.mean())
     encoder = make_model(tiny)._encoder("price")
     value = torch.tensor([prices.mean() + prices.std()], dtype=torch.float32)
@@ -303,6 +303,17 @@ def test_missing_vectors_get_the_learnt_stand_in_or_zero(tiny):
         users,
     )._encoder("81")
     assert not zero(*values).any()
+
+
+def test_a_frozen_projection_keeps_its_weights(tiny):
+    items, users = read_all_features(tiny)
+    config = make_model(tiny).config
+    specs = {k: encoder_arguments(v, projection="frozen") for k, v in items.items()}
+    model = HSTUModel(replace(config, item_features=specs), items, users)
+    model(make_batch(tiny)).backward()
+    encoder = model._encoder("81")
+    assert encoder.weight.grad is None
+    assert encoder.stand_in.grad.any()
 
 
 def test_eight_users_are_memorised(tiny):
