@@ -25,7 +25,8 @@ import main as main_module
 from checkpoint import load_checkpoint, save_checkpoint
 from data_folder import EVENT_DTYPE
 from dataset import load_emb
-from main import check_rows, check_size, main
+from export import check_rows, check_size
+from main import main
 
 SMALL = [
     "--device=cpu", "--num_workers=0", "--num_epochs=1", "--batch_size=6", "--maxlen=6",

@@ -24,7 +24,9 @@ ALLOWED = {
     "metrics": set(),
     "flags": set(),
     "run_log": set(),
+    "run_setup": {"atomic_io", "data_folder", "dataset", "features", "flags"},
 }
+ALLOWED["export"] = set(ALLOWED) - {"run_log", "metrics", "safe_pickle"}
 ALLOWED["main"] = set(ALLOWED)
 PACKAGES = {"torch", "numpy", "tqdm", "pyarrow"}  # pyarrow: optional, inside a function
 

@@ -13,6 +13,7 @@ from conftest import NUM_ITEMS, write_tiny
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import main as main_module
+import run_setup
 from checkpoint import load_checkpoint
 from data_folder import EVENT_DTYPE, Sequences, write_dataset
 from dataset import load_emb
@@ -114,13 +115,13 @@ def test_two_runs_with_one_seed_are_equal_byte_for_byte(tmp_path, data):
 
 def test_the_number_of_workers_does_not_change_what_is_trained(tmp_path, data, monkeypatch):
     opened = []
-    loader = main_module.DataLoader
+    loader = run_setup.DataLoader
 
     def spy(*args, **kwargs):
         opened.append(kwargs["num_workers"])
         return loader(*args, **kwargs)
 
-    monkeypatch.setattr(main_module, "DataLoader", spy)
+    monkeypatch.setattr(run_setup, "DataLoader", spy)
     flags = ["--negatives=mixed", "--num_negatives=4"]
     one = run(tmp_path, data, *flags)
     assert set(opened) == {0}
@@ -376,7 +377,7 @@ def test_where_vectors_lie_changes_no_weight_and_no_export(tmp_path, data, monke
     args = get_args([f"--data_dir={data}", "--mm_emb_device=auto"])
     items, _ = main_module.read_features(args, main_module.read_manifest(data))
     assert main_module.vectors_on_host(args, items) == {}
-    monkeypatch.setattr(main_module, "MODEL_VECTORS_UP_TO", 100)
+    monkeypatch.setattr(run_setup, "MODEL_VECTORS_UP_TO", 100)
     assert list(main_module.vectors_on_host(args, items)) == ["81"]
 
 

@@ -1,0 +1,204 @@
+"""Exports a trained model: item embeddings, the test users' queries and their top items."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+from collections.abc import Mapping
+from dataclasses import fields
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from atomic_io import DataError, file_entry, sweep_temporaries, write_json
+from checkpoint import differences, load_checkpoint, load_weights
+from data_folder import Manifest, original_ids, read_candidates, read_manifest
+from dataset import BatchSampler, MyDataset, save_emb
+from features import find_vectors, load_features, load_vectors
+from hstu_components import FeatureTables
+from model import HSTUConfig, HSTUModel
+from run_setup import make_loader, pick_device, read_features, seen_rows, vectors_on_host
+
+log = logging.getLogger("hstu")
+
+
+class Catalogue(NamedTuple):
+    """What is exported and ranked: all items, or a candidate set; n rows."""
+
+    embeddings: torch.Tensor  # (n, D) of length 1
+    ids: np.ndarray  # (n,) uint64, as they are exported
+    id_kind: str  # "original", "re-id" or "retrieval"
+    row_of_item: torch.Tensor  # (X + 1,) int64, -1: not among the rows
+
+
+@torch.no_grad()
+def infer(args: argparse.Namespace, model_class: type[HSTUModel]) -> None:
+    """Export the items' embeddings, and the test users' queries and top-k items."""
+    path, output_dir = Path(args.state_dict_path), Path(args.output_dir)
+    config, weights = read_model(path)
+    manifest = read_manifest(args.data_dir)
+    features = read_config_features(args, config, manifest)
+    model = model_class(config, *features, on_host=vectors_on_host(args, features[0]))
+    model = model.to(pick_device(args.device)).eval()
+    load_weights(model, weights, path)
+    catalogue = candidates_of(args, model) if args.candidates else all_items(args, model)
+    origin = {"checkpoint": path.name, "item_ids": catalogue.id_kind}
+    arrays = {"embedding.fbin": catalogue.embeddings.cpu().numpy(), "id.u64bin": catalogue.ids}
+    publish(output_dir / "item_embeddings", arrays, origin)
+    if "test" not in manifest.targets:
+        return
+    options = {"negatives": "batch", "request_time": args.request_time}
+    dataset = MyDataset(args.data_dir, "test", config.maxlen, **options)
+    if not len(dataset):
+        return
+    queries, users, top_rows = recommend(args, model, dataset, catalogue)
+    user_ids, kind = exported_ids(args, "u", manifest.num_users)
+    top_ids = np.where(top_rows < 0, -1, catalogue.ids.astype(np.int64)[top_rows])
+    arrays = {"embedding.fbin": queries, "topk.u64bin": top_ids, "id.u64bin": user_ids[users]}
+    publish(output_dir / "user_embeddings", arrays, origin | {"user_ids": kind})
+
+
+def read_model(path: Path) -> tuple[HSTUConfig, Mapping[str, torch.Tensor]]:
+    """The config and the weights in a checkpoint."""
+    content = load_checkpoint(path)
+    config, weights = content["config"], content.get("weights")
+    if not isinstance(config, dict) or not isinstance(weights, dict):
+        raise DataError(f"{path}: not a checkpoint of this package (no config and weights in it)")
+    names = {setting.name for setting in fields(HSTUConfig)}
+    if changed := sorted(names ^ config.keys()):
+        raise DataError(
+            f"{path}: settings {', '.join(changed)} are unknown or missing; export it with the "
+            "version that trained it"
+        )
+    return HSTUConfig(**config), weights
+
+
+def all_items(args: argparse.Namespace, model: HSTUModel) -> Catalogue:
+    num_items, device = model.config.num_items, next(model.parameters()).device
+    ids, kind = exported_ids(args, "i", num_items)
+    embeddings = model.item_embeddings(torch.arange(1, num_items + 1, device=device))
+    return Catalogue(embeddings, ids[1:], kind, torch.arange(-1, num_items, device=device))
+
+
+def candidates_of(args: argparse.Namespace, model: HSTUModel) -> Catalogue:
+    """The candidate folder's items; one that is not in the catalogue is what its features say."""
+    config, device = model.config, next(model.parameters()).device
+    candidates = read_candidates(args.candidates, config.num_items)
+    count = len(candidates.item_ids)
+    vectors = [name for name, spec in config.item_features.items() if spec["kind"] == "emb"]
+    plain = [name for name in config.item_features if name not in vectors]
+    features = load_features(args.candidates, "item", count, plain) if plain else {}
+    rows = {original: row for row, original in enumerate(candidates.original_ids.tolist(), 1)}
+    for name in vectors:  # the candidates' own, else the data's by original id
+        folder = args.candidates if name in find_vectors(args.candidates) else args.data_dir
+        features |= load_vectors(folder, [name], rows, count, trust_pickle=args.trust_pickle)
+    tables = FeatureTables(features, vectors_on_host(args, features)).to(device)
+    item_ids = torch.from_numpy(candidates.item_ids.astype(np.int64)).to(device)
+    rows = torch.arange(1, count + 1, device=device)
+    row_of_item = torch.full((config.num_items + 1,), -1, device=device)
+    row_of_item[item_ids] = rows - 1
+    row_of_item[0] = -1
+    embeddings = model.item_embeddings(item_ids, tables, rows)
+    return Catalogue(embeddings, candidates.retrieval_ids, "retrieval", row_of_item)
+
+
+def read_config_features(
+    args: argparse.Namespace, config: HSTUConfig, manifest: Manifest
+) -> tuple[dict, dict]:
+    """The features that a checkpoint's model was built with, from data_dir.
+
+    Raises:
+        DataError: the data has other items or features than the model knows.
+    """
+    sides = config.item_features, config.user_features
+    vectors = [name for name, spec in sides[0].items() if spec["kind"] == "emb"]
+    plain = [[name for name in side if name not in vectors] or ["none"] for side in sides]
+    flags = {"item_features": plain[0], "user_features": plain[1], "mm_emb_id": vectors}
+    features = read_features(argparse.Namespace(**vars(args) | flags), manifest)
+    known = {"items": config.num_items}
+    found = {"items": manifest.num_items}
+    for specs, loaded in zip(sides, features, strict=True):
+        known |= {name: (spec["kind"], spec["size"]) for name, spec in specs.items()}
+        found |= {name: (feature.kind, feature.size) for name, feature in loaded.items()}
+    if changed := differences(known, found):
+        raise DataError(
+            f"{args.data_dir}: not the data that {args.state_dict_path} was trained on: "
+            + "; ".join(changed)
+        )
+    return features
+
+
+def exported_ids(args: argparse.Namespace, side: str, count: int) -> tuple[np.ndarray, str]:
+    """(count + 1,) uint64 ids by re-id, and which kind they are."""
+    ids = original_ids(args.data_dir, side, count, trust=args.trust_pickle)
+    if ids is not None:
+        return ids, "original"
+    return np.arange(count + 1, dtype=np.uint64), "re-id"
+
+
+def recommend(
+    args: argparse.Namespace, model: HSTUModel, dataset: MyDataset, catalogue: Catalogue
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The test users' queries (S, D), user re-ids (S,), and rows of their top-k items (S, k)."""
+    device = catalogue.embeddings.device
+    sampler = BatchSampler(len(dataset), args.batch_size, args.seed, is_shuffled=False)
+    loader = make_loader(dataset, sampler, device, args.num_workers)
+    queries, users, rows = [], [], []
+    for batch in tqdm(loader, desc="users", unit="batch", leave=False, disable=None):
+        batch = batch.to(device)
+        queries.append(model.predict(batch))
+        seen = seen_rows(batch, catalogue.row_of_item) if args.remove_seen else None
+        top = model.similarity.top_k(queries[-1], catalogue.embeddings, args.top_k, seen)
+        rows.append(top[1])
+        users.append(batch.user_ids)
+    return tuple(torch.cat(parts).cpu().numpy() for parts in (queries, users, rows))
+
+
+def publish(folder: Path, arrays: Mapping[str, np.ndarray], origin: Mapping[str, str]) -> None:
+    """Write an export's files, and last the manifest that names their sizes and hashes.
+
+    Raises:
+        DataError: no index takes these vectors; the export that was there is as it was.
+    """
+    n, d = arrays["embedding.fbin"].shape
+    check_size(folder, n, d)
+    check_rows(folder, arrays["embedding.fbin"], arrays["id.u64bin"])
+    folder.mkdir(parents=True, exist_ok=True)
+    sweep_temporaries(folder)
+    (folder / "manifest.json").unlink(missing_ok=True)
+    for name, array in arrays.items():
+        save_emb(array, folder / name)
+    files = {name: file_entry(folder / name) for name in arrays}
+    write_json(folder / "manifest.json", {"n": n, "d": d, **origin, "files": files})
+    log.info("wrote %s: %s vectors of width %d", folder, f"{n:,}", d)
+
+
+def check_size(folder: Path, n: int, d: int) -> None:
+    if n == 0 or d == 1:
+        raise DataError(
+            f"{folder}: {n} vectors of width {d}, but an index needs one at least, of width 2 or "
+            "more; train with larger --hidden_units"
+        )
+    if n * d >= 2**32:
+        log.warning(
+            "%s: %d vectors of width %d are 2^32 numbers or more; readers that multiply the "
+            "header's two uint32 in 32 bits overflow", folder, n, d,
+        )  # fmt: skip
+
+
+def check_rows(folder: Path, embeddings: np.ndarray, ids: np.ndarray) -> None:
+    is_finite = np.isfinite(embeddings).all(1)
+    if not is_finite.all():
+        raise DataError(
+            f"{folder}: id {ids[is_finite.argmin()]}: its embedding is not finite; the model has "
+            "diverged, export another checkpoint or train with a lower --lr"
+        )
+    zero_ids = ids[~embeddings.any(1)]
+    if len(zero_ids):
+        log.warning(
+            "%s: %d vectors are zero and have no direction, the first: %s",
+            folder, len(zero_ids), ", ".join(map(str, zero_ids[:3])),
+        )  # fmt: skip

@@ -1,0 +1,89 @@
+"""What training and export share: the device, the features of a data folder, loaders."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch.utils.data import DataLoader
+
+from atomic_io import DataError
+from data_folder import Manifest, check_re_ids, read_indexer
+from dataset import Batch, BatchSampler, MyDataset
+from features import Feature, find_vectors, load_features, load_vectors
+from flags import DEFAULT_MM_EMB_ID, MODEL_VECTORS_UP_TO
+
+log = logging.getLogger("hstu")
+
+
+def pick_device(name: str) -> torch.device:
+    if name.startswith("cuda") and not torch.cuda.is_available():
+        log.info("no CUDA device here: running on the CPU")
+        return torch.device("cpu")
+    device, count = torch.device(name), torch.cuda.device_count()
+    if device.type == "cuda" and (device.index or 0) >= count:
+        raise DataError(f"--device {name}: there are cuda:0 to cuda:{count - 1}; name one of them")
+    return device
+
+
+def read_features(args: argparse.Namespace, manifest: Manifest) -> tuple[dict, dict]:
+    """Item and user features, the multimodal vectors among the former."""
+    folder = args.data_dir
+    items = load_features(folder, "item", manifest.num_items, wanted(args.item_features))
+    users = load_features(folder, "user", manifest.num_users, wanted(args.user_features))
+    wanted_vectors, available = args.mm_emb_id, find_vectors(folder)
+    if wanted_vectors is DEFAULT_MM_EMB_ID and not set(wanted_vectors) <= set(available):
+        log.info("no multimodal vectors %s in this data: going on without", *wanted_vectors)
+        wanted_vectors = []
+    if wanted_vectors:
+        item_ids = read_indexer(folder, trust=args.trust_pickle)["i"]
+        check_re_ids(Path(folder) / "indexer.pkl", "i", item_ids, manifest.num_items)
+        items |= load_vectors(
+            folder, wanted_vectors, item_ids, manifest.num_items, trust_pickle=args.trust_pickle
+        )
+    return items, users
+
+
+def vectors_on_host(
+    args: argparse.Namespace, features: Mapping[str, Feature]
+) -> dict[str, Feature]:
+    """The multimodal vectors among items' features that are not to lie beside the model."""
+    vectors = {name: feature for name, feature in features.items() if feature.kind == "emb"}
+    size = sum(feature.values.nbytes for feature in vectors.values())
+    is_beside = args.mm_emb_device == "model" or (
+        args.mm_emb_device == "auto" and size <= MODEL_VECTORS_UP_TO
+    )
+    return {} if is_beside else vectors
+
+
+def wanted(values: list[str]) -> str | list[str]:
+    """The value of --item_features as load_features takes it: a word, or a list of ids."""
+    return values[0] if values in (["all"], ["none"]) else values
+
+
+def make_loader(
+    dataset: MyDataset, sampler: BatchSampler, device: torch.device, num_workers: int
+) -> DataLoader:
+    num_workers = min(num_workers, len(os.sched_getaffinity(0)))
+    return DataLoader(
+        dataset,
+        batch_sampler=sampler,
+        collate_fn=dataset.collate_fn,
+        num_workers=num_workers,
+        pin_memory=device.type == "cuda",
+        persistent_workers=num_workers > 0,
+        # Its own, or opening a loader would move the global one that dropout draws from.
+        generator=torch.Generator(),
+    )
+
+
+def seen_rows(batch: Batch, row_of_item: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The histories' items as rows of a catalogue, and where each sequence's begin."""
+    rows = row_of_item[batch.seen_ids]
+    is_there = rows >= 0
+    offsets = torch.nn.functional.pad(is_there.cumsum(0), (1, 0))[batch.seen_offsets]
+    return rows[is_there], offsets
