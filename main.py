@@ -89,6 +89,8 @@ def main(argv: list[str] | None = None) -> int:
     log.setLevel(logging.INFO)
     try:
         check_folders(args)
+        if args.trust_pickle:
+            log.warning("--trust_pickle: .pkl files are loaded unchecked and can run any code")
         with logging_redirect_tqdm(loggers=[log]):
             infer(args, HSTUModel) if args.inference_only else train(args)
     except (DataError, OSError, MemoryError, RuntimeError) as error:

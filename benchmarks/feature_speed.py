@@ -27,7 +27,8 @@ import torch
 from reproduce import RESULTS, environment
 
 from atomic_io import write_json
-from data_folder import EVENT_DTYPE, Sequences, write_dataset
+from data_folder import EVENT_DTYPE, Sequences
+from data_writer import write_dataset
 from dataset import BatchSampler, MyDataset
 from features import Feature, load_features
 from hstu_components import FeatureTables

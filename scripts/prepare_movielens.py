@@ -20,7 +20,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import numpy as np
 
 from atomic_io import DataError
-from data_folder import EVENT_DTYPE, Column, leave_one_out, write_dataset
+from data_folder import EVENT_DTYPE
+from data_writer import Column, leave_one_out, write_dataset
 
 NUM_RATINGS = 5
 

@@ -21,7 +21,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import numpy as np
 
-from data_folder import EVENT_DTYPE, Column, leave_one_out, write_dataset
+from data_folder import EVENT_DTYPE
+from data_writer import Column, leave_one_out, write_dataset
 from flags import at_least
 
 NUM_CLUSTERS = 20

@@ -30,7 +30,8 @@ import numpy as np
 from tqdm import tqdm
 
 from atomic_io import DataError
-from data_folder import EVENT_DTYPE, Column, Sequences, gather, leave_one_out, write_dataset
+from data_folder import EVENT_DTYPE, Sequences, gather
+from data_writer import Column, leave_one_out, write_dataset
 from flags import at_least, between
 
 ROWS = 50_000  # read at once

@@ -39,12 +39,8 @@ from data_folder import (
     check_re_ids,
     gather,
     read_indexer,
-    retire_manifest,
-    write_manifest,
-    write_records,
-    write_schema,
-    write_split,
 )
+from data_writer import retire_manifest, write_manifest, write_records, write_schema, write_split
 from features import find_vectors
 from flags import at_least
 from tencentgr_source import (

@@ -19,18 +19,16 @@ from atomic_io import DataError
 from data_folder import (
     EVENT_DTYPE,
     SPLITS,
-    Column,
     Manifest,
     Sequences,
     check_split,
     gather,
-    leave_one_out,
     open_split,
     original_ids,
     read_indexer,
     read_manifest,
-    write_dataset,
 )
+from data_writer import Column, leave_one_out, write_dataset
 from features import load_features, load_vectors
 
 NUM_ITEMS, NUM_USERS, NUM_ACTIONS = 19, 8, 3

@@ -15,7 +15,8 @@ from numpy.testing import assert_array_equal
 from torch.utils.data import DataLoader
 
 from atomic_io import DataError
-from data_folder import EVENT_DTYPE, Sequences, write_dataset
+from data_folder import EVENT_DTYPE, Sequences
+from data_writer import write_dataset
 from dataset import Batch, BatchSampler, Draw, MyDataset, count_items, load_emb, save_emb
 
 NUM_ITEMS, NUM_USERS, NUM_ACTIONS, MAXLEN = 23, 11, 3, 4

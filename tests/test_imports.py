@@ -16,6 +16,7 @@ ALLOWED = {
     "checkpoint": {"atomic_io"},
     "features": {"atomic_io", "safe_pickle"},
     "data_folder": {"atomic_io", "safe_pickle"},
+    "data_writer": {"atomic_io", "data_folder"},
     "dataset": {"atomic_io", "data_folder"},
     "hstu_components": set(),
     "simplified_hstu": set(),
@@ -26,8 +27,8 @@ ALLOWED = {
     "run_log": set(),
     "run_setup": {"atomic_io", "data_folder", "dataset", "features", "flags"},
 }
-ALLOWED["export"] = set(ALLOWED) - {"run_log", "metrics", "safe_pickle"}
-ALLOWED["main"] = set(ALLOWED)
+ALLOWED["export"] = set(ALLOWED) - {"run_log", "metrics", "safe_pickle", "data_writer"}
+ALLOWED["main"] = set(ALLOWED) - {"data_writer"}
 PACKAGES = {"torch", "numpy", "tqdm", "pyarrow"}  # pyarrow: optional, inside a function
 
 

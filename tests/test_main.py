@@ -15,7 +15,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 import main as main_module
 import run_setup
 from checkpoint import load_checkpoint
-from data_folder import EVENT_DTYPE, Sequences, write_dataset
+from data_folder import EVENT_DTYPE, Sequences
+from data_writer import write_dataset
 from dataset import load_emb
 from flags import get_args
 from main import main
@@ -205,6 +206,7 @@ def test_a_pickle_is_trusted_only_on_request(tmp_path, capsys):
     assert main([*flags, "--mm_emb_id=82"]) == 1
     assert "82.pkl" in capsys.readouterr().err
     assert main([*flags, "--mm_emb_id=82", "--trust_pickle"]) == 0
+    assert "can run any code" in capsys.readouterr().out
 
 
 class Trusting:

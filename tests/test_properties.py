@@ -22,14 +22,13 @@ from torch.utils.data import DataLoader
 from atomic_io import DataError
 from data_folder import (
     EVENT_DTYPE,
-    Column,
     Sequences,
     check_re_ids,
     original_ids,
     read_indexer,
     read_manifest,
-    write_dataset,
 )
+from data_writer import Column, write_dataset
 from dataset import BatchSampler, MyDataset, count_items
 from features import find_vectors, load_features, load_vectors
 

@@ -12,7 +12,7 @@ from conftest import NUM_ITEMS, write_tiny
 
 import flags as flags_module
 import main as main_module
-from data_folder import Column
+from data_writer import Column
 from features import PARSERS
 from flags import get_args
 from hstu_components import ENCODERS

@@ -1,0 +1,238 @@
+"""The one writer of data folders, whole or piece by piece, and the leave-one-out splits.
+
+docs/data_format.md describes every file.
+"""
+
+from __future__ import annotations
+
+import json
+import pickle
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from atomic_io import atomic_write, file_entry, read_json, write_json
+from data_folder import (
+    EVENT_DTYPE,
+    FORMAT_VERSION,
+    OFFSET_DTYPE,
+    USER_DTYPE,
+    Manifest,
+    Sequences,
+    gather,
+    split_path,
+)
+
+
+class Column(NamedTuple):
+    """A feature to write: one value per item (or user), the first belonging to re-id 1."""
+
+    kind: str  # "sparse" | "array" | "continual", or a custom kind
+    values: Sequence[Any]  # int >= 0 (0 unknown) | list of int >= 1 | float; None: missing
+
+
+def leave_one_out(events: np.ndarray, offsets: np.ndarray) -> dict[str, Sequences]:
+    """The splits of every leave-one-out setting: the last event is test, the one before valid.
+
+    train has all events but the last two; valid ends with the last but one as its target; test
+    has every event, the last as its target. Sequences below 3 events are in train only, whole.
+
+    Args:
+        events: (E,) EVENT_DTYPE, each user's in order of time.
+        offsets: (S + 1,) int64; sequence k is user k + 1.
+    """
+    starts, ends = offsets[:-1], offsets[1:]
+    user_ids = np.arange(1, len(offsets), dtype=USER_DTYPE)
+    is_long = ends - starts >= 3
+    splits = {"train": gather(events, starts, np.where(is_long, ends - 2, ends), user_ids)}
+    for split, held_out in (("valid", 1), ("test", 0)):
+        splits[split] = gather(events, starts[is_long], ends[is_long] - held_out, user_ids[is_long])
+    return splits
+
+
+def write_dataset(
+    data_dir: str | Path,
+    splits: Mapping[str, Sequences | Iterable[Sequences]],
+    *,
+    item_ids: Sequence[Any],
+    user_ids: Sequence[Any],
+    num_action_types: int,
+    targets: Mapping[str, str] | None = None,
+    item_features: Mapping[str, Column] | None = None,
+    user_features: Mapping[str, Column] | None = None,
+    item_vectors: Mapping[str, np.ndarray] | None = None,
+    item_names: Sequence[str] | None = None,
+) -> None:
+    """Write a data folder; the manifest comes last, so a folder with one is complete.
+
+    Args:
+        data_dir: made if it is not there.
+        splits: "train", and "valid" and "test" if there are any: sequences, or chunks of them.
+        item_ids: the original id of re-id 1, 2, ...; so `user_ids`.
+        num_action_types: action types are 0..num_action_types - 1, or -1.
+        targets: split -> "last" | "none" for valid and test; "last" if not given.
+        item_features: feature id -> Column; so `user_features`.
+        item_vectors: feature id -> (X, W) float, NaN rows for items without a vector.
+        item_names: a line of text per item, for people.
+    """
+    data_dir = Path(data_dir)
+    old_files = retire_manifest(data_dir)
+    for columns, rows in ((item_features, item_ids), (user_features, user_ids)):
+        for feature_id, column in (columns or {}).items():
+            if len(column.values) != len(rows):
+                raise ValueError(f"{feature_id}: {len(column.values)} values, not {len(rows)}")
+    files = []
+    for split, chunks in splits.items():
+        files += write_split(data_dir, split, [chunks] if isinstance(chunks, Sequences) else chunks)
+    indexer = {
+        "u": {_plain(user): k for k, user in enumerate(user_ids, 1)},
+        "i": {_plain(item): k for k, item in enumerate(item_ids, 1)},
+        "f": {},
+    }
+    if (len(indexer["u"]), len(indexer["i"])) != (len(user_ids), len(item_ids)):
+        raise ValueError("an original id occurs twice in user_ids or item_ids")
+    with atomic_write(data_dir / "indexer.pkl") as file:
+        pickle.dump(indexer, file, protocol=4)
+    files.append("indexer.pkl")
+    item_vectors = item_vectors or {}
+    sides = {"item": item_features or {}, "user": user_features or {}}
+    files += _write_features(data_dir, sides, list(item_vectors))
+    for feature_id, vectors in item_vectors.items():
+        files.append(_write_vectors(data_dir, feature_id, vectors))
+    if item_names is not None:
+        with atomic_write(data_dir / "item_names.txt") as file:
+            file.writelines((name.replace("\n", " ") + "\n").encode() for name in item_names)
+        files.append("item_names.txt")
+    manifest = Manifest(
+        len(item_ids),
+        len(user_ids),
+        num_action_types,
+        {
+            split: (targets or {}).get(split, "next" if split == "train" else "last")
+            for split in splits
+        },
+    )
+    write_manifest(data_dir, manifest, files, old_files)
+
+
+# What write_dataset consists of, for a converter that streams or has some files ready.
+
+
+def retire_manifest(data_dir: Path) -> set[str]:
+    """Make the folder, or remove the manifest of the data it holds; the names of its files."""
+    data_dir.mkdir(parents=True, exist_ok=True)
+    path = data_dir / "manifest.json"
+    if not path.exists():
+        return set()
+    names = set(read_json(path).get("files", {}))
+    path.unlink()
+    return names
+
+
+def write_manifest(
+    data_dir: Path, manifest: Manifest, files: Sequence[str], old_files: set[str]
+) -> None:
+    """Write manifest.json over `files`, then remove those of the old data that are not of them."""
+    write_json(
+        data_dir / "manifest.json",
+        {
+            "format_version": FORMAT_VERSION,
+            "event_dtype": EVENT_DTYPE.descr,
+            **manifest._asdict(),
+            "files": {name: file_entry(data_dir / name) for name in files},
+        },
+    )
+    for name in old_files.difference(files):
+        (data_dir / name).unlink(missing_ok=True)
+
+
+def _plain(value: Any) -> Any:
+    """A numpy scalar or array, or a list of scalars, as Python's own types."""
+    if isinstance(value, list):
+        return [_plain(item) for item in value]
+    return value.tolist() if isinstance(value, np.generic | np.ndarray) else value
+
+
+def write_split(data_dir: Path, split: str, chunks: Iterable[Sequences]) -> list[str]:
+    """Write the three files of a split; their names."""
+    paths = [split_path(data_dir, split, what) for what in ("data", "offsets", "users")]
+    with (
+        atomic_write(paths[0]) as data,
+        atomic_write(paths[1]) as offsets,
+        atomic_write(paths[2]) as users,
+    ):
+        total = 0
+        offsets.write(np.zeros(1, OFFSET_DTYPE).tobytes())
+        for chunk in chunks:
+            data.write(np.ascontiguousarray(chunk.events, EVENT_DTYPE).tobytes())
+            offsets.write((chunk.offsets[1:] + total).astype(OFFSET_DTYPE).tobytes())
+            users.write(chunk.user_ids.astype(USER_DTYPE).tobytes())
+            total += len(chunk.events)
+    return [path.name for path in paths]
+
+
+def _write_features(
+    data_dir: Path, sides: Mapping[str, Mapping[str, Column]], vector_ids: list[str]
+) -> list[str]:
+    if not any(sides.values()):
+        return []
+    types: dict[str, list[str]] = {"item_emb": vector_ids}
+    statistics, defaults, names = {}, {}, []
+    for side, columns in sides.items():
+        for feature_id, column in columns.items():
+            types.setdefault(f"{side}_{column.kind}", []).append(feature_id)
+            defaults[feature_id] = [] if column.kind == "array" else 0
+            if column.kind in ("sparse", "array"):
+                statistics[feature_id] = _cardinality(column)
+        if columns:
+            path = data_dir / f"{side}_feat_dict.json"
+            names.append(write_records(path, _records(columns)))
+    return names + write_schema(data_dir, types, statistics, defaults)
+
+
+def write_schema(data_dir: Path, types: dict, statistics: dict, defaults: dict) -> list[str]:
+    """Write the three small files that describe the features; their names."""
+    small = {
+        "feature_types.json": types,
+        "feat_statistics.json": statistics,
+        "feature_default_value.json": defaults,
+    }
+    for name, content in small.items():
+        write_json(data_dir / name, content)
+    return list(small)
+
+
+def _cardinality(column: Column) -> int:
+    rows = column.values if column.kind == "array" else [column.values]
+    return max((int(v) for row in rows if row is not None for v in row if v is not None), default=0)
+
+
+def _records(columns: Mapping[str, Column]) -> Iterator[tuple[int, str]]:
+    """Re-id and JSON text of each item (or user)."""
+    rows = zip(*(column.values for column in columns.values()), strict=True)
+    for re_id, row in enumerate(rows, 1):
+        record = {k: _plain(v) for k, v in zip(columns, row, strict=True) if v is not None}
+        yield re_id, json.dumps(record, allow_nan=False)
+
+
+def write_records(path: Path, records: Iterable[tuple[int, str]]) -> str:
+    """Write a *_feat_dict.json from re-ids and JSON texts of objects, a line each; its name."""
+    with atomic_write(path) as file:
+        separator = "{"
+        for re_id, text in records:
+            file.write(f'{separator}\n"{re_id}": {text}'.encode())
+            separator = ","
+        file.write(b"{}\n" if separator == "{" else b"\n}\n")
+    return path.name
+
+
+def _write_vectors(data_dir: Path, feature_id: str, vectors: np.ndarray) -> str:
+    name = f"creative_emb/emb_{feature_id}_{vectors.shape[1]}.npy"
+    (data_dir / "creative_emb").mkdir(exist_ok=True)
+    with atomic_write(data_dir / name) as file:
+        np.save(
+            file, np.vstack([np.full((1, vectors.shape[1]), np.nan), vectors]).astype(np.float32)
+        )
+    return name
