@@ -23,29 +23,33 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 
-IDS_AND_TIMES = [
-    "--item_features",
-    "none",
-    "--user_features",
-    "none",
-    "--no-actions",
-    "--mm_emb_id",
-]
-SMALL = [
-    "--maxlen=200", "--num_blocks=2", "--num_heads=1",
-    "--hidden_units=50", "--attention_dim=50", "--linear_dim=50",
-]  # fmt: skip
-# Name -> (script that writes the data, flags of main.py).
+MOVIELENS = "prepare_movielens.py {source} {data}"
+BEAUTY = (
+    "prepare_table.py {source}/interactions.csv.gz {data} --order seq_pos "
+    "--item_features {source}/items.csv.gz --item_names text --drop n"
+)
+KUAIRAND = (
+    "prepare_table.py {source}/interactions.csv.gz {data} --time time_ms "
+    "--action is_follow is_like long_view is_click --item_features {source}/items.csv.gz "
+    "--user_features {source}/users.csv.gz --sparse author_id --continual video_duration "
+    "--drop counts play_* *_cnt *_num comment_stay_duration"
+)
+IDS_AND_TIMES = "--item_features none --user_features none --no-actions --mm_emb_id"
+SMALL = (
+    "--maxlen=200 --num_blocks=2 --num_heads=1 --hidden_units=50 --attention_dim=50 --linear_dim=50"
+)
+SPARSE_LOG = "--lr=0.003 --maxlen=50 --num_epochs=8 --early_stop_on=ndcg"
+# Name -> (script that writes the data and its arguments, flags of main.py).
 SETTINGS = {
     "ml-1m-small": (
-        "prepare_movielens.py",
-        [
-            *IDS_AND_TIMES,
-            *SMALL,
-            *["--lr=0.003", "--infonce_temp=0.05", "--num_epochs=30", "--early_stop_on=ndcg"],
-        ],
+        MOVIELENS,
+        f"{IDS_AND_TIMES} {SMALL} --lr=0.003 --infonce_temp=0.05 --num_epochs=30 "
+        "--early_stop_on=ndcg",
     ),
-    "ml-1m-default": ("prepare_movielens.py", ["--num_epochs=20", "--early_stop_on=ndcg"]),
+    "beauty": (BEAUTY, SPARSE_LOG),
+    "beauty-ids": (BEAUTY, f"{IDS_AND_TIMES} {SPARSE_LOG}"),
+    "kuairand": (KUAIRAND, SPARSE_LOG),
+    "kuairand-ids": (KUAIRAND, f"{IDS_AND_TIMES} {SPARSE_LOG}"),
 }
 
 
@@ -57,15 +61,17 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--device", default="cpu")
     args = parser.parse_args()
-    script, flags = SETTINGS[args.name]
+    prepare, flags = SETTINGS[args.name]
     run_dir = Path(args.work_dir) / f"{args.name}_seed{args.seed}"
-    data_dir = Path(args.work_dir) / f"data_{script.removesuffix('.py')}"
+    data_dir = Path(args.work_dir) / f"data_{args.name.split('-ids')[0]}"
     if not (data_dir / "manifest.json").exists():
-        call([f"scripts/{script}", args.source, str(data_dir)])
+        script, *arguments = prepare.split()
+        places = {"source": args.source, "data": data_dir}
+        call([f"scripts/{script}", *(argument.format(**places) for argument in arguments)])
     folders = [f"--data_dir={data_dir}", f"--output_dir={run_dir}", f"--log_dir={run_dir}/logs"]
     command = [
         "main.py",
-        *flags,
+        *flags.split(),
         f"--seed={args.seed}",
         f"--device={args.device}",
         "--num_workers=1",
