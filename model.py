@@ -137,7 +137,8 @@ class HSTUModel(nn.Module):
         lengths = batch.offsets.diff()
         starts = batch.offsets[:-1].repeat_interleave(lengths)
         positions = (torch.arange(len(starts)) - starts).to(rows.device, non_blocking=True)
-        x = rows[batch.item_index]  # (T, D)
+        # Not rows[...]: its gradient is summed by several threads in any order.
+        x = rows.index_select(0, batch.item_index)  # (T, D)
         users = self._users(batch.user_ids, lengths)
         x = self.input_preprocessor(x, positions, batch.action_types, users)  # (T, D)
         x = self.hstu(x, batch.offsets, batch.timestamps, batch.target_timestamps)  # (T, D)

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import prepare_synthetic
 import pytest
+import torch
 
 from data_folder import EVENT_DTYPE
 from main import main
@@ -115,3 +116,16 @@ def hit_rate_on_test(folder: Path, name: str, *flags: str) -> float:
     folders = [f"--data_dir={folder}/data", f"--output_dir={output}", f"--log_dir={output}/logs"]
     assert main([*folders, *TRAIN, *flags]) == 0
     return json.loads((output / "metrics.json").read_text())["test"]["HR@10"]
+
+
+def test_two_threads_train_to_the_same_bytes_every_time(tmp_path):
+    prepare_synthetic.write(tmp_path / "data", 600, 400, 7)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        for name in ("one", "other"):
+            hit_rate_on_test(tmp_path, name, "--num_epochs=1")
+    finally:
+        torch.set_num_threads(threads)
+    one, other = (tmp_path / name / "model_epoch_1.pt" for name in ("one", "other"))
+    assert one.read_bytes() == other.read_bytes()
