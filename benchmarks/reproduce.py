@@ -23,6 +23,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 
+SYNTHETIC = "prepare_synthetic.py {data}"
 MOVIELENS = "prepare_movielens.py {source} {data}"
 BEAUTY = (
     "prepare_table.py {source}/interactions.csv.gz {data} --order seq_pos "
@@ -46,6 +47,7 @@ SETTINGS = {
         f"{IDS_AND_TIMES} {SMALL} --lr=0.003 --infonce_temp=0.05 --num_epochs=30 "
         "--early_stop_on=ndcg",
     ),
+    "quickstart": (SYNTHETIC, "--num_epochs=30 --lr=0.003"),  # scripts/quickstart.sh
     "beauty": (BEAUTY, SPARSE_LOG),
     "beauty-ids": (BEAUTY, f"{IDS_AND_TIMES} {SPARSE_LOG}"),
     "kuairand": (KUAIRAND, SPARSE_LOG),
@@ -56,7 +58,7 @@ SETTINGS = {
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("name", choices=SETTINGS)
-    parser.add_argument("--source", required=True, help="folder of the raw files")
+    parser.add_argument("--source", help="folder of the raw files, if there are any")
     parser.add_argument("--work_dir", default="outputs/reproduce", help="data, checkpoints, logs")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--device", default="cpu")
