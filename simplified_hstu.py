@@ -13,28 +13,42 @@ Letters used throughout the package (arXiv 2402.17152 has n, d, h for N, D, H):
     X    items
     K    cut-off of a ranking
     G, L sequences in an attention rectangle and its length (only here)
+    T'   T and the gaps of the rectangles (only here)
 "reference" is facebookresearch/generative-recommenders, research/modeling/sequential/hstu.py.
 """
 
 from __future__ import annotations
 
+import itertools
+import math
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
-# Edge of an attention tile. Tiles above the diagonal are not computed.
+from hstu_components import Dropout
+
+# Queries in an attention tile. Keys after a tile's last query are not computed.
 TILE = 128
-# Cells of a rectangle: on the CPU such that a tile's scores stay in the cache (8 sequences of 200
-# events); on a GPU few large kernels are better, and this bounds a score tensor to 256 MB.
-CPU_CELLS = 8 * 200 * 200
+# Scores of a tile: on the CPU such that the passes over them stay in the cache (a megabyte); on a
+# GPU few large kernels are better, and this bounds a score tensor to 256 MB.
+CPU_CELLS = 1 << 18
 GPU_CELLS = 1 << 26
+# Least length in a rectangle, by its longest: leaves about 5 % of gaps in MovieLens' batches.
+SHORTEST = 0.8
+# Cells of a batch up to which time buckets are kept for all blocks, a byte each, and scores for
+# the way back, in each block. With more, each use computes them again and memory grows with T.
+KEPT_BUCKETS = 1 << 26
+KEPT_SCORES = 1 << 22
 # Time buckets grow by e ** 0.301 = 1.35, not by two: the reference divides a natural logarithm by
 # log10(2). Kept, because the published results have it.
 BUCKET_LOG_WIDTH = 0.301
 NUM_TIME_BUCKETS = 129
+# The bias of a key after its query: SiLU and its derivative are exactly zero there.
+FUTURE = -1e4
 NORM_EPS = 1e-6
 INIT_STD = 0.02
 
@@ -44,87 +58,101 @@ class Tile(NamedTuple):
 
     rows: slice  # queries
     keys: slice  # 0 .. rows.stop
-    distances: Tensor  # (rows, keys) int64: query position minus key position, not below 0
-    time_buckets: Tensor | None  # (G, rows, keys) int64 in 0..128
+    times: tuple[Tensor, Tensor] | None  # (G, rows) and (G, keys) int64 seconds; None: no buckets
+    kept_buckets: Tensor | None  # (G, rows * keys) uint8 in 0..128
+
+    def time_buckets(self) -> Tensor | None:
+        """(G, rows * keys) int64 in 0..128; None without times."""
+        if self.times is None:
+            return None
+        if self.kept_buckets is not None:
+            return self.kept_buckets.long()
+        query_times, key_times = self.times
+        return time_buckets(query_times[:, :, None] - key_times[:, None]).flatten(1).long()
 
 
 class Rectangle(NamedTuple):
-    """Neighbouring sequences of a packed batch, padded to one length for the attention alone."""
+    """Neighbouring sequences, each filled up with gaps at its end to the length of the longest.
 
-    events: slice  # its rows of the packed batch
+    A gap comes after all of its sequence's events, so causality hides it from them.
+    """
+
+    rows: slice  # its part of the batch with gaps
     shape: tuple[int, int]  # G, L
-    cells: Tensor | None  # each event's cell in 0..G*L-1, int64; None: no gaps
     tiles: list[Tile]
 
-    def pad(self, x: Tensor) -> Tensor:
-        """(T, H, C) packed -> (G, H, L, C) with zeros in the gaps."""
-        return _pad(x[self.events], self.shape, self.cells).transpose(1, 2)
-
-    def unpad_into(self, packed: Tensor, x: Tensor) -> None:
-        """Copy (G, H, L, C) to this rectangle's rows of (T, H, C)."""
-        x = x.transpose(1, 2).flatten(0, 1)  # (G * L, H, C)
-        packed[self.events] = x if self.cells is None else x[self.cells]
-
-
-def _pad(x: Tensor, shape: tuple[int, int], cells: Tensor | None) -> Tensor:
-    if cells is not None:
-        x = x.new_zeros(shape[0] * shape[1], *x.shape[1:]).index_copy_(0, cells, x)
-    return x.reshape(*shape, *x.shape[1:])
+    @property
+    def num_cells(self) -> int:
+        return self.shape[0] * self.shape[1] ** 2
 
 
 def cut_rectangles(
     offsets: Tensor, key_times: Tensor, query_times: Tensor | None
-) -> list[Rectangle]:
+) -> tuple[list[Rectangle], Tensor]:
     """The batch's attention rectangles, with everything in them that all blocks share.
 
-    Batches come ordered by length, so a rectangle has few gaps; any order is correct.
+    Batches come ordered by length, so there are few gaps; any order is correct.
 
     Args:
         offsets: (B + 1,) int64 on the CPU: the cuts need no wait for the device.
         key_times: (T,) int64 seconds.
         query_times: (T,) int64 seconds, or None for no time buckets.
+
+    Returns:
+        The rectangles, end to end over the batch with gaps, and each event's row there, (T,) int64.
     """
-    lengths = offsets.diff().tolist()
-    max_cells = CPU_CELLS if key_times.device.type == "cpu" else GPU_CELLS
-    rectangles, first, longest = [], 0, 0
-    for end, length in enumerate(lengths):
-        if end > first and (end + 1 - first) * max(longest, length) ** 2 > max_cells:
-            rectangles.append(_rectangle(offsets[first : end + 1], longest, key_times, query_times))
-            first, longest = end, 0
-        longest = max(longest, length)
-    rectangles.append(_rectangle(offsets[first:], longest, key_times, query_times))
-    return rectangles
-
-
-def _rectangle(offsets: Tensor, length: int, key_times, query_times) -> Rectangle:
-    events = slice(int(offsets[0]), int(offsets[-1]))
-    shape = (len(offsets) - 1, length)
-    cells = None
-    if events.stop - events.start < shape[0] * shape[1]:
-        gaps = torch.arange(shape[0]) * length - (offsets[:-1] - offsets[0])  # (G,)
-        cells = torch.arange(events.stop - events.start) + gaps.repeat_interleave(offsets.diff())
-        cells = cells.to(key_times.device, non_blocking=True)
-    keys_ = _pad(key_times[events], shape, cells)  # (G, L)
-    queries_ = None if query_times is None else _pad(query_times[events], shape, cells)
-    starts = range(0, length, TILE)
-    tiles = [_tile(slice(i, min(i + TILE, length)), keys_, queries_) for i in starts]
-    return Rectangle(events, shape, cells, tiles)
-
-
-def _tile(rows: slice, key_times: Tensor, query_times: Tensor | None) -> Tile:
-    keys = slice(0, rows.stop)
-    positions = torch.arange(rows.stop, device=key_times.device)
-    distances = (positions[rows, None] - positions).clamp_(min=0)  # (rows, keys)
-    buckets = None
+    lengths, device = offsets.diff(), key_times.device
+    bounds = _rectangle_bounds(lengths.tolist(), CPU_CELLS if device.type == "cpu" else GPU_CELLS)
+    longest = [int(lengths[a:b].max()) for a, b in bounds]
+    strides = torch.tensor(longest).repeat_interleave(torch.tensor([b - a for a, b in bounds]))
+    starts = F.pad(strides.cumsum(0), (1, 0))  # (B + 1,) of the batch with gaps
+    events = torch.arange(int(offsets[-1])) + (starts - offsets)[:-1].repeat_interleave(lengths)
+    events = events.to(device, non_blocking=True)  # (T,)
+    times = None
     if query_times is not None:
-        buckets = time_buckets(query_times[:, rows, None] - key_times[:, None, keys])
-    return Tile(rows, keys, distances, buckets)
+        times = torch.stack([query_times, key_times], 1)  # (T, 2)
+        times = times.new_zeros(int(starts[-1]), 2).index_copy_(0, events, times)
+    keeps = sum((b - a) * L**2 for (a, b), L in zip(bounds, longest, strict=True)) <= KEPT_BUCKETS
+    rectangles = [
+        _rectangle(slice(int(starts[a]), int(starts[b])), (b - a, L), times, keeps)
+        for (a, b), L in zip(bounds, longest, strict=True)
+    ]
+    return rectangles, events
+
+
+def _rectangle_bounds(lengths: list[int], max_cells: int) -> list[tuple[int, int]]:
+    """First sequence, and the one after the last, of each rectangle."""
+    firsts, longest = [0], 0
+    for end, length in enumerate(lengths):
+        longest = max(longest, length)
+        is_large = (end + 1 - firsts[-1]) * min(longest, TILE) * longest > max_cells
+        if end > firsts[-1] and (is_large or length < SHORTEST * longest):
+            firsts.append(end)
+            longest = length
+    return list(itertools.pairwise([*firsts, len(lengths)]))
+
+
+def _rectangle(rows: slice, shape: tuple[int, int], times: Tensor | None, keeps: bool) -> Rectangle:
+    if times is not None:
+        times = times[rows].view(*shape, 2)  # (G, L, 2)
+    size = -(-shape[1] // -(-shape[1] // TILE))  # tiles of equal size, if possible
+    starts = range(0, shape[1], size)
+    tiles = [_tile(slice(i, min(i + size, shape[1])), times, keeps) for i in starts]
+    return Rectangle(rows, shape, tiles)
+
+
+def _tile(rows: slice, times: Tensor | None, keeps: bool) -> Tile:
+    keys = slice(0, rows.stop)
+    if times is None:
+        return Tile(rows, keys, None, None)
+    tile = Tile(rows, keys, (times[:, rows, 0], times[:, keys, 1]), None)
+    return tile._replace(kept_buckets=tile.time_buckets().to(torch.uint8)) if keeps else tile
 
 
 def time_buckets(seconds: Tensor) -> Tensor:
-    """floor(ln(max(1, |seconds|)) / 0.301), at most 128, as int64 (reference bucketization_fn)."""
-    logs = seconds.abs().clamp_(min=1).float().log_()
-    return logs.div_(BUCKET_LOG_WIDTH).long().clamp_(max=NUM_TIME_BUCKETS - 1)
+    """floor(ln(max(1, |seconds|)) / 0.301), at most 128, as uint8 (reference bucketization_fn)."""
+    highest = math.exp((NUM_TIME_BUCKETS - 0.5) * BUCKET_LOG_WIDTH)  # the last bucket's middle
+    return seconds.float().abs_().clamp_(1, highest).log_().div_(BUCKET_LOG_WIDTH).to(torch.uint8)
 
 
 class RelativeAttentionBias(nn.Module):
@@ -143,79 +171,169 @@ def _bias_weight(size: int) -> nn.Parameter:
     return nn.Parameter(torch.empty(size).normal_(std=INIT_STD))
 
 
-class PointwiseAttention(torch.autograd.Function):
-    """(1 / N) sum over j <= i of SiLU(q_i k_j + position_bias + time_bias) v_j, tile by tile.
+class GatedAttention(torch.autograd.Function):
+    """U * LayerNorm(A V), rectangle by rectangle and tile by tile (paper equations 1 to 3).
 
-    Without a softmax a tile needs nothing from its neighbours, so scores live for one tile only:
-    they are computed again in the backward pass and memory grows with T. Zeros in the gaps of a
-    rectangle keep the gaps out of every sum. tests/test_simplified_hstu.py has the plain form.
+        U, V, Q, K = SiLU(x W)
+        A V = (1 / N) sum over j <= i of SiLU(q_i k_j + position_bias + time_bias) v_j
+
+    Without a softmax a tile needs nothing from its neighbours. So projections live for one
+    rectangle only and scores for one tile; the backward pass computes both again (but for scores
+    that are few), and memory grows with T. tests/test_simplified_hstu.py has the plain form.
+
+    inference_mode: the many small operations inside need none of autograd's bookkeeping.
     """
 
     @staticmethod
-    def forward(ctx, q, k, v, position_weight, time_weight, rectangles, causal_mask, scale):
-        """q, k: (T, H, dqk); v: (T, H, dv); weights (N,) and (129,) or None -> (T, H, dv)."""
-        biases = (position_weight, time_weight)
-        out = torch.empty_like(v)
-        for rectangle in rectangles:
-            q_, k_, v_ = (rectangle.pad(x) for x in (q, k, v))  # (G, H, L, .)
-            out_ = torch.empty_like(v_)
-            for tile in rectangle.tiles:
-                scores = _scores(q_, k_, tile, *biases)  # (G, H, rows, keys)
-                weights = _hide_future(F.silu(scores), tile, causal_mask)
-                out_[:, :, tile.rows] = weights @ v_[:, :, tile.keys]
-            rectangle.unpad_into(out, out_.mul_(scale))
-        ctx.save_for_backward(q, k, v, position_weight, time_weight, causal_mask)
-        ctx.rectangles, ctx.scale = rectangles, scale
+    def forward(ctx, x, weight, position_weight, time_weight, rectangles, sizes, maxlen):
+        """Events and gaps (T', D), weight (H * sum of sizes, D) -> (T', H * dv).
+
+        Biases (N,) and (129,) or None; `sizes`: dv, dv, dqk, dqk, the widths of U, V, Q, K.
+        """
+        biases = _position_table(x, position_weight, maxlen), time_weight
+        out = x.new_empty(len(x), len(weight) // sum(sizes) * sizes[0])
+        attended = torch.empty_like(out)
+        num_heads = out.shape[1] // sizes[0]
+        keeps_scores = sum(r.num_cells for r in rectangles) * num_heads <= KEPT_SCORES
+        ctx.kept_scores = []
+        with torch.inference_mode():
+            for rectangle in rectangles:
+                rows = rectangle.rows
+                u, *vqk = _by_head(F.silu(x[rows] @ weight.T), rectangle, sizes)  # (G, H, L, .)
+                v, q, k = (z.flatten(0, 1) for z in vqk)  # (G * H, L, .)
+                (values,) = _by_head(attended[rows], rectangle, sizes[:1])  # (G, H, L, dv)
+                for tile in rectangle.tiles:
+                    scores = _scores(q, k, tile, tile.time_buckets(), *biases)
+                    if keeps_scores:
+                        ctx.kept_scores.append(scores)  # (G * H, rows, keys)
+                    weights = F.silu(scores, inplace=not keeps_scores)
+                    tile_values = torch.bmm(weights, v[:, tile.keys])  # (G * H, rows, dv)
+                    values[:, :, tile.rows] = tile_values.unflatten(0, values.shape[:2])
+                attended[rows] /= maxlen
+                out[rows] = _by_row(u) * F.layer_norm(attended[rows], out.shape[1:], eps=NORM_EPS)
+        ctx.save_for_backward(x, weight, position_weight, time_weight, attended)
+        ctx.rectangles, ctx.sizes, ctx.maxlen = rectangles, sizes, maxlen
         return out
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad_out):
-        q, k, v, position_weight, time_weight, causal_mask = ctx.saved_tensors
-        biases = (position_weight, time_weight)
-        grads = [torch.empty_like(x) for x in (q, k, v)]
-        bias_grads = [None if w is None else torch.zeros_like(w) for w in biases]
-        for rectangle in ctx.rectangles:
-            q_, k_, v_, out_grad = (rectangle.pad(x) for x in (q, k, v, grad_out * ctx.scale))
-            q_grad, k_grad, v_grad = (torch.zeros_like(x) for x in (q_, k_, v_))
-            for tile in rectangle.tiles:
-                scores = _scores(q_, k_, tile, *biases)  # (G, H, rows, keys)
-                weights = _hide_future(F.silu(scores), tile, causal_mask)
-                row_grad = out_grad[:, :, tile.rows]
-                v_grad[:, :, tile.keys] += weights.mT @ row_grad
-                weight_grad = _hide_future(row_grad @ v_[:, :, tile.keys].mT, tile, causal_mask)
-                score_grad = torch.ops.aten.silu_backward(weight_grad, scores)
-                q_grad[:, :, tile.rows] = score_grad @ k_[:, :, tile.keys]
-                k_grad[:, :, tile.keys] += score_grad.mT @ q_[:, :, tile.rows]
-                _add_bias_grads(bias_grads, score_grad, tile)
-            for packed, padded in zip(grads, (q_grad, k_grad, v_grad), strict=True):
-                rectangle.unpad_into(packed, padded)
-        return *grads, *bias_grads, None, None, None
+        x, weight, position_weight, time_weight, attended = ctx.saved_tensors
+        biases = _position_table(x, position_weight, ctx.maxlen), time_weight
+        x_grad, weight_grad = torch.empty_like(x), torch.zeros_like(weight, dtype=_sum_dtype(x))
+        bias_grads = tuple(
+            None if weight is None else torch.zeros_like(table, dtype=_sum_dtype(x))
+            for weight, table in zip((position_weight, time_weight), biases, strict=True)
+        )
+        with torch.inference_mode():
+            for rectangle in reversed(ctx.rectangles):
+                rows = rectangle.rows
+                projected = x[rows] @ weight.T  # (G * L, H * sum of sizes)
+                u, *vqk = _by_head(F.silu(projected), rectangle, ctx.sizes)  # (G, H, L, .)
+                normed, mean, rstd = torch.native_layer_norm(
+                    attended[rows], attended.shape[1:], None, None, NORM_EPS
+                )
+                values_grad, _, _ = torch.ops.aten.native_layer_norm_backward(
+                    grad_out[rows] * _by_row(u), attended[rows], attended.shape[1:], mean, rstd,
+                    None, None, [True, False, False],
+                )  # (G * L, H * dv)  # fmt: skip
+                grad = torch.empty_like(projected)
+                u_grad, *vqk_grads = _by_head(grad, rectangle, ctx.sizes)  # (G, H, L, .)
+                u_grad.copy_(*_by_head(grad_out[rows] * normed, rectangle, ctx.sizes[:1]))
+                values_grad = _by_head(values_grad / ctx.maxlen, rectangle, ctx.sizes[:1])
+                values_grad, *vqk = (z.flatten(0, 1) for z in (*values_grad, *vqk))
+                kept = ctx.kept_scores
+                _attention_grads(
+                    values_grad, vqk, vqk_grads, rectangle.tiles, kept, biases, bias_grads
+                )
+                torch.ops.aten.silu_backward.grad_input(grad, projected, grad_input=grad)
+                x_grad[rows] = grad @ weight
+                weight_grad += grad.T @ x[rows]
+        position_grad, time_grad = bias_grads
+        if position_grad is not None:
+            position_grad = position_grad[: ctx.maxlen].flip(0)
+        return x_grad, weight_grad, position_grad, time_grad, None, None, None
 
 
-def _scores(q, k, tile: Tile, position_weight, time_weight) -> Tensor:
-    scores = q[:, :, tile.rows] @ k[:, :, tile.keys].mT  # (G, H, rows, keys)
-    if position_weight is not None:
-        scores += position_weight[tile.distances]  # (rows, keys)
-    if time_weight is not None:
-        by_cell = time_weight.index_select(0, tile.time_buckets.flatten())
-        scores += by_cell.view_as(tile.time_buckets)[:, None]  # (G, 1, rows, keys)
-    return scores
+def _attention_grads(
+    values_grad: Tensor,
+    vqk: list[Tensor],
+    vqk_grads: list[Tensor],
+    tiles: list[Tile],
+    kept_scores: list[Tensor],
+    biases: tuple[Tensor, Tensor | None],
+    bias_grads: tuple[Tensor | None, Tensor | None],
+) -> None:
+    """From the values' gradient (G * H, L, dv) and v, q, k (G * H, L, .) to their gradients.
+
+    Those of v, q, k, (G, H, L, .), are filled in, those of the biases added to.
+    """
+    (v, q, k), (v_grad, q_grad, k_grad) = vqk, vqk_grads
+    heads = v_grad.shape[:2]
+    for tile in reversed(tiles):
+        rows, keys, buckets = tile.rows, tile.keys, tile.time_buckets()
+        scores = kept_scores.pop() if kept_scores else _scores(q, k, tile, buckets, *biases)
+        weight_grad = torch.bmm(values_grad[:, rows], v[:, keys].mT)  # (G * H, rows, keys)
+        score_grad = torch.ops.aten.silu_backward(weight_grad, scores)
+        tile_v_grad = torch.bmm(F.silu(scores, inplace=True).mT, values_grad[:, rows])
+        tile_k_grad = torch.bmm(score_grad.mT, q[:, rows])  # (G * H, keys, dqk)
+        q_grad[:, :, rows] = torch.bmm(score_grad, k[:, keys]).unflatten(0, heads)
+        # The last tile comes first and has every key.
+        put = Tensor.copy_ if tile is tiles[-1] else Tensor.add_
+        put(v_grad[:, :, keys], tile_v_grad.unflatten(0, heads))
+        put(k_grad[:, :, keys], tile_k_grad.unflatten(0, heads))
+        _add_bias_grads(*bias_grads, score_grad.unflatten(0, heads), tile, buckets)
 
 
-def _hide_future(cells: Tensor, tile: Tile, causal_mask: Tensor) -> Tensor:
-    """Zero, in place, the cells of the diagonal tile whose key comes after the query."""
-    size = tile.rows.stop - tile.rows.start
-    cells[..., tile.rows] *= causal_mask[:size, :size]
-    return cells
+def _by_head(x: Tensor, rectangle: Rectangle, sizes: list[int]) -> tuple[Tensor, ...]:
+    """Rows (G * L, H * sum of sizes) -> a view (G, H, L, size) for each size."""
+    x = x.view(*rectangle.shape, -1, sum(sizes))  # (G, L, H, sum of sizes)
+    return x.transpose(1, 2).split(sizes, -1)
 
 
-def _add_bias_grads(bias_grads: list[Tensor | None], score_grad: Tensor, tile: Tile) -> None:
-    position_grad, time_grad = bias_grads
-    by_cell = score_grad.sum(1, dtype=torch.promote_types(score_grad.dtype, torch.float32))
+def _by_row(x: Tensor) -> Tensor:
+    """(G, H, L, C) -> (G * L, H * C)."""
+    return x.transpose(1, 2).flatten(2).flatten(0, 1)
+
+
+def _position_table(like: Tensor, position_weight: Tensor | None, maxlen: int) -> Tensor:
+    """(N - 1 + TILE,): the bias by key position minus query position, from -(N - 1) upwards."""
+    weights = like.new_zeros(maxlen) if position_weight is None else position_weight.flip(0)
+    return torch.cat([weights, weights.new_full((TILE - 1,), FUTURE)])
+
+
+def _scores(q, k, tile: Tile, buckets: Tensor | None, position_table, time_weight) -> Tensor:
+    """(G * H, rows, keys), biases included."""
+    rows, keys, maxlen = tile.rows, tile.keys, len(position_table) - TILE + 1
+    # Row i is the table from N - 1 - i on.
+    by_start = position_table.unfold(0, keys.stop, 1)[maxlen - rows.stop : maxlen - rows.start]
+    bias = by_start.flip(0)  # (rows, keys)
+    if buckets is not None:
+        by_time = time_weight.index_select(0, buckets.flatten())
+        bias = by_time.view(len(buckets), 1, *bias.shape).add_(bias)  # (G, 1, rows, keys)
+        bias = bias.expand(-1, len(q) // len(buckets), -1, -1).flatten(0, 1)
+    bias = bias.expand(len(q), -1, -1)  # (G * H, rows, keys)
+    return bias.contiguous().to(q.dtype).baddbmm_(q[:, rows], k[:, keys].mT)
+
+
+def _add_bias_grads(position_grad, time_grad, score_grad, tile: Tile, buckets) -> None:
+    """Add the sums of (G, H, rows, keys) by distance and by bucket."""
+    by_cell = score_grad[:, 0] if score_grad.shape[1] == 1 else score_grad.sum(1)
+    by_cell = by_cell.to(_sum_dtype(by_cell))  # (G, rows, keys)
     if position_grad is not None:
-        position_grad.scatter_add_(0, tile.distances.flatten(), by_cell.sum(0).flatten())
+        rows = by_cell.shape[1]
+        # Filled up to rows + keys and cut to one less, each row begins one column further left
+        # than the row before: a column holds one distance.
+        skewed = F.pad(by_cell.sum(0).flip(0), (0, rows)).flatten()[:-rows].view(rows, -1)
+        start = len(position_grad) - TILE + 1 - tile.rows.stop
+        position_grad[start : start + skewed.shape[1]] += skewed.sum(0)
     if time_grad is not None:
-        time_grad.scatter_add_(0, tile.time_buckets.flatten(), by_cell.flatten())
+        by_sequence = by_cell.new_zeros(len(by_cell), NUM_TIME_BUCKETS)
+        time_grad += by_sequence.scatter_add_(1, buckets, by_cell.flatten(1)).sum(0)
+
+
+def _sum_dtype(x: Tensor) -> torch.dtype:
+    return torch.promote_types(x.dtype, torch.float32)
 
 
 class HSTUAttention(nn.Module):
@@ -241,34 +359,35 @@ class HSTUAttention(nn.Module):
         super().__init__()
         self.num_heads = num_heads
         self.split_sizes = [linear_dim, linear_dim, attention_dim, attention_dim]  # U V Q K
-        self.scale = 1.0 / maxlen
+        self.maxlen = maxlen
         self.layer_norm = nn.LayerNorm(hidden_units, NORM_EPS, elementwise_affine=False)
         self.qkv_proj = nn.Linear(hidden_units, num_heads * sum(self.split_sizes), bias=False)
         self.relative_bias = RelativeAttentionBias(maxlen, has_position_bias, has_time_bias)
-        self.attention_norm = nn.LayerNorm(num_heads * linear_dim, NORM_EPS, False)
-        self.dropout = nn.Dropout(dropout_rate)
+        self.dropout = Dropout(dropout_rate)
         self.output_proj = nn.Linear(num_heads * linear_dim, hidden_units)
         nn.init.normal_(self.qkv_proj.weight, std=INIT_STD)
         nn.init.xavier_uniform_(self.output_proj.weight)
         nn.init.zeros_(self.output_proj.bias)
 
-    def forward(self, x: Tensor, rectangles: list[Rectangle], causal_mask: Tensor) -> Tensor:
-        """Events (T, D), each attending to its own sequence's past and itself -> (T, D)."""
-        u, v, q, k = self.project(x)  # (T, H, dv or dqk)
-        weights = self.relative_bias.position_weight, self.relative_bias.time_weight
-        attended = PointwiseAttention.apply(q, k, v, *weights, rectangles, causal_mask, self.scale)
-        return self.gate(x, u, attended)  # (T, D)
+    def forward(self, x: Tensor, rectangles: list[Rectangle]) -> Tensor:
+        """Events and gaps (T', D), each attending to its sequence's past and itself."""
+        # Autocast knows no autograd.Function: its inputs come in the type that it would choose.
+        device = x.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+        gated = GatedAttention.apply(
+            self.layer_norm(x).to(dtype),
+            self.qkv_proj.weight.to(dtype),
+            self.relative_bias.position_weight,
+            self.relative_bias.time_weight,
+            rectangles,
+            self.split_sizes,
+            self.maxlen,
+        )  # (T', H * dv)
+        return self.merge(x, gated)  # (T', D)
 
-    def project(self, x: Tensor) -> tuple[Tensor, ...]:
-        """U, V, Q, K of each event."""
-        projected = F.silu(self.qkv_proj(self.layer_norm(x)))  # (T, H * (2 dv + 2 dqk))
-        projected = projected.unflatten(-1, (self.num_heads, -1))  # (T, H, 2 dv + 2 dqk)
-        return projected.split(self.split_sizes, dim=-1)
-
-    def gate(self, x: Tensor, u: Tensor, attended: Tensor) -> Tensor:
+    def merge(self, x: Tensor, gated: Tensor) -> Tensor:
         """What the block adds to x, and x."""
-        gated = u.flatten(1) * self.attention_norm(attended.flatten(1))  # (T, H * dv)
-        return x + self.output_proj(self.dropout(gated))  # (T, D)
+        return x + self.output_proj(self.dropout(gated))
 
 
 class HSTU(nn.Module):
@@ -295,9 +414,6 @@ class HSTU(nn.Module):
         self.blocks = nn.ModuleList(
             HSTUAttention(has_time_bias=has_time_bias, **block) for _ in range(num_blocks)
         )
-        # True: the key is not after the query. One tile's worth; shared by all blocks.
-        causal = torch.ones(TILE, TILE, dtype=torch.bool).tril_()
-        self.register_buffer("_causal_mask", causal, persistent=False)
 
     def forward(
         self, x: Tensor, offsets: Tensor, timestamps: Tensor, target_timestamps: Tensor
@@ -314,13 +430,14 @@ class HSTU(nn.Module):
             (T, D) float.
         """
         query_times = {"request": target_timestamps, "event": timestamps, "off": None}
-        rectangles = cut_rectangles(offsets, timestamps, query_times[self.time_bias])
+        rectangles, rows = cut_rectangles(offsets, timestamps, query_times[self.time_bias])
+        x = x.new_zeros(rectangles[-1].rows.stop, x.shape[1]).index_copy(0, rows, x)  # (T', D)
         for block in self.blocks:
             if self.gradient_checkpointing and self.training:
-                x = checkpoint(block, x, rectangles, self._causal_mask, use_reentrant=False)
+                x = checkpoint(block, x, rectangles, use_reentrant=False)
             else:
-                x = block(x, rectangles, self._causal_mask)
-        return x  # (T, D)
+                x = block(x, rectangles)
+        return x.index_select(0, rows)  # (T, D)
 
     def compile_blocks(self) -> None:
         """Compile what stands around each block's attention, once for all lengths.
@@ -328,5 +445,4 @@ class HSTU(nn.Module):
         The attention itself loops over rectangles, whose number and shapes follow the lengths.
         """
         for block in self.blocks:
-            block.project = torch.compile(block.project, dynamic=True)
-            block.gate = torch.compile(block.gate, dynamic=True)
+            block.merge = torch.compile(block.merge, dynamic=True)

@@ -19,7 +19,7 @@ ALLOWED = {
     "data_writer": {"atomic_io", "data_folder"},
     "dataset": {"atomic_io", "data_folder"},
     "hstu_components": set(),
-    "simplified_hstu": set(),
+    "simplified_hstu": {"hstu_components"},
     "dot_product_similarity": set(),
     "model": {"hstu_components", "simplified_hstu", "dot_product_similarity"},
     "metrics": set(),

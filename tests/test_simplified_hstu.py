@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 import simplified_hstu
-from simplified_hstu import HSTU, HSTUAttention, PointwiseAttention, cut_rectangles, time_buckets
+from simplified_hstu import HSTU, GatedAttention, HSTUAttention, cut_rectangles, time_buckets
 
 N, D, H, DQK, DV = 9, 7, 2, 6, 4
 LENGTHS = [9, 5, 2]
@@ -21,24 +21,32 @@ def silu(x: float) -> float:
     return x / (1.0 + math.exp(-x))
 
 
-def plain_attention(q, k, v, position_weight, time_weight, offsets, query_times, key_times, scale):
+def plain_attention(x: dict[str, Tensor], offsets: Tensor) -> Tensor:
     """The definition, one score at a time; differentiable."""
+    projected = (x["x"] @ x["weight"].T).unflatten(-1, (H, -1))
+    u, v, q, k = torch.nn.functional.silu(projected).split([DV, DV, DQK, DQK], dim=-1)
     out = []
     for start, end in zip(offsets[:-1].tolist(), offsets[1:].tolist(), strict=True):
         for i in range(start, end):
             total = torch.zeros_like(v[i])
             for j in range(start, i + 1):
                 score = (q[i] * k[j]).sum(-1)  # (H,)
-                score = score + position_weight[i - j]
-                dt = abs(int(query_times[i] - key_times[j]))
-                score = score + time_weight[min(128, int(math.log(max(1, dt)) / 0.301))]
+                score = score + x["position_weight"][i - j]
+                dt = abs(int(x["query_times"][i] - x["key_times"][j]))
+                bucket = min(128, int(math.log(max(1, dt)) / 0.301))
+                score = score + x["time_weight"][bucket]
                 total = total + torch.nn.functional.silu(score)[:, None] * v[j]
-            out.append(total * scale)
+            attended = (total / N).flatten()  # (H * dv,)
+            std = (attended.var(correction=0) + 1e-6).sqrt()
+            out.append(u[i].flatten() * (attended - attended.mean()) / std)
     return torch.stack(out)
 
 
-@pytest.fixture(params=["one tile", "small tiles", "one sequence at a time"])
+@pytest.fixture(params=["one tile", "small tiles", "one sequence at a time", "nothing kept"])
 def cuts(request, monkeypatch):
+    if request.param == "nothing kept":
+        monkeypatch.setattr(simplified_hstu, "KEPT_BUCKETS", 0)
+        monkeypatch.setattr(simplified_hstu, "KEPT_SCORES", 0)
     if request.param == "small tiles":
         monkeypatch.setattr(simplified_hstu, "TILE", 4)
     if request.param == "one sequence at a time":
@@ -55,9 +63,8 @@ def random_inputs(seed: int = 0) -> dict[str, Tensor]:
     T = sum(LENGTHS)
     key_times = torch.randint(0, 100_000, (T,), generator=generator).cumsum(0)
     return {
-        "q": normal(T, H, DQK),
-        "k": normal(T, H, DQK),
-        "v": normal(T, H, DV),
+        "x": normal(T, D),
+        "weight": normal(H * (2 * DV + 2 * DQK), D),
         "position_weight": normal(N),
         "time_weight": normal(129),
         "key_times": key_times,
@@ -65,36 +72,33 @@ def random_inputs(seed: int = 0) -> dict[str, Tensor]:
     }
 
 
+NAMES = ("x", "weight", "position_weight", "time_weight")
+
+
 def fast_attention(x: dict[str, Tensor], offsets: Tensor = OFFSETS) -> Tensor:
-    rectangles = cut_rectangles(offsets, x["key_times"], x["query_times"])
-    mask = torch.ones(simplified_hstu.TILE, simplified_hstu.TILE, dtype=torch.bool).tril()
-    names = ("q", "k", "v", "position_weight", "time_weight")
-    return PointwiseAttention.apply(*(x[name] for name in names), rectangles, mask, 1.0 / N)
+    rectangles, rows = cut_rectangles(offsets, x["key_times"], x["query_times"])
+    # The gaps hold anything: nothing may depend on them.
+    filled = x["x"].new_full((rectangles[-1].rows.stop, D), 7.0).index_copy(0, rows, x["x"])
+    weights, sizes = [x[name] for name in NAMES[1:]], [DV, DV, DQK, DQK]
+    return GatedAttention.apply(filled, *weights, rectangles, sizes, N)[rows]
 
 
 def test_attention_and_all_its_gradients_equal_the_double_loop(cuts):
     x = random_inputs()
-    names = ("q", "k", "v", "position_weight", "time_weight")
-    expected = plain_attention(
-        *(x[name] for name in names), OFFSETS, x["query_times"], x["key_times"], 1.0 / N
-    )
-    found = fast_attention(x)
+    expected, found = plain_attention(x, OFFSETS), fast_attention(x)
     torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-12)
     weights = torch.randn(expected.shape, dtype=torch.float64)
-    inputs = [x[name] for name in names]
+    inputs = [x[name] for name in NAMES]
     grads = torch.autograd.grad((found * weights).sum(), inputs)
     expected_grads = torch.autograd.grad((expected * weights).sum(), inputs)
-    for name, grad, expected_grad in zip(names, grads, expected_grads, strict=True):
+    for name, grad, expected_grad in zip(NAMES, grads, expected_grads, strict=True):
         torch.testing.assert_close(grad, expected_grad, rtol=1e-9, atol=1e-12, msg=name)
 
 
 def test_rectangles_are_right_in_any_order_of_lengths(cuts):
     x = random_inputs()
     offsets = torch.tensor([0, 2, 11, 16])
-    names = ("q", "k", "v", "position_weight", "time_weight")
-    expected = plain_attention(
-        *(x[name] for name in names), offsets, x["query_times"], x["key_times"], 1.0 / N
-    )
+    expected = plain_attention(x, offsets)
     torch.testing.assert_close(fast_attention(x, offsets), expected, rtol=1e-10, atol=1e-12)
 
 
@@ -102,9 +106,11 @@ def test_rectangles_hold_each_event_once_within_the_cell_limit(monkeypatch):
     monkeypatch.setattr(simplified_hstu, "CPU_CELLS", 100)
     lengths = torch.tensor([12, 7, 7, 4, 4, 4, 1, 1])
     offsets = torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)])
-    rectangles = cut_rectangles(offsets, torch.zeros(40, dtype=torch.int64), None)
-    assert [r.events.start for r in rectangles] == [0, *(r.events.stop for r in rectangles[:-1])]
-    assert rectangles[-1].events.stop == 40
+    rectangles, rows = cut_rectangles(offsets, torch.zeros(40, dtype=torch.int64), None)
+    stops = [0, *(r.rows.stop for r in rectangles)]
+    assert [r.rows.start for r in rectangles] == stops[:-1]
+    assert rows.unique().tolist() == rows.tolist()
+    assert 40 == len(rows) <= rows[-1] + 1 <= stops[-1]
     assert all(r.shape[0] * r.shape[1] ** 2 <= 100 or r.shape[0] == 1 for r in rectangles)
 
 
@@ -160,10 +166,9 @@ def test_a_block_gives_the_numbers_worked_out_by_hand():
         )
 
     times = torch.tensor([0, 60])
-    rectangles = cut_rectangles(torch.tensor([0, 2]), times, times + 60)
-    mask = torch.ones(128, 128, dtype=torch.bool).tril()
+    rectangles, _ = cut_rectangles(torch.tensor([0, 2]), times, times + 60)
     x = torch.tensor([[1.0, 0.0], [0.0, 1.0]], dtype=torch.float64)
-    found = block(x, rectangles, mask)
+    found = block(x, rectangles)
     # 1e-4: the hand computation leaves out LayerNorm's eps.
     torch.testing.assert_close(
         found, torch.tensor(expected, dtype=torch.float64), rtol=1e-4, atol=1e-4
@@ -258,15 +263,6 @@ def test_compiled_blocks_give_the_same_for_all_lengths_without_compiling_again(e
             found = run_hstu(compiled, events[first:], offsets)
             found.square().sum().backward()
         torch.testing.assert_close(found, run_hstu(plain, events[first:], offsets))
-
-
-def test_the_causal_mask_is_one_tile_used_by_all_blocks_and_not_saved(events):
-    hstu = make_hstu()
-    assert hstu._causal_mask.shape == (simplified_hstu.TILE, simplified_hstu.TILE)
-    assert "_causal_mask" not in hstu.state_dict()
-    before = run_hstu(hstu, events)
-    hstu._causal_mask.fill_(True)
-    assert not torch.allclose(before, run_hstu(hstu, events))
 
 
 def test_at_initialisation_the_signal_is_finite_and_differs_at_every_position():

@@ -1,0 +1,119 @@
+"""Memory and time of an HSTU block by length, beside the plain form, and their agreement.
+
+    python benchmarks/attention_memory.py
+
+Two sequences of N events, d 64, one head, forward and backward; each case in a process of its own.
+The plain form is the definition in dense tensors, differentiated by autograd.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
+
+import torch  # noqa: E402
+import torch.nn.functional as F  # noqa: E402
+from reproduce import RESULTS, environment  # noqa: E402
+
+from simplified_hstu import NORM_EPS, HSTUAttention, cut_rectangles, time_buckets  # noqa: E402
+
+LENGTHS = [256, 512, 1024, 2048, 4096, 8192]
+SEQUENCES, WIDTH = 2, 64
+
+
+def make(length: int, dtype: torch.dtype) -> tuple[HSTUAttention, torch.Tensor, torch.Tensor]:
+    torch.manual_seed(0)
+    block = HSTUAttention(WIDTH, 1, WIDTH, WIDTH, 0.0, length, True, True).to(dtype)
+    x = torch.randn(SEQUENCES * length, WIDTH, dtype=dtype).requires_grad_()
+    times = torch.randint(1, 100_000, (SEQUENCES, length)).cumsum(1).flatten()
+    return block, x, times
+
+
+def ours(block: HSTUAttention, x: torch.Tensor, times: torch.Tensor, length: int) -> torch.Tensor:
+    offsets = torch.arange(SEQUENCES + 1) * length
+    rectangles, _ = cut_rectangles(offsets, times, times + 60)  # no gaps: all are as long
+    return block(x, rectangles)
+
+
+def plain(block: HSTUAttention, x: torch.Tensor, times: torch.Tensor, length: int) -> torch.Tensor:
+    """Equations 1 to 3 in dense tensors, (B, N, N) scores."""
+    projected = F.silu(F.linear(block.layer_norm(x), block.qkv_proj.weight))
+    u, v, q, k = projected.view(SEQUENCES, length, -1).split(block.split_sizes, -1)  # (B, N, d)
+    distances = torch.arange(length)[:, None] - torch.arange(length)  # (N, N)
+    times = times.view(SEQUENCES, length)
+    buckets = time_buckets((times + 60)[:, :, None] - times[:, None]).long()  # (B, N, N)
+    bias = block.relative_bias
+    scores = q @ k.mT + bias.position_weight[distances.clamp(min=0)] + bias.time_weight[buckets]
+    weights = F.silu(scores) * (distances >= 0)
+    attended = (weights @ v / length).flatten(0, 1)  # (T, dv)
+    gated = u.flatten(0, 1) * F.layer_norm(attended, attended.shape[1:], eps=NORM_EPS)
+    return x + block.output_proj(gated)
+
+
+FORMS = {"ours": ours, "plain": plain}
+
+
+def run_case(form: str, length: int) -> dict[str, float]:
+    """Seconds of the fastest of three, and peak memory beyond what stood before."""
+    block, x, times = make(length, torch.float32)
+    ours(*make(16, torch.float32), 16).sum().backward()  # what the first call alone needs
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    seconds = []
+    for _ in range(3):
+        start = time.perf_counter()
+        FORMS[form](block, x, times, length).square().sum().backward()
+        seconds.append(time.perf_counter() - start)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+    return {"form": form, "N": length, "seconds": round(min(seconds), 3), "mb": round(peak / 1e3)}
+
+
+def disagreement(length: int) -> dict[str, float]:
+    """Largest relative difference of output and of each gradient in float64."""
+    results = []
+    for form in FORMS.values():
+        block, x, times = make(length, torch.float64)
+        y = form(block, x, times, length)
+        weights = torch.randn(y.shape, generator=torch.Generator().manual_seed(1)).double()
+        names, inputs = zip(*block.named_parameters(), ("input", x), strict=True)
+        grads = torch.autograd.grad((y * weights).sum(), inputs)
+        results.append({"output": y} | dict(zip(names, grads, strict=True)))
+    return {
+        name: float(
+            (found - results[1][name]).detach().abs().max() / results[1][name].detach().abs().max()
+        )
+        for name, found in results[0].items()
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--case", nargs=2, help="one form and length, for the script itself")
+    args = parser.parse_args()
+    if args.case:
+        print(json.dumps(run_case(args.case[0], int(args.case[1]))))
+        return
+    rows = []
+    for length in LENGTHS:
+        for form in FORMS:
+            command = [sys.executable, __file__, "--case", form, str(length)]
+            done = subprocess.run(command, capture_output=True, text=True, check=True)
+            rows.append(json.loads(done.stdout.splitlines()[-1]))
+            print(rows[-1])
+    differences = {length: disagreement(length) for length in (256, 1024)}
+    for length, values in differences.items():
+        print(f"float64, N {length}:", {name: f"{value:.1e}" for name, value in values.items()})
+    result = {"rows": rows, "float64_relative_differences": differences} | environment("cpu")
+    (RESULTS / "attention_memory.json").write_text(json.dumps(result, indent=1) + "\n")
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()

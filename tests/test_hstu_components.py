@@ -1,0 +1,43 @@
+"""The parts around the encoder that stand alone; test_model.py tests them in the model."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from hstu_components import Dropout
+
+
+def test_dropout_drops_its_share_and_keeps_the_mean():
+    torch.manual_seed(0)
+    x = torch.ones(1000, 1001)  # not a multiple of the four numbers that share a draw
+    y = Dropout(0.2)(x)
+    assert (y == 0).float().mean() == pytest.approx(0.2, abs=0.002)
+    assert y.mean() == pytest.approx(1.0, abs=0.003)
+    assert y[y != 0].unique() == pytest.approx(1.25, rel=1e-4)
+
+
+def test_dropout_is_even_over_rows_and_columns():
+    torch.manual_seed(0)
+    is_kept = Dropout(0.3)(torch.ones(2000, 64)) != 0
+    # Six standard deviations of a column's and a row's mean.
+    assert (is_kept.float().mean(0) - 0.7).abs().max() < 6 * (0.21 / 2000) ** 0.5
+    assert (is_kept.float().mean(1) - 0.7).abs().max() < 6 * (0.21 / 64) ** 0.5
+
+
+@pytest.mark.parametrize("rate", [0.0, 1.0])
+def test_dropout_of_nothing_and_of_all(rate):
+    x = torch.randn(5, 7)
+    assert torch.equal(Dropout(rate)(x), (1 - rate) * x + 0.0)
+
+
+def test_dropout_passes_gradients_where_it_keeps():
+    x = torch.randn(11, 13, requires_grad=True)
+    y = Dropout(0.5)(x)
+    y.sum().backward()
+    assert torch.equal(x.grad, (y != 0) * 2.0)
+
+
+def test_dropout_is_off_in_evaluation():
+    x = torch.randn(5, 7)
+    assert torch.equal(Dropout(0.5).eval()(x), x)
