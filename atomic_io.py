@@ -6,7 +6,7 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
@@ -40,6 +40,26 @@ def atomic_write(path: str | Path) -> Iterator[IO[bytes]]:
         temporary.unlink(missing_ok=True)
         raise
     _sync_folder(path.parent)
+
+
+def write_hashed(file: IO[bytes], pieces: Iterable[bytes | memoryview]) -> dict[str, Any]:
+    """Write `pieces` one behind the other; their `file_entry`, without reading the file again.
+
+    The bytes are on the disk when it returns: what a full disk fails, it fails before several files
+    that belong together are renamed.
+
+    Args:
+        file: open and empty, of `atomic_write`.
+        pieces: buffers of one dimension, made one at a time.
+    """
+    digest, size = hashlib.sha256(), 0
+    for piece in pieces:
+        file.write(piece)
+        digest.update(piece)
+        size += memoryview(piece).nbytes
+    file.flush()
+    os.fsync(file.fileno())
+    return {"size": size, "sha256": digest.hexdigest()}
 
 
 def _sync_folder(folder: Path) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import io
 import json
 import logging
 import pickle
@@ -13,7 +12,7 @@ import struct
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import torch
@@ -41,17 +40,25 @@ def save_checkpoint(path: str | Path, content: Mapping[str, Any], step: int) -> 
         content: tensors, numbers, strings and containers of them, what weights_only=True loads.
         step: optimiser steps done; the newest checkpoint is the one with the highest.
     """
-    path = Path(path)
-    buffer = io.BytesIO()
-    torch.save(_canonical(content), buffer)
+    path, canonical = Path(path), _canonical(content, set())
     register = read_register(path.parent)
     if register.pop(path.name, None):
         write_json(path.parent / REGISTER, register)
     with atomic_write(path) as file:
-        file.write(buffer.getbuffer())
+        _save(canonical, file)
     entry = file_entry(path) | {"step": step, "config": _hash(content.get("config"))}
     register[path.name] = entry
     write_json(path.parent / REGISTER, dict(sorted(register.items())))
+
+
+def _save(content: Any, file: IO[bytes]) -> None:
+    try:
+        torch.save(content, file)
+    except RuntimeError as error:
+        # A write that fails makes torch.save fail once more on closing, and hide the reason.
+        if isinstance(error.__context__, OSError):
+            raise error.__context__ from None
+        raise
 
 
 def read_register(folder: str | Path) -> dict[str, Any]:
@@ -188,15 +195,24 @@ def set_random_states(states: Mapping[str, Any]) -> None:
         torch.cuda.set_rng_state_all(states["cuda"])
 
 
-def _canonical(value: Any) -> Any:
-    """A fresh copy whose pickle depends on the values alone, not on which objects are shared."""
+def _canonical(value: Any, storages: set[int]) -> Any:
+    """What equals `value`, and whose pickle depends on values alone, not on what is shared.
+
+    `storages`: addresses of the tensors so far. A tensor is copied only where it is not on the CPU,
+    or not the whole and only user of its memory: a table and its moments may fill most of it.
+    """
     if isinstance(value, Tensor):
-        return value.detach().to("cpu", copy=True).contiguous()
+        tensor = value.detach().cpu().contiguous()
+        storage = tensor.untyped_storage()
+        if storage.nbytes() != tensor.nbytes or storage.data_ptr() in storages:
+            tensor = tensor.clone()
+        storages.add(tensor.untyped_storage().data_ptr())
+        return tensor
     if isinstance(value, Mapping):
         items = sorted(value.items(), key=lambda item: (str(type(item[0])), item[0]))
-        return {_canonical(key): _canonical(item) for key, item in items}
+        return {_canonical(key, storages): _canonical(item, storages) for key, item in items}
     if isinstance(value, list | tuple):
-        return type(value)(_canonical(item) for item in value)
+        return type(value)(_canonical(item, storages) for item in value)
     if type(value) is str:
         return sys.intern(value)
     if value is None or type(value) in (bool, int, float):

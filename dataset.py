@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Mapping, Sequence
+import mmap
+import os
+import weakref
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset, Sampler
+from torch.utils.data import Dataset, Sampler, get_worker_info
 
 from atomic_io import DataError, atomic_write
 from data_folder import (
@@ -28,7 +33,7 @@ from data_folder import (
 
 log = logging.getLogger("hstu")
 
-_BLOCK = 1 << 22  # events looked at at once
+_BLOCK = 1 << 16  # events looked at at once; 1 MB, which a cache holds
 NEGATIVES = ("all", "batch", "uniform", "mixed")
 EMB_DTYPES = {".fbin": np.dtype("<f4"), ".u64bin": np.dtype("<u8")}
 
@@ -128,15 +133,16 @@ class MyDataset(Dataset):
         self.num_action_types = manifest.num_action_types
         self.host_vectors = dict(host_vectors or {})
         self.item_counts = item_counts
-        self.trained_ids = np.arange(1, self.num_items + 1)
+        self.trained_ids = np.arange(1, self.num_items + 1, dtype=np.int32)
         if item_counts is not None:
-            self.trained_ids = np.flatnonzero(item_counts)
+            self.trained_ids = np.flatnonzero(item_counts).astype(np.int32)
         if split not in manifest.targets:
             raise DataError(
                 f"{self.data_dir}: no {split} split there, only {', '.join(manifest.targets)}"
             )
         self.target = manifest.targets[split]
         self._maps: tuple[np.ndarray, np.ndarray, np.ndarray | None] | None = None
+        self._files: dict[str, int | None] = {}  # of the events, "", and of host_vectors
         events, offsets, users = self._open()
         self.has_timestamps = events.dtype == EVENT_DTYPE
         check_split(self.data_dir, split, offsets, users, self.num_users)
@@ -171,20 +177,30 @@ class MyDataset(Dataset):
     def __getitems__(self, indices: Draw | Sequence[int]) -> Fetched:
         """The sequences `indices`, in one gather, ordered by falling length."""
         draw = indices if isinstance(indices, Draw) else Draw(np.asarray(indices), (0,))
-        events, offsets, users = self._open()
+        _, offsets, users = self._open()
         rows = draw.indices if self._usable is None else self._usable[draw.indices]
         has_target = self.target != "none"
         starts = np.maximum(offsets[rows], offsets[rows + 1] - (self.maxlen + has_target))
         order = np.argsort(starts - offsets[rows + 1], kind="stable")
         rows, starts = rows[order], starts[order]
         user_ids = (rows + 1 if users is None else users[rows]).astype(USER_DTYPE)
-        kept = gather(events, starts, offsets[rows + 1], user_ids)
+        kept = self._gather(starts, offsets[rows + 1], user_ids)
         self._check(kept, rows, starts - offsets[rows])
         seen = None
         if self.split != "train":
-            seen = gather(events, offsets[rows], offsets[rows + 1] - has_target, user_ids)
+            seen = self._gather(offsets[rows], offsets[rows + 1] - has_target, user_ids)
             self._check(seen, rows, np.zeros_like(rows))
         return Fetched(kept, seen, draw.seed)
+
+    def _gather(self, starts: np.ndarray, ends: np.ndarray, user_ids: np.ndarray) -> Sequences:
+        events = self._open()[0]
+        if get_worker_info() is None:
+            return gather(events, starts, ends, user_ids)
+        events = _read_rows(self._files[""], events, starts, ends)
+        if len(events) < (ends - starts).sum():
+            self.check_unchanged()
+        offsets = np.concatenate([[0], (ends - starts).cumsum()])
+        return gather(events, offsets[:-1], offsets[1:], user_ids)
 
     def collate_fn(self, fetched: Fetched | Sequence[Fetched]) -> Batch:
         """A Batch of what `__getitems__` returned, or of a list of `self[i]`."""
@@ -227,25 +243,31 @@ class MyDataset(Dataset):
     def _gather_vectors(self, item_ids: np.ndarray) -> dict[str, tuple[Tensor, Tensor]] | None:
         if not self.host_vectors:
             return None
-        picked = {
-            name: (vectors.values[item_ids], vectors.present[item_ids])
-            for name, vectors in self.host_vectors.items()
-        }
-        return {name: tuple(map(torch.from_numpy, pair)) for name, pair in picked.items()}
+        picked = {}
+        for name, vectors in self.host_vectors.items():
+            file = self._files.get(name)
+            if get_worker_info() is None or file is None:
+                values = vectors.values[item_ids]
+            else:
+                values = _read_rows(file, vectors.values, item_ids, item_ids + 1)
+            picked[name] = torch.from_numpy(values), torch.from_numpy(vectors.present[item_ids])
+        return picked
 
     def _index_items(self, item_ids, inputs, nexts, has_next, seed) -> dict[str, np.ndarray | None]:
         """The item fields of Batch; draws the negatives."""
         if self.negatives == "all":
             distinct, event_rows = np.arange(1, self.num_items + 1), item_ids.astype(np.int64) - 1
             is_every = len(self.trained_ids) == self.num_items
-            negative_index = None if is_every else self.trained_ids - 1
+            negative_index = None if is_every else self.trained_ids.astype(np.int64) - 1
         else:
             drawn = self._draw_uniform(seed)
             distinct, rows = np.unique(np.concatenate([item_ids, drawn]), return_inverse=True)
             event_rows, negative_index = np.split(rows, [len(item_ids)])
             if self.negatives != "uniform":
-                targets = event_rows[nexts][has_next]
-                negative_index = np.unique(np.concatenate([negative_index, targets]))
+                is_negative = np.zeros(len(distinct), bool)
+                is_negative[negative_index] = True
+                is_negative[event_rows[nexts][has_next]] = True
+                negative_index = np.flatnonzero(is_negative)
         target_index = np.where(has_next, event_rows[nexts], -1)
         log_q = None
         if self.has_logq and self.negatives in ("batch", "mixed"):
@@ -273,14 +295,24 @@ class MyDataset(Dataset):
         negatives estimates what the same number of uniform ones would give.
         """
         num_items = len(self.trained_ids)
-        share = (self.item_counts[item_ids] + 1.0) / (self.item_counts.sum() + num_items)
+        share = (self.item_counts[item_ids] + 1.0) / (self._total_count + num_items)
         uniform = 0 if self.negatives == "batch" else min(self.num_negatives, num_items)
         absent = np.exp(num_targets * np.log1p(-share)) * (1 - uniform / num_items)
         return np.log((1 - absent) / (len(item_ids) / num_items)).astype(np.float32)
 
+    @cached_property
+    def _total_count(self) -> int:
+        """The sum of item_counts, taken once: there may be millions of items."""
+        return int(self.item_counts.sum())
+
     def _open(self) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
         if self._maps is None:
             self._maps = open_split(self.data_dir, self.split)
+            tables = {"": self._maps[0]} | {k: v.values for k, v in self.host_vectors.items()}
+            self._files = {name: _open_map(table) for name, table in tables.items()}
+            for file in self._files.values():
+                if file is not None:
+                    weakref.finalize(self, os.close, file)
         return self._maps
 
     def _read_stamps(self) -> dict[Path, tuple[int, int] | None]:
@@ -303,14 +335,15 @@ class MyDataset(Dataset):
                 )
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_maps": None}
+        return self.__dict__ | {"_maps": None, "_files": {}}
 
     def _check(self, kept: Sequences, rows: np.ndarray, skipped: np.ndarray) -> None:
         """Refuse ids and action types out of range before they index anything.
 
         `rows`: (B,) sequence numbers; `skipped`: (B,) events cut off at each one's start.
         """
-        ids, actions = kept.events["item_id"], kept.events["action_type"]
+        # Each four times over: copied out of the records, they are read in a fraction of the time.
+        ids, actions = (kept.events[name].copy() for name in ("item_id", "action_type"))
         bad = (
             (ids < 1) | (ids > self.num_items) | (actions < -1) | (actions >= self.num_action_types)
         )
@@ -326,6 +359,29 @@ class MyDataset(Dataset):
                 f"-1..{self.num_action_types - 1}; write the split again"
             )
         raise _bad_item(path, place, ids[event], self.num_items)
+
+
+def _open_map(table: np.ndarray) -> int | None:
+    """A descriptor of the file that an array is a map of; None: it is none, or its file is gone."""
+    if not isinstance(table.base, mmap.mmap) or not table.flags.c_contiguous:
+        return None
+    with suppress(FileNotFoundError):  # features.py drops a cache that it could not keep
+        return os.open(table.filename, os.O_RDONLY)
+    return None
+
+
+def _read_rows(file: int, table: np.memmap, starts: np.ndarray, ends: np.ndarray) -> np.ndarray:
+    """Rows starts[k]..ends[k]-1 of every k, joined, read from the file that `table` maps.
+
+    Through the map a worker would come to own the file: each page it touches counts as its memory,
+    with up to 2 MB around it. Of a file that was cut short, fewer rows come.
+    """
+    width = table.strides[0]
+    places, sizes = table.offset + starts * width, (ends - starts) * width
+    parts = [os.pread(file, *part) for part in zip(sizes.tolist(), places.tolist(), strict=True)]
+    data = bytearray().join(parts)
+    del data[len(data) // width * width :]  # of a file cut short inside a row
+    return np.frombuffer(data, table.dtype).reshape(-1, *table.shape[1:])
 
 
 def _bad_item(path: Path, place: str, item_id: int, num_items: int) -> DataError:
@@ -393,12 +449,12 @@ def count_items(data_dir: str | Path, split: str, num_items: int) -> np.ndarray:
     events, offsets, _ = open_split(Path(data_dir), split)
     counts = np.zeros(num_items + 1, np.int64)
     for start in range(0, len(events), _BLOCK):
-        ids = item_ids_of(events[start : start + _BLOCK])
+        ids = np.ascontiguousarray(item_ids_of(events[start : start + _BLOCK]))
         bad = (ids < 1) | (ids > num_items)
         if bad.any():
             event, path = int(bad.argmax()), split_path(Path(data_dir), split, "data")
             raise _bad_item(path, _place(offsets, start + event), ids[event], num_items)
-        counts += np.bincount(ids, minlength=len(counts))
+        np.add.at(counts, ids, 1)  # bincount would make a block as long as the catalogue
     return counts
 
 
@@ -464,17 +520,34 @@ def save_emb(emb: np.ndarray, save_path: str | Path) -> None:
         ValueError: another suffix, or more than 2^31 - 1 rows or columns.
     """
     path = Path(save_path)
-    matrix = emb[:, None] if emb.ndim == 1 else emb
-    if path.suffix not in EMB_DTYPES or matrix.ndim != 2 or max(matrix.shape) >= 2**31:
-        raise ValueError(f"{path}: {matrix.shape} as {path.suffix!r} is no .fbin or .u64bin matrix")
-    with np.errstate(over="ignore"):  # beyond float32 is infinite, and refused below
-        matrix = np.ascontiguousarray(matrix, EMB_DTYPES[path.suffix])
-    if path.suffix == ".fbin" and not np.isfinite(matrix).all():
-        row = int(np.argmin(np.isfinite(matrix).all(1)))
-        raise DataError(f"{path}: row {row} is not finite; the model has diverged, lower --lr")
     with atomic_write(path) as file:
-        file.write(np.array(matrix.shape, "<u4").tobytes())
-        file.write(matrix.data)
+        file.writelines(emb_pieces(path, emb.shape, [emb]))
+
+
+def emb_pieces(
+    path: Path, shape: tuple[int, ...], chunks: Iterable[np.ndarray]
+) -> Iterator[bytes | memoryview]:
+    """What `save_emb` writes to `path`, piece by piece: the header, then each chunk's bytes.
+
+    Args:
+        path: names the file in errors, which are those of `save_emb`, and its suffix the format.
+        shape: (n, d) or (n,) of the matrix.
+        chunks: its rows in order, (c, d) or (c,), any c.
+    """
+    if path.suffix not in EMB_DTYPES or len(shape) not in (1, 2) or max(shape) >= 2**31:
+        raise ValueError(f"{path}: {shape} as {path.suffix!r} is no .fbin or .u64bin matrix")
+    n, d = shape if len(shape) == 2 else (*shape, 1)
+    yield np.array([n, d], "<u4").tobytes()
+    row = 0
+    for chunk in chunks:
+        with np.errstate(over="ignore"):  # beyond float32 is infinite, and refused below
+            rows = np.ascontiguousarray(chunk, EMB_DTYPES[path.suffix]).reshape(len(chunk), d)
+        if path.suffix == ".fbin" and not np.isfinite(rows).all():
+            row += int(np.argmin(np.isfinite(rows).all(1)))
+            raise DataError(f"{path}: row {row} is not finite; the model has diverged, lower --lr")
+        yield rows.reshape(-1).data
+        row += len(rows)
+    assert row == n, f"{path}: {row} rows, but the header says {n}"
 
 
 def load_emb(path: str | Path) -> np.ndarray:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import argparse
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack
 from dataclasses import fields
 from pathlib import Path
 from typing import NamedTuple
@@ -13,10 +14,10 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from atomic_io import DataError, file_entry, sweep_temporaries, write_json
+from atomic_io import DataError, atomic_write, sweep_temporaries, write_hashed, write_json
 from checkpoint import differences, load_checkpoint, load_weights
 from data_folder import Manifest, original_ids, read_candidates, read_manifest
-from dataset import BatchSampler, MyDataset, save_emb
+from dataset import BatchSampler, MyDataset, emb_pieces
 from features import find_vectors, load_features, load_vectors
 from hstu_components import FeatureTables
 from model import HSTUConfig, HSTUModel
@@ -28,7 +29,9 @@ log = logging.getLogger("hstu")
 class Catalogue(NamedTuple):
     """What is exported and ranked: all items, or a candidate set; n rows."""
 
-    embeddings: torch.Tensor  # (n, D) of length 1
+    item_ids: torch.Tensor  # (n,) int64, 0: not in the data
+    tables: FeatureTables | None  # where the rows' features are; None: the model's own
+    table_rows: torch.Tensor  # (n,) int64
     ids: np.ndarray  # (n,) uint64, as they are exported
     id_kind: str  # "original", "re-id" or "retrieval"
     row_of_item: torch.Tensor  # (X + 1,) int64, -1: not among the rows
@@ -46,19 +49,21 @@ def infer(args: argparse.Namespace, model_class: type[HSTUModel]) -> None:
     load_weights(model, weights, path)
     catalogue = candidates_of(args, model) if args.candidates else all_items(args, model)
     origin = {"checkpoint": path.name, "item_ids": catalogue.id_kind}
-    arrays = {"embedding.fbin": catalogue.embeddings.cpu().numpy(), "id.u64bin": catalogue.ids}
-    publish(output_dir / "item_embeddings", arrays, origin)
+    folder, shape = output_dir / "item_embeddings", (len(catalogue.ids), config.hidden_units)
+    publish(folder, shape, embed(model, catalogue), {"id.u64bin": catalogue.ids}, origin)
     if "test" not in manifest.targets:
         return
     options = {"negatives": "batch", "request_time": args.request_time}
     dataset = MyDataset(args.data_dir, "test", config.maxlen, **options)
     if not len(dataset):
         return
-    queries, users, top_rows = recommend(args, model, dataset, catalogue)
+    items = map_embeddings(folder, shape).to(catalogue.item_ids.device)
+    queries, users, top_rows = recommend(args, model, dataset, items, catalogue.row_of_item)
     user_ids, kind = exported_ids(args, "u", manifest.num_users)
-    top_ids = np.where(top_rows < 0, -1, catalogue.ids.astype(np.int64)[top_rows])
-    arrays = {"embedding.fbin": queries, "topk.u64bin": top_ids, "id.u64bin": user_ids[users]}
-    publish(output_dir / "user_embeddings", arrays, origin | {"user_ids": kind})
+    top_ids = np.where(top_rows < 0, -1, catalogue.ids.view(np.int64)[top_rows])
+    arrays = {"topk.u64bin": top_ids, "id.u64bin": user_ids[users]}
+    origin |= {"user_ids": kind}
+    publish(output_dir / "user_embeddings", queries.shape, [queries], arrays, origin)
 
 
 def read_model(path: Path) -> tuple[HSTUConfig, Mapping[str, torch.Tensor]]:
@@ -79,8 +84,9 @@ def read_model(path: Path) -> tuple[HSTUConfig, Mapping[str, torch.Tensor]]:
 def all_items(args: argparse.Namespace, model: HSTUModel) -> Catalogue:
     num_items, device = model.config.num_items, next(model.parameters()).device
     ids, kind = exported_ids(args, "i", num_items)
-    embeddings = model.item_embeddings(torch.arange(1, num_items + 1, device=device))
-    return Catalogue(embeddings, ids[1:], kind, torch.arange(-1, num_items, device=device))
+    item_ids = torch.arange(1, num_items + 1, device=device)
+    row_of_item = torch.arange(-1, num_items, device=device)
+    return Catalogue(item_ids, None, item_ids, ids[1:], kind, row_of_item)
 
 
 def candidates_of(args: argparse.Namespace, model: HSTUModel) -> Catalogue:
@@ -101,8 +107,22 @@ def candidates_of(args: argparse.Namespace, model: HSTUModel) -> Catalogue:
     row_of_item = torch.full((config.num_items + 1,), -1, device=device)
     row_of_item[item_ids] = rows - 1
     row_of_item[0] = -1
-    embeddings = model.item_embeddings(item_ids, tables, rows)
-    return Catalogue(embeddings, candidates.retrieval_ids, "retrieval", row_of_item)
+    return Catalogue(item_ids, tables, rows, candidates.retrieval_ids, "retrieval", row_of_item)
+
+
+def embed(model: HSTUModel, catalogue: Catalogue) -> Iterator[np.ndarray]:
+    """The rows' embeddings, (c, D) float32 of length 1 at a time: millions need not fit in memory.
+
+    Call it without gradients.
+    """
+    rows = catalogue.item_ids, catalogue.tables, catalogue.table_rows
+    return (chunk.cpu().numpy() for chunk in model.item_embedding_chunks(*rows))
+
+
+def map_embeddings(folder: Path, shape: tuple[int, int]) -> torch.Tensor:
+    """(n, D) of what was published, in the page cache and not a copy of it."""
+    # Copy on write: torch warns of memory that it could not write to.
+    return torch.from_numpy(np.memmap(folder / "embedding.fbin", "<f4", "c", 8, shape))
 
 
 def read_config_features(
@@ -140,38 +160,64 @@ def exported_ids(args: argparse.Namespace, side: str, count: int) -> tuple[np.nd
 
 
 def recommend(
-    args: argparse.Namespace, model: HSTUModel, dataset: MyDataset, catalogue: Catalogue
+    args: argparse.Namespace,
+    model: HSTUModel,
+    dataset: MyDataset,
+    items: torch.Tensor,
+    row_of_item: torch.Tensor,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The test users' queries (S, D), user re-ids (S,), and rows of their top-k items (S, k)."""
-    device = catalogue.embeddings.device
+    """The test users' queries (S, D), user re-ids (S,), and rows of their top-k items (S, k).
+
+    `items`: (n, D) embeddings of the catalogue; `row_of_item`: as there.
+    """
+    device = items.device
     sampler = BatchSampler(len(dataset), args.batch_size, args.seed, is_shuffled=False)
     loader = make_loader(dataset, sampler, device, args.num_workers)
     queries, users, rows = [], [], []
     for batch in tqdm(loader, desc="users", unit="batch", leave=False, disable=None):
         batch = batch.to(device)
         queries.append(model.predict(batch))
-        seen = seen_rows(batch, catalogue.row_of_item) if args.remove_seen else None
-        top = model.similarity.top_k(queries[-1], catalogue.embeddings, args.top_k, seen)
+        seen = seen_rows(batch, row_of_item) if args.remove_seen else None
+        top = model.similarity.top_k(queries[-1], items, args.top_k, seen)
         rows.append(top[1])
         users.append(batch.user_ids)
     return tuple(torch.cat(parts).cpu().numpy() for parts in (queries, users, rows))
 
 
-def publish(folder: Path, arrays: Mapping[str, np.ndarray], origin: Mapping[str, str]) -> None:
+def publish(
+    folder: Path,
+    shape: tuple[int, int],
+    embeddings: Iterable[np.ndarray],
+    arrays: Mapping[str, np.ndarray],
+    origin: Mapping[str, str],
+) -> None:
     """Write an export's files, and last the manifest that names their sizes and hashes.
+
+    Args:
+        folder: made if it is not there.
+        shape: (n, d) of the embeddings.
+        embeddings: their rows in order, (c, d) at a time; two chunks at most are held.
+        arrays: the other files, (n, ...) each, `id.u64bin` among them.
+        origin: goes into the manifest.
 
     Raises:
         DataError: no index takes these vectors; the export that was there is as it was.
+        OSError: the disk is full, say; so it is then. If renaming fails, there is no manifest.
     """
-    n, d = arrays["embedding.fbin"].shape
-    check_size(folder, n, d)
-    check_rows(folder, arrays["embedding.fbin"], arrays["id.u64bin"])
+    check_size(folder, *shape)
     folder.mkdir(parents=True, exist_ok=True)
     sweep_temporaries(folder)
-    (folder / "manifest.json").unlink(missing_ok=True)
+    chunks = checked_rows(folder, embeddings, arrays["id.u64bin"])
+    contents = {"embedding.fbin": emb_pieces(folder / "embedding.fbin", shape, chunks)}
     for name, array in arrays.items():
-        save_emb(array, folder / name)
-    files = {name: file_entry(folder / name) for name in arrays}
+        contents[name] = emb_pieces(folder / name, array.shape, [array])
+    with ExitStack() as complete:  # at its end all files are renamed, and not before
+        files = {
+            name: write_hashed(complete.enter_context(atomic_write(folder / name)), pieces)
+            for name, pieces in contents.items()
+        }
+        (folder / "manifest.json").unlink(missing_ok=True)
+    n, d = shape
     write_json(folder / "manifest.json", {"n": n, "d": d, **origin, "files": files})
     log.info("wrote %s: %s vectors of width %d", folder, f"{n:,}", d)
 
@@ -189,16 +235,31 @@ def check_size(folder: Path, n: int, d: int) -> None:
         )  # fmt: skip
 
 
-def check_rows(folder: Path, embeddings: np.ndarray, ids: np.ndarray) -> None:
-    is_finite = np.isfinite(embeddings).all(1)
-    if not is_finite.all():
-        raise DataError(
-            f"{folder}: id {ids[is_finite.argmin()]}: its embedding is not finite; the model has "
-            "diverged, export another checkpoint or train with a lower --lr"
-        )
-    zero_ids = ids[~embeddings.any(1)]
-    if len(zero_ids):
+def checked_rows(
+    folder: Path, chunks: Iterable[np.ndarray], ids: np.ndarray
+) -> Iterator[np.ndarray]:
+    """The chunks as they come, (c, d) each; behind the last a warning of the rows that are zero.
+
+    Raises:
+        DataError: a row is not finite.
+    """
+    row, num_zeros, examples = 0, 0, []
+    for chunk in chunks:
+        chunk_ids = ids[row : row + len(chunk)]
+        if not np.isfinite(chunk).all():
+            first = np.isfinite(chunk).all(1).argmin()
+            raise DataError(
+                f"{folder}: id {chunk_ids[first]}: its embedding is not finite; the model has "
+                "diverged, export another checkpoint or train with a lower --lr"
+            )
+        zeros = np.flatnonzero(chunk[:, 0] == 0)  # few, and any(1) of all is slow
+        zeros = zeros[~chunk[zeros].any(1)]
+        num_zeros += len(zeros)
+        examples += chunk_ids[zeros[:3]].tolist()[: 3 - len(examples)]
+        yield chunk
+        row += len(chunk)
+    if num_zeros:
         log.warning(
             "%s: %d vectors are zero and have no direction, the first: %s",
-            folder, len(zero_ids), ", ".join(map(str, zero_ids[:3])),
+            folder, num_zeros, ", ".join(map(str, examples)),
         )  # fmt: skip

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm.contrib.logging import logging_redirect_tqdm
 
@@ -41,9 +42,10 @@ from flags import (
     FREE_FLAGS,
     get_args,
 )
-from hstu_components import encoder_arguments
+from hstu_components import encoder_arguments, give_sparse_gradients
 from metrics import ranking_metrics
 from model import HSTUConfig, HSTUModel
+from optimizer import RowAdamW, clip_gradients
 from run_log import RunLog, summary
 from run_setup import make_loader, pick_device, read_features, seen_rows, vectors_on_host
 
@@ -78,6 +80,7 @@ class Run:
     scaler: torch.amp.GradScaler
     total_steps: int
     binding: dict[str, Any]  # flags and data that a resumed run must share
+    is_sound: Tensor  # bool, on the device: loss and gradients were finite so far
     progress: Progress = field(default_factory=Progress)
 
 
@@ -183,6 +186,8 @@ def prepare_run(
     torch.manual_seed(args.seed)
     model = HSTUModel(config, *features, on_host=train_set.host_vectors).to(device)
     model.hstu.gradient_checkpointing = args.gradient_checkpointing
+    if train_set.negatives != "all":
+        give_sparse_gradients(model)
     if args.compile:
         model.hstu.compile_blocks()
     num_batches = -(-len(train_set) // args.batch_size)
@@ -193,6 +198,7 @@ def prepare_run(
         optimizer=make_optimizer(model, args),
         scaler=torch.amp.GradScaler(device.type, enabled=args.precision == "fp16"),
         total_steps=args.num_epochs * -(-num_batches // args.accumulate_steps),
+        is_sound=torch.ones((), dtype=torch.bool, device=device),
         binding={k: v for k, v in vars(args).items() if k not in FREE_FLAGS}
         | {
             "config": asdict(config),
@@ -230,7 +236,7 @@ def make_config(
     )
 
 
-def make_optimizer(model: HSTUModel, args: argparse.Namespace) -> torch.optim.Optimizer:
+def make_optimizer(model: HSTUModel, args: argparse.Namespace) -> RowAdamW:
     """AdamW; weight decay for matrices only: on a table it would shrink items that never occur."""
     tables = {
         id(module.weight)
@@ -240,7 +246,7 @@ def make_optimizer(model: HSTUModel, args: argparse.Namespace) -> torch.optim.Op
     groups: dict[bool, list] = {True: [], False: []}
     for parameter in model.parameters():
         groups[parameter.dim() == 2 and id(parameter) not in tables].append(parameter)
-    return torch.optim.AdamW(
+    return RowAdamW(
         [
             {"params": groups[True], "weight_decay": args.weight_decay},
             {"params": groups[False], "weight_decay": 0.0},
@@ -362,15 +368,20 @@ def train_one_epoch(run: Run, loader: DataLoader, run_log: RunLog) -> None:
     run.model.train()
     groups = groups_of(loader, args.accumulate_steps)
     num_batches = progress.batch + len(loader)
+    loss_sum = torch.tensor(progress.loss_sum, dtype=torch.float64, device=run.device)
     for batches in run_log.watch(groups, progress.epoch + 1, progress.batch, num_batches):
         values = train_step(run, batches)
         progress.batch += len(batches)
         progress.step += 1
-        progress.loss_sum += values["Loss/train"]
         progress.loss_steps += 1
+        loss_sum += values["Loss/train"]
         run_log.step(progress.epoch + 1, progress.step, batches, values)
         if args.save_every_steps and progress.step % args.save_every_steps == 0:
+            progress.loss_sum = loss_sum.item()
             save_run(run)
+    progress.loss_sum = loss_sum.item()
+    if not run.is_sound:
+        raise not_finite(run, progress.step, values["Loss/train"], values["Train/grad_norm"])
 
 
 def groups_of(loader: Iterable[Batch], size: int) -> Iterator[list[Batch]]:
@@ -384,8 +395,11 @@ def groups_of(loader: Iterable[Batch], size: int) -> Iterator[list[Batch]]:
         yield group
 
 
-def train_step(run: Run, batches: list[Batch]) -> dict[str, float]:
-    """One update from one or several batches, as if they were one; TensorBoard tags and values."""
+def train_step(run: Run, batches: list[Batch]) -> dict[str, Tensor | float]:
+    """One update from one or several batches, as if they were one; TensorBoard tags and values.
+
+    The host does not wait for a GPU here, but where a log or a state is due.
+    """
     args, step = run.args, run.progress.step
     counts = [int((batch.target_index >= 0).sum()) for batch in batches]
     loss = torch.zeros((), device=run.device)
@@ -395,25 +409,41 @@ def train_step(run: Run, batches: list[Batch]) -> dict[str, float]:
         run.scaler.scale(part).backward()
         loss += part.detach()
     run.scaler.unscale_(run.optimizer)
-    limit = args.clip_grad or math.inf
-    grad_norm = torch.nn.utils.clip_grad_norm_(run.model.parameters(), limit)
-    is_finite = torch.isfinite(loss + (0 if run.scaler.is_enabled() else grad_norm))
-    if not is_finite:
-        raise DataError(
-            f"epoch {run.progress.epoch + 1} step {step + 1}: loss {loss.item()}, gradient norm "
-            f"{grad_norm.item()}; nothing was updated. Lower --lr or raise --infonce_temp, and "
-            "check the features for huge values"
-        )
+    grad_norm = clip_gradients(run.model.parameters(), args.clip_grad)
+    check_finite(run, loss, grad_norm)
     for group in run.optimizer.param_groups:
         group["lr"] = learning_rate(step, run.total_steps, args)
     run.scaler.step(run.optimizer)
     run.scaler.update()
     run.optimizer.zero_grad(set_to_none=True)
     return {
-        "Loss/train": loss.item(),
-        "Train/grad_norm": grad_norm.item(),
+        "Loss/train": loss,
+        "Train/grad_norm": grad_norm,
         "Train/lr": run.optimizer.param_groups[0]["lr"],
     }
+
+
+def check_finite(run: Run, loss: Tensor, grad_norm: Tensor) -> None:
+    """Stop before an update that would spoil the weights.
+
+    A GPU is asked only where a log or a state is due, and at the end of an epoch: what went wrong
+    in between is never saved.
+    """
+    args, step = run.args, run.progress.step + 1
+    # A scaler skips the steps that overflow by itself.
+    run.is_sound &= torch.isfinite(loss if run.scaler.is_enabled() else loss + grad_norm)
+    is_due = any(step % every == 0 for every in (args.log_every, args.save_every_steps) if every)
+    if (run.device.type == "cpu" or is_due) and not run.is_sound:
+        raise not_finite(run, step, loss, grad_norm)
+
+
+def not_finite(run: Run, step: int, loss: Tensor, grad_norm: Tensor) -> DataError:
+    place = "" if run.device.type == "cpu" else " or shortly before"
+    return DataError(
+        f"epoch {run.progress.epoch + 1} step {step}{place}: loss {loss.item()}, gradient norm "
+        f"{grad_norm.item()}; nothing of it was saved. Lower --lr or raise --infonce_temp, and "
+        "check the features for huge values"
+    )
 
 
 def learning_rate(step: int, total_steps: int, args: argparse.Namespace) -> float:

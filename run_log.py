@@ -82,13 +82,16 @@ class RunLog:
                 yield group
                 self._bar.update(len(group))
 
-    def step(self, epoch: int, step: int, batches: Sequence[Any], values: dict[str, float]) -> None:
-        """Count a step; every `log_every` steps write `values` (tag -> value) and the rates."""
+    def step(
+        self, epoch: int, step: int, batches: Sequence[Any], values: Mapping[str, Any]
+    ) -> None:
+        """Count a step; every `log_every` steps write `values` (tag -> number) and the rates."""
         self._steps += 1
         self._users += sum(len(batch.user_ids) for batch in batches)
         self._events += sum(len(batch.item_index) for batch in batches)
         if step % self.log_every:
             return
+        values = {tag: float(value) for tag, value in values.items()}  # waits for a GPU
         seconds = time.perf_counter() - self._started
         rates = {
             "Train/users_per_s": self._users / seconds,

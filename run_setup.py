@@ -76,6 +76,8 @@ def make_loader(
         num_workers=num_workers,
         pin_memory=device.type == "cuda",
         persistent_workers=num_workers > 0,
+        # Forked workers share the counts and vectors of this process; others would get copies.
+        multiprocessing_context="fork" if num_workers else None,
         # Its own, or opening a loader would move the global one that dropout draws from.
         generator=torch.Generator(),
     )

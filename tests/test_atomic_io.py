@@ -7,6 +7,7 @@ import hashlib
 import os
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from atomic_io import (
@@ -16,6 +17,7 @@ from atomic_io import (
     read_json,
     sha256_of,
     sweep_temporaries,
+    write_hashed,
     write_json,
 )
 
@@ -147,6 +149,16 @@ def test_a_file_entry_is_its_size_and_sha256(tmp_path, size):
     expected = hashlib.sha256(content[:size]).hexdigest()
     assert sha256_of(path) == expected
     assert file_entry(path) == {"size": size, "sha256": expected}
+
+
+@pytest.mark.parametrize("pieces", [[], [b""], [NEW], [OLD, b"", NEW], [np.arange(7.0).data, NEW]])
+def test_what_is_hashed_on_the_way_is_the_entry_of_the_file(target, pieces):
+    with atomic_write(target) as file:
+        entry = write_hashed(file, iter(pieces))
+        temporary = Path(file.name)
+        assert temporary.read_bytes() == b"".join(pieces)  # no byte waits in a buffer
+    assert entry == file_entry(target)
+    assert target.read_bytes() == b"".join(pieces)
 
 
 # ------------------------------------------------------------------------------------------- JSON

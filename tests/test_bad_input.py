@@ -25,7 +25,7 @@ import main as main_module
 from checkpoint import load_checkpoint, save_checkpoint
 from data_folder import EVENT_DTYPE
 from dataset import load_emb
-from export import check_rows, check_size
+from export import check_size, checked_rows
 from main import main
 
 SMALL = [
@@ -782,7 +782,7 @@ def test_30_no_vector_or_one_of_no_direction_is_said(tmp_path, caplog):
     rows = np.ones((5, 4), np.float32)
     rows[[1, 3]] = 0
     with caplog.at_level(logging.WARNING, "hstu"):
-        check_rows(tmp_path, rows, np.arange(10, 15))
+        list(checked_rows(tmp_path, [rows[:2], rows[2:]], np.arange(10, 15)))
     assert "2 vectors are zero and have no direction, the first: 11, 13" in caplog.text
 
 

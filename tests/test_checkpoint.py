@@ -8,6 +8,7 @@ import logging
 import os
 import random
 import re
+import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -115,6 +116,20 @@ def test_only_the_seen_part_of_a_view_is_saved(tmp_path):
     save_checkpoint(tmp_path / "a.pt", {"config": {}, "view": large[7:10]}, 1)
     assert (tmp_path / "a.pt").stat().st_size < 5_000
     assert load_checkpoint(tmp_path / "a.pt")["view"].tolist() == [7, 8, 9]
+
+
+def test_a_full_disk_is_said_and_leaves_the_file_before_it(tmp_path, content):
+    path = tmp_path / "a.pt"
+    save_checkpoint(path, content, 1)
+    good, limits = path.read_bytes(), resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
+    try:
+        with pytest.raises(OSError, match="too large"):
+            save_checkpoint(path, content | {"table": torch.ones(50_000)}, 2)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert path.read_bytes() == good
+    assert sorted(os.listdir(tmp_path)) == ["a.pt", "checkpoints.json"]
 
 
 # ------------------------------------------------------------------------------------ equal bytes

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import pickle
+import re
 import struct
 from itertools import chain, pairwise
 from pathlib import Path
@@ -17,7 +18,17 @@ from torch.utils.data import DataLoader
 from atomic_io import DataError
 from data_folder import EVENT_DTYPE, Sequences
 from data_writer import write_dataset
-from dataset import Batch, BatchSampler, Draw, MyDataset, count_items, load_emb, save_emb
+from dataset import (
+    Batch,
+    BatchSampler,
+    Draw,
+    MyDataset,
+    count_items,
+    emb_pieces,
+    load_emb,
+    save_emb,
+)
+from features import Feature
 
 NUM_ITEMS, NUM_USERS, NUM_ACTIONS, MAXLEN = 23, 11, 3, 4
 LENGTHS = [3, 9, 2, 5, 6, 2, 4]
@@ -373,6 +384,17 @@ def test_counting_names_a_bad_event(tmp_path, value):
         counts_of(dataset)
 
 
+@pytest.mark.parametrize("size", [1, 4, 31])
+def test_counting_by_blocks_is_counting_the_whole(folder, tmp_path, monkeypatch, size):
+    monkeypatch.setattr("dataset._BLOCK", size)
+    expected = np.bincount(make_events(sum(LENGTHS))["item_id"], minlength=NUM_ITEMS + 1)
+    assert_array_equal(count_items(folder, "train", NUM_ITEMS), expected)
+    events = make_events(sum(LENGTHS))
+    events["item_id"][[13, 20]] = NUM_ITEMS + 1
+    with pytest.raises(DataError, match=r"train_data\.bin: sequence 2 event 1: item id 24 "):
+        count_items(write(tmp_path, events=events), "train", NUM_ITEMS)
+
+
 # -------------------------------------------------------------------------------------- negatives
 
 
@@ -517,6 +539,95 @@ def test_any_number_of_workers_gives_the_same_batches(folder, negatives):
         for left, right in zip(runs[0], run, strict=True):
             assert_equal_batches(left, right)
     assert len(runs[0]) == 4
+
+
+def write_plain(folder: Path, dtype: str) -> Path:
+    """The sequences of LENGTHS as plain item ids."""
+    make_events(sum(LENGTHS))["item_id"].astype(dtype).tofile(folder / "train_data.bin")
+    np.cumsum([0, *LENGTHS]).astype("<i8").tofile(folder / "train_offsets.bin")
+    return folder
+
+
+@pytest.mark.parametrize("dtype", ["<i4", "<i8"])
+def test_a_worker_reads_plain_ids_as_they_are(tmp_path, dtype):
+    dataset = MyDataset(write_plain(tmp_path, dtype), "train", MAXLEN)
+    sampler = BatchSampler(len(dataset), 3, seed=5, is_shuffled=True)
+    here, there = (list(make_loader(dataset, sampler, workers)) for workers in (0, 1))
+    for left, right in zip(here, there, strict=True):
+        assert_equal_batches(left, right)
+
+
+def vectors_in(path: Path, order: str = "C") -> Feature:
+    """A mapped (X + 1, 6) table of host vectors."""
+    shape = (NUM_ITEMS + 1, 6)
+    table = np.lib.format.open_memmap(path, "w+", np.float32, shape, order == "F")
+    table[:] = np.random.default_rng(0).random(shape, np.float32)
+    table.flush()
+    return Feature("emb", 6, np.load(path, mmap_mode="r"), None, np.arange(NUM_ITEMS + 1) % 3 > 0)
+
+
+@pytest.mark.parametrize("kind", ["file", "Fortran order", "file that is gone", "part", "memory"])
+def test_a_worker_brings_the_host_vectors_of_the_items(folder, tmp_path, kind):
+    vectors = vectors_in(tmp_path / "81.npy", kind[0])
+    expected = np.array(vectors.values)
+    if kind == "file that is gone":
+        (tmp_path / "81.npy").unlink()
+    if kind == "memory":
+        vectors = vectors._replace(values=expected)
+    if kind == "part":
+        wider = np.vstack([expected[:2], expected])
+        np.save(tmp_path / "82.npy", wider)
+        vectors = vectors._replace(values=np.load(tmp_path / "82.npy", mmap_mode="r")[2:])
+    dataset = MyDataset(folder, "train", MAXLEN, "batch", host_vectors={"81": vectors})
+    sampler = BatchSampler(len(dataset), 3, seed=5, is_shuffled=True)
+    for batch in chain(*(make_loader(dataset, sampler, workers) for workers in (0, 1))):
+        values, present = batch.item_vectors["81"]
+        assert_array_equal(values, expected[batch.distinct_ids])
+        assert_array_equal(present, vectors.present[batch.distinct_ids])
+
+
+def mapped_kb(pid: int, path: Path) -> int:
+    """What of a file's pages counts as memory of a process."""
+    areas = re.split(r"\n(?=\w+-\w+ )", Path(f"/proc/{pid}/smaps").read_text())
+    of_file = [area for area in areas if str(path) in area.partition("\n")[0]]
+    assert of_file
+    return sum(int(re.search(r"^Rss: +(\d+)", area, re.MULTILINE)[1]) for area in of_file)
+
+
+def test_the_data_does_not_become_a_workers_memory(tmp_path):
+    vectors = vectors_in(tmp_path / "81.npy")
+    write_plain(tmp_path, "<i8")
+    np.arange(len(LENGTHS), 0, -1, "<i4").tofile(tmp_path / "train_users.bin")
+    dataset = MyDataset(tmp_path, "train", MAXLEN, "batch", host_vectors={"81": vectors})
+    loader = make_loader(dataset, BatchSampler(len(dataset), 2, 5, is_shuffled=True), 2)
+    batches = iter(loader)
+    next(batches), next(batches)
+    for worker in batches._workers:
+        assert mapped_kb(worker.pid, tmp_path / "train_data.bin") == 0
+        assert mapped_kb(worker.pid, tmp_path / "81.npy") == 0
+
+
+@pytest.mark.parametrize("size", [0, 40, 41])
+def test_a_file_cut_short_under_a_worker_is_refused(tmp_path, size):
+    dataset = MyDataset(write_plain(tmp_path, "<i4"), "train", MAXLEN)
+    with open(tmp_path / "train_data.bin", "r+b") as file:
+        file.truncate(size)
+    loader = make_loader(dataset, BatchSampler(len(dataset), 7, 5, is_shuffled=False), 1)
+    with pytest.raises(DataError, match=r"train_data\.bin: changed since this run opened it"):
+        list(loader)
+
+
+def test_the_counts_are_summed_once_however_many_batches(popular):
+    dataset = MyDataset(popular, "train", MAXLEN, "batch", has_logq=True)
+    dataset.item_counts = counts_of(dataset)
+    first = make_batch(dataset, range(6))
+    dataset.item_counts = dataset.item_counts.view(NoSum)
+    assert_equal_batches(make_batch(dataset, range(6)), first)
+
+
+class NoSum(np.ndarray):
+    def sum(self, *args, **kwargs):
+        raise AssertionError("ten million counts are too many to sum in every batch")
 
 
 def test_a_pickled_dataset_takes_no_maps_along(folder):
@@ -672,6 +783,18 @@ def test_a_row_that_is_not_finite_in_float32_is_refused_and_the_old_file_stays(t
     with pytest.raises(DataError, match=r"embedding\.fbin: row 4 is not finite"):
         save_emb(matrix, path)
     assert path.read_bytes() == before
+
+
+@pytest.mark.parametrize("size", [1, 2, 5, 6])
+def test_a_matrix_in_chunks_is_the_same_file(tmp_path, size):
+    matrix = np.random.default_rng(0).normal(size=(6, 3))
+    save_emb(matrix, tmp_path / "embedding.fbin")
+    chunks = [matrix[start : start + size] for start in range(0, 6, size)]
+    pieces = emb_pieces(tmp_path / "embedding.fbin", matrix.shape, chunks)
+    assert b"".join(pieces) == (tmp_path / "embedding.fbin").read_bytes()
+    matrix[4, 1] = np.nan
+    with pytest.raises(DataError, match=r"embedding\.fbin: row 4 is not finite"):
+        list(emb_pieces(tmp_path / "embedding.fbin", matrix.shape, chunks))
 
 
 @pytest.mark.parametrize(

@@ -22,12 +22,13 @@ ALLOWED = {
     "simplified_hstu": {"hstu_components"},
     "dot_product_similarity": set(),
     "model": {"hstu_components", "simplified_hstu", "dot_product_similarity"},
+    "optimizer": set(),
     "metrics": set(),
     "flags": set(),
     "run_log": set(),
     "run_setup": {"atomic_io", "data_folder", "dataset", "features", "flags"},
 }
-ALLOWED["export"] = set(ALLOWED) - {"run_log", "metrics", "safe_pickle", "data_writer"}
+ALLOWED["export"] = set(ALLOWED) - {"run_log", "metrics", "safe_pickle", "data_writer", "optimizer"}
 ALLOWED["main"] = set(ALLOWED) - {"data_writer"}
 PACKAGES = {"torch", "numpy", "tqdm", "pyarrow"}  # pyarrow: optional, inside a function
 

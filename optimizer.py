@@ -1,0 +1,103 @@
+"""AdamW whose step costs what a batch touches: a table with a sparse gradient moves by rows."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, MutableMapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+class RowAdamW(torch.optim.AdamW):
+    """torch.optim.AdamW; a table with a sparse gradient moves in the rows of the gradient alone.
+
+    Between two steps that touch it a row stands still, weight and state, bit for bit. The second of
+    them makes up for those in between: the row moves as far as its momentum would have carried it,
+    its moments decay, then the new gradient counts. So this is AdamW except that momentum pulls
+    late, at the learning rate and bias correction of the later step; where each step touches every
+    row it is AdamW. In torch.optim.SparseAdam the moments of a row wait as they are, and rare rows
+    learn more slowly: docs/log.md compares.
+
+    A table's state: step; exp_avg and exp_avg_sq like the table; and last_step, a float32 per row,
+    the step that touched it last.
+    """
+
+    def __init__(self, params: Iterable, **options: Any):
+        """As torch.optim.AdamW; beta1 is below sqrt(beta2)."""
+        super().__init__(params, fused=True, **options)
+        # Or a GradScaler leaves it to the fused kernel, which sees no table, to skip a step that
+        # overflowed.
+        self._step_supports_amp_scaling = False
+
+    @torch.no_grad()
+    def step(self) -> None:
+        """One update; a sparse gradient is used up by it and None afterwards.
+
+        Raises:
+            ValueError: weight decay for a table with a sparse gradient.
+        """
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is not None and parameter.grad.is_sparse:
+                    _step_rows(parameter, parameter.grad, self.state[parameter], group)
+                    parameter.grad = None  # or torch's step would refuse it
+        super().step()
+
+
+def _step_rows(
+    table: nn.Parameter, grad: Tensor, state: MutableMapping[str, Tensor], group: dict[str, Any]
+) -> None:
+    if group["weight_decay"]:
+        raise ValueError(
+            f"weight_decay {group['weight_decay']} for a table with a sparse gradient: it would "
+            "have to move every row in every step; put tables into a group with weight_decay 0"
+        )
+    if not state:
+        state["step"] = table.new_zeros(())
+        state["last_step"] = table.new_zeros(len(table))
+        state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(table), torch.zeros_like(table)
+    grad = grad.coalesce()  # the rows, each once and rising; repeated ones are summed
+    rows, g = grad.indices()[0], grad.values()  # (R,), (R, D)
+    beta1, beta2 = group["betas"]
+    state["step"] += 1
+    step = state["step"]
+    missed = (step - 1 - state["last_step"].index_select(0, rows))[:, None]  # (R, 1) steps
+    m, v = (state[name].index_select(0, rows) for name in ("exp_avg", "exp_avg_sq"))  # (R, D)
+    # Adam's m / c1 / (sqrt(v / c2) + eps) is m / (sqrt(v) + eps sqrt(c2)) times sqrt(c2) / c1.
+    root_c2, c1 = (1 - beta2**step).sqrt(), 1 - beta1**step
+    eps = group["eps"] * root_c2
+    # m / sqrt(v) shrinks by this ratio a step: the missed steps sum up to a geometric series.
+    ratio = beta1 / math.sqrt(beta2)
+    update = m / v.sqrt().add_(eps) * (ratio * (1 - ratio**missed) / (1 - ratio))  # (R, D)
+    m.mul_(beta1**missed).lerp_(g, 1 - beta1)
+    v.mul_(beta2 ** (missed + 1)).addcmul_(g, g, value=1 - beta2)
+    update.addcdiv_(m, v.sqrt().add_(eps)).mul_(root_c2 / c1)
+    table.index_add_(0, rows, update, alpha=-group["lr"])
+    state["last_step"].index_fill_(0, rows, step)
+    state["exp_avg"].index_copy_(0, rows, m)
+    state["exp_avg_sq"].index_copy_(0, rows, v)
+
+
+@torch.no_grad()
+def clip_gradients(parameters: Iterable[nn.Parameter], limit: float) -> Tensor:
+    """Scale all gradients in place so that their joint L2 norm is at most `limit`; the norm before.
+
+    As torch.nn.utils.clip_grad_norm_, and for sparse gradients too, which are coalesced first.
+
+    Args:
+        parameters: those without a gradient count nothing.
+        limit: 0 leaves gradients as they are.
+    """
+    values = []
+    for parameter in parameters:
+        if parameter.grad is None:
+            continue
+        if parameter.grad.is_sparse:
+            parameter.grad = parameter.grad.coalesce()
+        values.append(parameter.grad.values() if parameter.grad.is_sparse else parameter.grad)
+    norm = nn.utils.get_total_norm(values)
+    if limit:
+        torch._foreach_mul_(values, (limit / (norm + 1e-6)).clamp(max=1.0))
+    return norm

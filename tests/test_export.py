@@ -1,0 +1,172 @@
+"""The export as a stream: what it writes does not depend on how it is cut, and fails cleanly."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import weakref
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from test_model import make_model
+
+import model as model_module
+from atomic_io import DataError, file_entry
+from dataset import load_emb
+from export import Catalogue, embed, map_embeddings, publish
+
+IDS = np.arange(100, 123, dtype=np.uint64)
+SHAPE = (23, 10)
+ORIGIN = {"item_ids": "original"}
+
+
+def catalogue() -> Catalogue:
+    item_ids = torch.arange(1, 24)
+    return Catalogue(item_ids, None, item_ids, IDS, "original", torch.arange(-1, 23))
+
+
+def publish_matrix(folder: Path, matrix: np.ndarray, size: int = 4, ids: np.ndarray = IDS) -> None:
+    chunks = (matrix[start : start + size] for start in range(0, len(matrix), size))
+    publish(folder, matrix.shape, chunks, {"id.u64bin": ids}, ORIGIN)
+
+
+def random_matrix(seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).normal(size=SHAPE).astype(np.float32)
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+@torch.no_grad()
+def test_the_stream_writes_what_the_model_says_of_every_item(tiny, tmp_path):
+    model = make_model(tiny)
+    publish(tmp_path, SHAPE, embed(model, catalogue()), {"id.u64bin": IDS}, ORIGIN)
+    expected = model.item_embeddings(torch.arange(1, 24)).numpy()
+    np.testing.assert_array_equal(load_emb(tmp_path / "embedding.fbin"), expected)
+    np.testing.assert_array_equal(load_emb(tmp_path / "id.u64bin")[:, 0], IDS)
+    np.testing.assert_array_equal(map_embeddings(tmp_path, SHAPE).numpy(), expected)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("size", [1, 5, 22, 23, 24])
+def test_a_border_of_the_models_chunks_changes_no_embedding(tiny, tmp_path, monkeypatch, size):
+    model = make_model(tiny)
+    expected = model.item_embeddings(torch.arange(1, 24))
+    monkeypatch.setattr(model_module, "CHUNK_ITEMS", size)
+    chunks = list(embed(model, catalogue()))
+    assert [len(chunk) for chunk in chunks[:-1]] == [size] * (len(chunks) - 1)
+    # Products of matrices of other heights may round otherwise.
+    np.testing.assert_allclose(np.concatenate(chunks), expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("size", [1, 5, 22, 23])
+def test_how_rows_are_cut_changes_no_byte(tmp_path, size):
+    matrix = random_matrix()
+    publish_matrix(tmp_path / "whole", matrix, len(matrix))
+    publish_matrix(tmp_path / "cut", matrix, size)
+    assert contents(tmp_path / "cut") == contents(tmp_path / "whole")
+
+
+def test_the_manifest_says_size_and_hash_of_what_lies_there(tmp_path):
+    publish_matrix(tmp_path, random_matrix())
+    manifest = json.loads((tmp_path / "manifest.json").read_text())
+    assert (manifest["n"], manifest["d"], manifest["item_ids"]) == (*SHAPE, "original")
+    assert list(manifest["files"]) == ["embedding.fbin", "id.u64bin"]
+    for name, entry in manifest["files"].items():
+        digest = hashlib.sha256((tmp_path / name).read_bytes()).hexdigest()
+        assert entry == {"size": (tmp_path / name).stat().st_size, "sha256": digest}
+        assert entry == file_entry(tmp_path / name)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_a_late_row_that_is_not_finite_leaves_the_export_before_and_names_its_id(tmp_path, value):
+    publish_matrix(tmp_path, random_matrix())
+    before = contents(tmp_path)
+    matrix = random_matrix(1)
+    matrix[21, 3] = value
+    with pytest.raises(DataError, match="id 121: its embedding is not finite"):
+        publish_matrix(tmp_path, matrix)
+    assert contents(tmp_path) == before
+
+
+@pytest.mark.parametrize("call", range(4))  # two files, each made durable and then closed
+def test_a_disk_that_fills_at_any_write_leaves_no_mixed_export(tmp_path, monkeypatch, call):
+    """Before anything is renamed the old export stays whole; behind that it has no manifest."""
+    publish_matrix(tmp_path, random_matrix())
+    before, calls = contents(tmp_path), []
+
+    def fsync(_):
+        calls.append(None)
+        if len(calls) > call:
+            raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    with pytest.raises(OSError, match="No space"):
+        publish_matrix(tmp_path, random_matrix(1), ids=IDS + np.uint64(50))
+    after = contents(tmp_path)
+    assert not [name for name in after if name.endswith(".tmp")]
+    assert after == before if call < 2 else "manifest.json" not in after
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+def test_a_model_that_fails_on_the_way_leaves_the_export_before(tmp_path, error):
+    publish_matrix(tmp_path, random_matrix())
+    before = contents(tmp_path)
+
+    def failing():
+        yield random_matrix(1)[:5]
+        raise error
+
+    with pytest.raises(error):
+        publish(tmp_path, SHAPE, failing(), {"id.u64bin": IDS}, ORIGIN)
+    assert contents(tmp_path) == before
+
+
+def test_the_old_manifest_is_gone_before_a_file_is_replaced(tmp_path, monkeypatch):
+    publish_matrix(tmp_path, random_matrix())
+    replace, seen = os.replace, []
+
+    def note(source, target):
+        seen.append((Path(target).name, (tmp_path / "manifest.json").exists()))
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", note)
+    publish_matrix(tmp_path, random_matrix(1))
+    assert sorted(seen[:2]) == [("embedding.fbin", False), ("id.u64bin", False)]
+    assert seen[2:] == [("manifest.json", False)]
+
+
+def test_zero_rows_of_several_chunks_are_one_warning(tmp_path, caplog):
+    matrix = random_matrix()
+    matrix[[2, 5, 6, 20]] = 0
+    matrix[7, 0] = 0
+    with caplog.at_level(logging.WARNING, "hstu"):
+        publish_matrix(tmp_path, matrix)
+    assert [record.getMessage() for record in caplog.records] == [
+        f"{tmp_path}: 4 vectors are zero and have no direction, the first: 102, 105, 106"
+    ]
+
+
+def test_a_stream_holds_two_chunks_at_most(tmp_path):
+    made, num_alive = [], []
+
+    def chunks():
+        for row in random_matrix():
+            chunk = row[None].copy()
+            made.append(weakref.ref(chunk))
+            num_alive.append(sum(chunk() is not None for chunk in made))
+            yield chunk
+
+    publish(tmp_path, SHAPE, chunks(), {"id.u64bin": IDS}, ORIGIN)
+    assert len(made) == 23 and max(num_alive) <= 2
+
+
+def test_fewer_rows_than_the_header_says_are_no_export(tmp_path):
+    with pytest.raises(AssertionError, match="22 rows, but the header says 23"):
+        publish(tmp_path, SHAPE, [random_matrix()[:22]], {"id.u64bin": IDS}, ORIGIN)
+    assert contents(tmp_path) == {}

@@ -1,0 +1,86 @@
+"""What only a CUDA device can show. The rest of the suite runs on the CPU."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from test_main import run, scalars, weights
+from test_model import make_batch, make_model
+from test_simplified_hstu import NAMES, OFFSETS, fast_attention, random_inputs
+
+import main as program
+import simplified_hstu
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+
+
+def test_attention_and_its_gradients_are_those_of_the_cpu():
+    on_cpu = random_inputs()
+    on_gpu = {name: x.detach().cuda().requires_grad_(name in NAMES) for name, x in on_cpu.items()}
+    outputs = fast_attention(on_cpu, OFFSETS), fast_attention(on_gpu, OFFSETS)
+    torch.testing.assert_close(outputs[1].cpu(), outputs[0], rtol=1e-9, atol=1e-12)
+    for output in outputs:
+        output.square().sum().backward()
+    for name in NAMES:
+        expected, found = on_cpu[name].grad, on_gpu[name].grad.cpu()
+        torch.testing.assert_close(found, expected, rtol=1e-8, atol=1e-11, msg=name)
+
+
+@pytest.mark.parametrize("negatives", ["all", "mixed"])
+def test_the_loss_is_that_of_the_cpu(tiny, negatives):
+    batch = make_batch(tiny, negatives=negatives, num_negatives=6)
+    model = make_model(tiny)
+    expected = model(batch)
+    torch.testing.assert_close(model.cuda()(batch.to("cuda")).cpu(), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_step_never_waits_for_the_device(tmp_path, data, monkeypatch):
+    """But for lists of values, whose number decides shapes: this data is trained without them."""
+    step = program.train_step
+
+    def strict_step(*args):
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            return step(*args)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+    run(tmp_path, data, "--device=cuda", "--item_features=100", "--user_features=none",
+        "--log_every=1000", name="warm")  # fmt: skip
+    monkeypatch.setattr(program, "train_step", strict_step)
+    run(tmp_path, data, "--device=cuda", "--item_features=100", "--user_features=none",
+        "--log_every=1000")  # fmt: skip
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+@pytest.mark.parametrize("negatives", ["all", "mixed"])
+def test_training_on_the_gpu_lowers_the_loss(tmp_path, data, precision, negatives):
+    output_dir = run(tmp_path, data, "--device=cuda", f"--precision={precision}", "--num_epochs=8",
+                     f"--negatives={negatives}", "--num_negatives=8")  # fmt: skip
+    losses = [loss for _, loss in scalars(output_dir, "Loss/train_epoch")]
+    assert losses[-1] < losses[0]
+    assert all(weight.isfinite().all() for weight in weights(output_dir).values())
+
+
+def test_compiled_blocks_do_not_compile_again_for_other_lengths(tmp_path, data):
+    with torch._dynamo.config.patch(error_on_recompile=False):
+        run(tmp_path, data, "--device=cuda", "--compile", name="warm")
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        run(tmp_path, data, "--device=cuda", "--compile", "--maxlen=7")
+
+
+def test_a_long_history_needs_no_square_of_memory():
+    torch.cuda.reset_peak_memory_stats()
+    hstu = simplified_hstu.HSTU(
+        1, "request", hidden_units=64, num_heads=1, attention_dim=64, linear_dim=64,
+        dropout_rate=0.0, maxlen=8192, has_position_bias=True,
+    ).cuda()  # fmt: skip
+    x = torch.randn(2 * 8192, 64, device="cuda", requires_grad=True)
+    times = torch.arange(2 * 8192, device="cuda")
+    before = torch.cuda.max_memory_allocated()
+    hstu(x, torch.tensor([0, 8192, 16384]), times, times).sum().backward()
+    # Less than a dense form's scores of one sequence, of which its backward pass holds several.
+    assert torch.cuda.max_memory_allocated() - before < 8192 * 8192 * 4
