@@ -47,7 +47,14 @@ from metrics import ranking_metrics
 from model import HSTUConfig, HSTUModel
 from optimizer import RowAdamW, clip_gradients
 from run_log import RunLog, summary
-from run_setup import make_loader, pick_device, read_features, seen_rows, vectors_on_host
+from run_setup import (
+    keep_freed_memory,
+    make_loader,
+    pick_device,
+    read_features,
+    seen_rows,
+    vectors_on_host,
+)
 
 log = logging.getLogger("hstu")
 
@@ -90,6 +97,7 @@ def main(argv: list[str] | None = None) -> int:
     handler = logging.StreamHandler(sys.stdout)
     log.addHandler(handler)
     log.setLevel(logging.INFO)
+    keep_freed_memory()
     try:
         check_folders(args)
         if args.trust_pickle:

@@ -26,6 +26,9 @@ from simplified_hstu import HSTU
 # cache; on a GPU 256 MB in few kernels.
 CHUNK_LOGITS = 1 << 20
 GPU_CHUNK_LOGITS = 1 << 26
+# exp of a logit up to this does not overflow, nor does a sum of millions. A cosine is at most 1, so
+# only temperatures below 1 / 60 need their largest logit taken off first.
+SAFE_LOGIT = 60.0
 # Matrix products are fastest with rows that begin at a multiple of 64 bytes.
 COLUMN_STEP = 16
 # Items embedded at once when a whole catalogue is: 16 MB of 1024-wide vectors. With 16 times as
@@ -262,40 +265,41 @@ class InfoNCE(torch.autograd.Function):
         M = len(negatives)
         # A query's logits: M negatives, its positive, and nothing up to a multiple of 16 columns.
         width = -(-(M + 1) // COLUMN_STEP) * COLUMN_STEP
-        negatives = F.pad(negatives, (0, 0, 0, width - M))  # (width, D)
+        negatives = F.pad(negatives.T, (0, width - M))  # (D, width)
         has_target, positives = target_index >= 0, target_index.clamp(min=0)
         weights = has_target.to(queries.dtype)
         weights /= weights.sum().clamp(min=1)  # (T,), each query's share of the mean
         own_column = _column_of_each_row(rows, negative_index)[positives]  # (T,)
         query_grad, row_grad, negative_grad = map(torch.zeros_like, (queries, rows, negatives))
         loss = queries.new_zeros(())
+        is_safe = 1 / temperature <= SAFE_LOGIT
         size = CHUNK_LOGITS if queries.device.type == "cpu" else GPU_CHUNK_LOGITS
         size = max(1, size // width)
         buffer = queries.new_empty(min(size, len(queries)), width)
         for start in range(0, len(queries), size):
             part = slice(start, start + size)
             q, positive, weight = queries[part] / temperature, rows[positives[part]], weights[part]
-            logits = torch.matmul(q, negatives.T, out=buffer[: len(q)])  # (c, width)
+            logits = torch.matmul(q, negatives, out=buffer[: len(q)])  # (c, width)
             if log_q is not None:
                 logits[:, :M] -= log_q
             logits[:, M:] = -torch.inf
             logits.scatter_(1, own_column[part, None], -torch.inf)
             logits[:, M] = positive_logit = (q * positive).sum(1)
-            peak = logits.amax(1)
-            exps = logits.sub_(peak[:, None]).exp_()
+            peak = positive_logit.new_zeros(()) if is_safe else logits.amax(1)
+            exps = (logits if is_safe else logits.sub_(peak[:, None])).exp_()
             total = exps.sum(1)
             loss += weight @ (total.log() + peak - positive_logit)
             if not needs_grad:
                 continue
             scale = (weight / total)[:, None]  # exps * scale: gradient of the logits
             of_positive = exps[:, M : M + 1] * scale - weight[:, None]  # (c, 1)
-            query_grad[part] = (exps @ negatives * scale + of_positive * positive) / temperature
+            query_grad[part] = (exps @ negatives.T * scale + of_positive * positive) / temperature
             row_grad.index_add_(0, positives[part], of_positive * q)
-            negative_grad += exps.T @ (q * scale)
+            negative_grad.addmm_((q * scale).T, exps)  # 1.3 to 1.8 times faster than exps.T @ q
         if negative_index is None:
-            row_grad += negative_grad[:M]
+            row_grad += negative_grad.T[:M]
         else:
-            row_grad.index_add_(0, negative_index, negative_grad[:M])
+            row_grad.index_add_(0, negative_index, negative_grad.T[:M])
         ctx.save_for_backward(query_grad, row_grad)
         return loss
 

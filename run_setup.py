@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import ctypes
 import logging
 import os
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -18,6 +20,25 @@ from features import Feature, find_vectors, load_features, load_vectors
 from flags import DEFAULT_MM_EMB_ID, MODEL_VECTORS_UP_TO
 
 log = logging.getLogger("hstu")
+
+
+# Of glibc's mallopt, with how much may be kept: arrays up to 32 MB come from the heap, and 256 MB
+# at its end stay.
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = (-1, 256 << 20), (-3, 32 << 20)
+
+
+def keep_freed_memory() -> None:
+    """Let the C library keep what a step frees, for the next step.
+
+    Or it goes back to the system and comes again page by page, zeroed: up to an eighth of a step on
+    the CPU (docs/log.md). Where there is no glibc nothing happens.
+    """
+    if sys.platform != "linux":
+        return
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    for option in (_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD):
+        if mallopt is not None:
+            mallopt(*option)
 
 
 def pick_device(name: str) -> torch.device:

@@ -1,0 +1,127 @@
+"""Where a training step's time goes: each named part's own milliseconds, parts within it left out.
+
+    python benchmarks/step_profile.py --data_dir data/ml-1m
+
+MovieLens-1M, N 200, d 50, two blocks, 1,024 shared negatives and all items; two threads. Writes
+benchmarks/results/step_profile.json; results/profile.md says what the numbers mean.
+"""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import contextlib
+import functools
+import json
+import sys
+import tempfile
+import time
+from pathlib import Path
+from statistics import median
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
+
+import torch  # noqa: E402
+from reproduce import RESULTS, environment  # noqa: E402
+from step_time import LOSSES, Ours  # noqa: E402
+
+import main as program  # noqa: E402
+import model as model_module  # noqa: E402
+import simplified_hstu as hstu_module  # noqa: E402
+from run_setup import keep_freed_memory  # noqa: E402
+
+
+class Clock:
+    """Own time of nested parts."""
+
+    def __init__(self):
+        self.seconds: collections.Counter = collections.Counter()
+        self.stack: list[float] = []
+
+    @contextlib.contextmanager
+    def part(self, name: str):
+        self.stack.append(0.0)
+        start = time.perf_counter()
+        yield
+        spent = time.perf_counter() - start
+        self.seconds[name] += spent - self.stack.pop()
+        if self.stack:
+            self.stack[-1] += spent
+
+    def watch(self, owner: object, attribute: str, name: str) -> None:
+        """Let `owner.attribute` count as part `name` whenever it is called."""
+        function = getattr(owner, attribute)
+
+        @functools.wraps(function)
+        def timed(*args, **kwargs):
+            with self.part(name):
+                return function(*args, **kwargs)
+
+        is_static = isinstance(vars(owner).get(attribute), staticmethod)
+        setattr(owner, attribute, staticmethod(timed) if is_static else timed)
+
+
+def watch_code(clock: Clock) -> None:
+    clock.watch(hstu_module, "cut_rectangles", "attention: rectangles and time buckets")
+    attention = hstu_module.GatedAttention
+    clock.watch(attention, "forward", "attention forward: projection, SiLU, norm, gate")
+    clock.watch(attention, "backward", "attention backward: projection, SiLU, norm, gate")
+    clock.watch(hstu_module, "_scores", "attention: scores with biases")
+    clock.watch(hstu_module, "_attention_grads", "attention backward: products, SiLU")
+    clock.watch(hstu_module, "_add_bias_grads", "attention backward: sums for the biases")
+    clock.watch(model_module.InfoNCE, "forward", "loss with its gradients")
+    clock.watch(torch.Tensor, "backward", "backward of all other parts")
+    clock.watch(program, "clip_gradients", "clip")
+
+
+def watch_run(clock: Clock, run: program.Run) -> None:
+    model = run.model
+    clock.watch(model, "_rows", "item tower")
+    clock.watch(model.input_preprocessor, "forward", "input: positions, dropout")
+    clock.watch(model.output_postprocessor, "forward", "normalise queries and items")
+    for block in model.hstu.blocks:
+        clock.watch(block, "merge", "blocks: dropout, output, residual")
+        clock.watch(block.layer_norm, "forward", "blocks: layer norm")
+    clock.watch(run.optimizer, "step", "optimiser")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--data_dir", required=True)
+    parser.add_argument("--steps", type=int, default=40)
+    args = parser.parse_args()
+    torch.set_num_threads(2)
+    keep_freed_memory()  # as main does
+    result: dict[str, object] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        cases = {
+            name: Ours(args.data_dir, 200, 50, LOSSES[name], folder) for name in list(LOSSES)[:2]
+        }
+    unwatched = {name: [] for name in cases}
+    for _ in range(args.steps):
+        for name, ours in cases.items():
+            unwatched[name].append(ours.step())
+    clock = Clock()
+    watch_code(clock)
+    for name, ours in cases.items():
+        watch_run(clock, ours.run)
+        clock.seconds.clear()
+        step = sum(ours.step() for _ in range(args.steps)) / args.steps
+        parts = {part: s * 1e3 / args.steps for part, s in clock.seconds.most_common()}
+        result[name] = {
+            "ms": round(median(unwatched[name][5:]), 1),
+            "watched_mean_ms": round(step, 1),
+            "named_share": round(sum(parts.values()) / step, 3),
+            "parts_ms": {part: round(ms, 2) for part, ms in parts.items()},
+        }
+        print(f"{name}: {result[name]['ms']} ms, watched {step:.1f} ms")
+        for part, ms in parts.items():
+            print(f"  {ms:7.2f} ms  {ms / step:6.1%}  {part}")
+    result |= environment("cpu")
+    (RESULTS / "step_profile.json").write_text(json.dumps(result, indent=1) + "\n")
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()

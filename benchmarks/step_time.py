@@ -1,0 +1,190 @@
+"""Time of a training step on MovieLens-1M beside two peers, and beside the floor of its products.
+
+    python scripts/prepare_movielens.py ../shared/data/ml-1m data/ml-1m
+    python benchmarks/step_time.py --data_dir data/ml-1m --peers_python PEERS/bin/python
+
+peer_step.py says what to install for the peers; without --peers_python they are left out. All
+take turns of five steps, of which the first does not count (its caches are cold), so that a slow
+minute of the machine meets all alike. Two threads.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from statistics import median
+
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
+
+from reproduce import RESULTS, environment  # noqa: E402
+
+import main as program  # noqa: E402
+from data_folder import read_manifest  # noqa: E402
+from dataset import BatchSampler  # noqa: E402
+from flags import get_args  # noqa: E402
+from run_setup import keep_freed_memory, make_loader, read_features  # noqa: E402
+
+PLAIN = "--item_features none --user_features none --no-actions --mm_emb_id --num_workers 0"
+TURN, WARMUP_TURNS = 5, 2
+SHAPES = {"N 200, d 50": (200, 50), "N 101, d 64": (101, 64)}  # maxlen, width; two blocks
+LOSSES = {
+    "InfoNCE, 1,024 shared": "--negatives uniform --num_negatives 1024",
+    "InfoNCE, all items": "--negatives all",
+    "InfoNCE, 1,024 shared, bf16": "--negatives uniform --num_negatives 1024 --precision bf16",
+}
+PEERS = {"rechub": "softmax, all items", "rectools": "softmax, 128 of each position's own"}
+# The allocator's settings that help the peers most.
+TUNED = {
+    "MALLOC_MMAP_MAX_": "0",
+    "MALLOC_TRIM_THRESHOLD_": "17179869184",
+    "MALLOC_TOP_PAD_": "268435456",
+}
+
+
+class Ours:
+    """This package's step, over the batches of one epoch made in advance."""
+
+    def __init__(self, data_dir: str, maxlen: int, width: int, flags: str, folder: str):
+        widths = f"--hidden_units {width} --attention_dim {width} --linear_dim {width}"
+        folders = f"--data_dir {data_dir} --output_dir {folder}/o --log_dir {folder}/l"
+        args = get_args(
+            f"{folders} --device cpu {PLAIN} --maxlen {maxlen} {widths} {flags}".split()
+        )
+        manifest = read_manifest(data_dir)
+        features = read_features(args, manifest)
+        train_set = program.open_datasets(args, manifest, {})["train"]
+        self.run = program.prepare_run(args, manifest, features, train_set)
+        self.run.model.train()
+        sampler = BatchSampler(len(train_set), args.batch_size, args.seed, is_shuffled=True)
+        loader = make_loader(train_set, sampler, self.run.device, 0)
+        self.batches = list(loader)[: len(sampler) - 1]  # without the last one, which is smaller
+        self.count = 0
+
+    def step(self) -> float:
+        batch = self.batches[self.count % len(self.batches)]
+        self.count += 1
+        start = time.perf_counter()
+        program.train_step(self.run, [batch])
+        return (time.perf_counter() - start) * 1e3
+
+    def useful_flop(self) -> float:
+        """Of a step's matrix products, mean over the batches; nothing of gaps or the future."""
+        config = self.run.model.config
+        D, H, dqk, dv = (
+            config.hidden_units, config.num_heads, config.attention_dim, config.linear_dim
+        )  # fmt: skip
+        total = 0.0
+        for batch in self.batches:
+            lengths = batch.offsets.diff()
+            T, cells = int(lengths.sum()), int((lengths * (lengths + 1) // 2).sum())
+            index = batch.negative_index
+            M = len(batch.distinct_ids) if index is None else len(index)
+            linear = T * D * H * (3 * dv + 2 * dqk)  # U, V, Q, K and the output
+            attention = cells * H * (dqk + dv)
+            # Twice as much on the way back: one product for each operand.
+            total += 3 * 2 * (config.num_blocks * (linear + attention) + T * M * D)
+        return total / len(self.batches)
+
+
+class Peer:
+    """A peer's step, in a process of its environment."""
+
+    def __init__(self, python: str, name: str, data_dir: str, maxlen: int, width: int):
+        command = [python, str(ROOT / "benchmarks" / "peer_step.py"), name, data_dir]
+        self.process = subprocess.Popen(
+            [*command, str(maxlen), str(width)], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL, text=True, env=os.environ | TUNED,
+        )  # fmt: skip
+        while (line := self.process.stdout.readline()) != "ready\n":
+            if not line:
+                raise SystemExit(f"{name} did not start: {' '.join(command)}")
+
+    def step(self) -> float:
+        self.process.stdin.write("\n")
+        self.process.stdin.flush()
+        return float(self.process.stdout.readline())
+
+    def close(self) -> None:
+        self.process.stdin.close()
+        self.process.wait()
+
+
+def product_rate() -> float:
+    """FLOP per second of a large float32 matrix product."""
+    x = torch.randn(2048, 2048)
+    start = time.perf_counter()
+    x @ x
+    return 2 * 2048**3 / (time.perf_counter() - start)
+
+
+def measure(args: argparse.Namespace, shape: str, folder: str) -> list[dict[str, object]]:
+    maxlen, width = SHAPES[shape]
+    ours = {
+        name: Ours(args.data_dir, maxlen, width, flags, f"{folder}/{maxlen}-{number}")
+        for number, (name, flags) in enumerate(LOSSES.items())
+    }
+    peers = {
+        name: Peer(args.peers_python, name, args.data_dir, maxlen, width)
+        for name in (PEERS if args.peers_python else ())
+    }
+    times: dict[str, list[float]] = {name: [] for name in (*ours, *peers)}
+    rates = []
+    for _ in range(WARMUP_TURNS + args.turns):
+        for name, model in (ours | peers).items():
+            times[name] += [model.step() for _ in range(TURN)][1:]
+        rates += [product_rate() for _ in range(TURN)][1:]
+    for peer in peers.values():
+        peer.close()
+    rate = median(rates[WARMUP_TURNS * (TURN - 1) :])
+    rows = []
+    for name in times:
+        row = {"shape": shape, "model": "ours" if name in ours else name}
+        row["loss"] = name if name in ours else PEERS[name]
+        row["ms"] = median(times[name][WARMUP_TURNS * (TURN - 1) :])
+        row["fastest_ms"] = min(times[name][WARMUP_TURNS * (TURN - 1) :])
+        if name in ours:
+            row["floor_ms"] = ours[name].useful_flop() / rate * 1e3
+            row["times_floor"] = row["ms"] / row["floor_ms"]
+        rows.append(row | {"gflop_per_s": rate / 1e9})
+    fastest = min((row["ms"] for row in rows if row["model"] != "ours"), default=None)
+    for row in rows:
+        if fastest and row["model"] == "ours":
+            row["times_faster_than_fastest_peer"] = fastest / row["ms"]
+    return [{k: round(v, 2) if isinstance(v, float) else v for k, v in r.items()} for r in rows]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--data_dir", required=True)
+    parser.add_argument("--peers_python", help="python of the peers' environment")
+    parser.add_argument("--turns", type=int, default=10)
+    args = parser.parse_args()
+    torch.set_num_threads(2)
+    keep_freed_memory()  # as main does
+    with tempfile.TemporaryDirectory() as folder:
+        rows = [row for shape in SHAPES for row in measure(args, shape, folder)]
+    for row in rows:
+        print("  ".join(f"{key} {value}" for key, value in row.items()))
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
+    result = {
+        "rows": rows,
+        "steps": args.turns * (TURN - 1),
+        "peak_rss_gb_all_ours": round(peak, 2),
+    }
+    result |= environment("cpu")
+    (RESULTS / "step_time.json").write_text(json.dumps(result, indent=1) + "\n")
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()
