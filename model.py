@@ -22,9 +22,9 @@ from hstu_components import (
 )
 from simplified_hstu import HSTU
 
-# Logits held at once, in floats: on the CPU 4 MB, so that the passes over a chunk stay in the
+# Logits held at once, in floats: on the CPU 8 MB, so that the passes over a chunk stay in the
 # cache; on a GPU 256 MB in few kernels.
-CHUNK_LOGITS = 1 << 20
+CHUNK_LOGITS = 1 << 21
 GPU_CHUNK_LOGITS = 1 << 26
 # exp of a logit up to this does not overflow, nor does a sum of millions. A cosine is at most 1, so
 # only temperatures below 1 / 60 need their largest logit taken off first.

@@ -33,9 +33,9 @@ from hstu_components import Dropout
 
 # Queries in an attention tile. Keys after a tile's last query are not computed.
 TILE = 128
-# Scores of a tile: on the CPU such that the passes over them stay in the cache (a megabyte); on a
-# GPU few large kernels are better, and this bounds a score tensor to 256 MB.
-CPU_CELLS = 1 << 18
+# Scores of a tile: on the CPU 2 MB, such that the passes over them stay in the cache; on a GPU few
+# large kernels are better, and this bounds a score tensor to 256 MB.
+CPU_CELLS = 1 << 19
 GPU_CELLS = 1 << 26
 # Least length in a rectangle, by its longest: leaves about 8 % of gaps in MovieLens' batches.
 SHORTEST = 0.7
@@ -65,10 +65,11 @@ class Tile(NamedTuple):
         """(G, rows * keys) int64 in 0..128; None without times."""
         if self.times is None:
             return None
-        if self.kept_buckets is not None:
-            return self.kept_buckets.long()
+        return (self.compute_buckets() if self.kept_buckets is None else self.kept_buckets).long()
+
+    def compute_buckets(self) -> Tensor:
         query_times, key_times = self.times
-        return time_buckets(query_times[:, :, None] - key_times[:, None]).flatten(1).long()
+        return time_buckets(query_times[:, :, None] - key_times[:, None]).flatten(1)
 
 
 class Rectangle(NamedTuple):
@@ -146,7 +147,7 @@ def _tile(rows: slice, times: Tensor | None, keeps: bool) -> Tile:
     if times is None:
         return Tile(rows, keys, None, None)
     tile = Tile(rows, keys, (times[:, rows, 0], times[:, keys, 1]), None)
-    return tile._replace(kept_buckets=tile.time_buckets().to(torch.uint8)) if keeps else tile
+    return tile._replace(kept_buckets=tile.compute_buckets()) if keeps else tile
 
 
 def time_buckets(seconds: Tensor) -> Tensor:
