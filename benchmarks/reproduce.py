@@ -44,7 +44,7 @@ SPARSE_LOG = "--lr=0.003 --maxlen=50 --num_epochs=8 --early_stop_on=ndcg"
 SETTINGS = {
     "ml-1m-small": (
         MOVIELENS,
-        f"{IDS_AND_TIMES} {SMALL} --lr=0.003 --infonce_temp=0.05 --num_epochs=30 "
+        f"{IDS_AND_TIMES} {SMALL} --lr=0.003 --infonce_temp=0.05 --num_epochs=40 "
         "--early_stop_on=ndcg",
     ),
     "quickstart": (SYNTHETIC, "--num_epochs=30 --lr=0.003"),  # scripts/quickstart.sh
