@@ -6,10 +6,16 @@ import hashlib
 import json
 import math
 import os
+import platform
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
 
 _HASH_BLOCK = 1 << 20  # bytes
 
@@ -68,6 +74,36 @@ def _sync_folder(folder: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+@contextmanager
+def hold_folder(folder: str | Path) -> Iterator[None]:
+    """Keep other processes from holding `folder`, until this one leaves the block or dies.
+
+    Where there are no such locks, on Windows and on some network disks, nothing happens.
+
+    Raises:
+        DataError: another process holds it.
+    """
+    if fcntl is None:
+        yield
+        return
+    with open(Path(folder) / ".lock", "a+") as file:
+        try:
+            # Not flock: loader processes would inherit it, and outlive a parent that is killed.
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError) as error:
+            file.seek(0)
+            raise DataError(
+                f"{folder}: process {file.read() or '(unknown)'} is at work in it; wait for its "
+                "end, or choose another --output_dir"
+            ) from error
+        except OSError:  # no locks on this disk
+            pass
+        file.truncate(0)
+        file.write(f"{os.getpid()} on {platform.node()}")
+        file.flush()
+        yield
 
 
 def sweep_temporaries(folder: str | Path) -> None:

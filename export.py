@@ -20,6 +20,7 @@ from data_folder import Manifest, original_ids, read_candidates, read_manifest
 from dataset import BatchSampler, MyDataset, emb_pieces
 from features import find_vectors, load_features, load_vectors
 from hstu_components import FeatureTables
+from interrupts import stop_signals
 from model import HSTUConfig, HSTUModel
 from run_setup import make_loader, pick_device, read_features, seen_rows, vectors_on_host
 
@@ -116,7 +117,8 @@ def embed(model: HSTUModel, catalogue: Catalogue) -> Iterator[np.ndarray]:
     Call it without gradients.
     """
     rows = catalogue.item_ids, catalogue.tables, catalogue.table_rows
-    return (chunk.cpu().numpy() for chunk in model.item_embedding_chunks(*rows))
+    chunks = stop_signals.between(model.item_embedding_chunks(*rows))
+    return (chunk.cpu().numpy() for chunk in chunks)
 
 
 def map_embeddings(folder: Path, shape: tuple[int, int]) -> torch.Tensor:
@@ -174,7 +176,9 @@ def recommend(
     sampler = BatchSampler(len(dataset), args.batch_size, args.seed, is_shuffled=False)
     loader = make_loader(dataset, sampler, device, args.num_workers)
     queries, users, rows = [], [], []
-    for batch in tqdm(loader, desc="users", unit="batch", leave=False, disable=None):
+    batches = stop_signals.between(loader)
+    progress = {"desc": "users", "total": len(loader), "unit": "batch"}
+    for batch in tqdm(batches, **progress, leave=False, disable=None):
         batch = batch.to(device)
         queries.append(model.predict(batch))
         seen = seen_rows(batch, row_of_item) if args.remove_seen else None

@@ -9,6 +9,7 @@ import re
 import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from atomic_io import DataError, read_json, sweep_temporaries, write_json
+from atomic_io import DataError, hold_folder, read_json, sweep_temporaries, write_json
 from checkpoint import (
     differences,
     load_checkpoint,
@@ -43,6 +44,7 @@ from flags import (
     get_args,
 )
 from hstu_components import encoder_arguments, give_sparse_gradients
+from interrupts import Stopped, stop_signals
 from metrics import ranking_metrics
 from model import HSTUConfig, HSTUModel
 from optimizer import RowAdamW, clip_gradients
@@ -102,8 +104,11 @@ def main(argv: list[str] | None = None) -> int:
         check_folders(args)
         if args.trust_pickle:
             log.warning("--trust_pickle: .pkl files are loaded unchecked and can run any code")
-        with logging_redirect_tqdm(loggers=[log]):
+        with stop_signals, logging_redirect_tqdm(loggers=[log]):
             infer(args, HSTUModel) if args.inference_only else train(args)
+    except Stopped as stop:
+        log.info("%s", stop)
+        return stop.exit_code
     except (DataError, OSError, MemoryError, RuntimeError) as error:
         line = one_line(error)
         if args.debug or not line:
@@ -146,21 +151,22 @@ def train(args: argparse.Namespace) -> None:
     """Train, validate after each epoch, test the best epoch once; everything ends in output_dir."""
     output_dir = Path(args.output_dir)
     output_dir.mkdir(parents=True, exist_ok=True)
-    sweep_temporaries(output_dir)
-    manifest = read_manifest(args.data_dir)
-    features = read_features(args, manifest)
-    datasets = open_datasets(args, manifest, vectors_on_host(args, features[0]))
-    run = prepare_run(args, manifest, features, datasets["train"])
-    resume(run)
-    if not run.progress.is_finished:
-        announce(run, datasets)
-        first_step = run.progress.step + 1
-        lengths = run.total_steps, args.num_epochs, args.log_every
-        with RunLog(args.log_dir, first_step, *lengths) as run_log:
-            if first_step == 1:
-                run_log.start(vars(args))
-            train_epochs(run, datasets, run_log)
-    report(run, datasets)
+    with hold_folder(output_dir):
+        sweep_temporaries(output_dir)
+        manifest = read_manifest(args.data_dir)
+        features = read_features(args, manifest)
+        datasets = open_datasets(args, manifest, vectors_on_host(args, features[0]))
+        run = prepare_run(args, manifest, features, datasets["train"])
+        resume(run)
+        if not run.progress.is_finished:
+            announce(run, datasets)
+            first_step = run.progress.step + 1
+            lengths = run.total_steps, args.num_epochs, args.log_every
+            with RunLog(args.log_dir, first_step, *lengths) as run_log:
+                if first_step == 1:
+                    run_log.start(vars(args))
+                train_epochs(run, datasets, run_log)
+        report(run, datasets)
 
 
 def open_datasets(
@@ -304,7 +310,11 @@ def resume(run: Run) -> None:
 
 
 def train_epochs(run: Run, datasets: dict[str, MyDataset], run_log: RunLog) -> None:
-    """The epochs that are left, each followed by validation and checkpoints."""
+    """The epochs that are left, each followed by validation and checkpoints.
+
+    Raises:
+        Stopped: by a signal; a state of the last step is saved.
+    """
     args, progress = run.args, run.progress
     sampler = BatchSampler(len(datasets["train"]), args.batch_size, args.seed, is_shuffled=True)
     train_loader = make_loader(datasets["train"], sampler, run.device, args.num_workers)
@@ -312,15 +322,27 @@ def train_epochs(run: Run, datasets: dict[str, MyDataset], run_log: RunLog) -> N
     while not progress.is_finished:
         sampler.epoch, sampler.first_batch = progress.epoch, progress.batch
         started = time.perf_counter()
-        train_one_epoch(run, train_loader, run_log)
-        seconds = time.perf_counter() - started
-        metrics = {} if valid_loader is None else evaluate(run, valid_loader)
+        try:
+            train_one_epoch(run, train_loader, run_log)
+            seconds = time.perf_counter() - started
+            metrics = {} if valid_loader is None else evaluate(run, valid_loader)
+        except Stopped as stop:
+            save_run(run)  # after the epoch's last batch too: it goes on with the validation
+            raise Stopped(stop.number, where_to_go_on(run)) from None
         count_epoch(progress, metrics, args)
         train_loss = progress.loss_sum / max(1, progress.loss_steps)
         progress.loss_sum, progress.loss_steps = 0.0, 0
         is_best = progress.best_epoch == progress.epoch
         run_log.epoch(progress.epoch, progress.step, train_loss, metrics, is_best, seconds)
         save_epoch(run)
+
+
+def where_to_go_on(run: Run) -> str:
+    resume = "" if run.args.resume == "auto" else " with --resume auto"
+    return (
+        f" at epoch {run.progress.epoch + 1}, step {run.progress.step}; the same command{resume} "
+        "goes on from there"
+    )
 
 
 def count_epoch(progress: Progress, metrics: Mapping[str, float], args: argparse.Namespace) -> None:
@@ -370,6 +392,7 @@ def train_one_epoch(run: Run, loader: DataLoader, run_log: RunLog) -> None:
     Raises:
         DataError: the data changed; or the loss or the gradient is not finite, and the weights are
             those of the step before.
+        Stopped: by a signal, before or after a step.
     """
     args, progress = run.args, run.progress
     loader.dataset.check_unchanged()
@@ -377,24 +400,26 @@ def train_one_epoch(run: Run, loader: DataLoader, run_log: RunLog) -> None:
     groups = groups_of(loader, args.accumulate_steps)
     num_batches = progress.batch + len(loader)
     loss_sum = torch.tensor(progress.loss_sum, dtype=torch.float64, device=run.device)
-    for batches in run_log.watch(groups, progress.epoch + 1, progress.batch, num_batches):
-        values = train_step(run, batches)
-        progress.batch += len(batches)
-        progress.step += 1
-        progress.loss_steps += 1
-        loss_sum += values["Loss/train"]
-        run_log.step(progress.epoch + 1, progress.step, batches, values)
-        if args.save_every_steps and progress.step % args.save_every_steps == 0:
-            progress.loss_sum = loss_sum.item()
-            save_run(run)
+    with suppress(Stopped):  # until the steps before it are accounted for
+        for batches in run_log.watch(groups, progress.epoch + 1, progress.batch, num_batches):
+            values = train_step(run, batches)
+            progress.batch += len(batches)
+            progress.step += 1
+            progress.loss_steps += 1
+            loss_sum += values["Loss/train"]
+            run_log.step(progress.epoch + 1, progress.step, batches, values)
+            if args.save_every_steps and progress.step % args.save_every_steps == 0:
+                progress.loss_sum = loss_sum.item()
+                save_run(run)
     progress.loss_sum = loss_sum.item()
     if not run.is_sound:
         raise not_finite(run, progress.step, values["Loss/train"], values["Train/grad_norm"])
+    stop_signals.check()
 
 
 def groups_of(loader: Iterable[Batch], size: int) -> Iterator[list[Batch]]:
     group: list[Batch] = []
-    for batch in loader:
+    for batch in stop_signals.between(loader):
         group.append(batch)
         if len(group) == size:
             yield group
@@ -473,10 +498,11 @@ def evaluate(run: Run, loader: DataLoader) -> dict[str, float]:
     loader.dataset.check_unchanged()
     model = run.model.eval()
     num_items = model.config.num_items
-    items = model.item_embeddings(torch.arange(1, num_items + 1, device=run.device))
+    chunks = model.item_embedding_chunks(torch.arange(1, num_items + 1, device=run.device))
+    items = torch.cat(list(stop_signals.between(chunks)))
     row_of_item = torch.arange(-1, num_items, device=run.device)
     ranks, loss_sum = [], 0.0
-    for batch in loader:
+    for batch in stop_signals.between(loader):
         batch = batch.to(run.device)
         with autocast(run):
             queries, loss = model.predict_with_loss(batch)

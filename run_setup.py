@@ -18,6 +18,7 @@ from data_folder import Manifest, check_re_ids, read_indexer
 from dataset import Batch, BatchSampler, MyDataset
 from features import Feature, find_vectors, load_features, load_vectors
 from flags import DEFAULT_MM_EMB_ID, MODEL_VECTORS_UP_TO
+from interrupts import leave_signals_to_parent
 
 log = logging.getLogger("hstu")
 
@@ -97,6 +98,7 @@ def make_loader(
         num_workers=num_workers,
         pin_memory=device.type == "cuda",
         persistent_workers=num_workers > 0,
+        worker_init_fn=leave_signals_to_parent,
         # Forked workers share the counts and vectors of this process; others would get copies.
         multiprocessing_context="fork" if num_workers else None,
         # Its own, or opening a loader would move the global one that dropout draws from.

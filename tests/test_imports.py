@@ -25,8 +25,9 @@ ALLOWED = {
     "optimizer": set(),
     "metrics": set(),
     "flags": set(),
+    "interrupts": set(),
     "run_log": set(),
-    "run_setup": {"atomic_io", "data_folder", "dataset", "features", "flags"},
+    "run_setup": {"atomic_io", "data_folder", "dataset", "features", "flags", "interrupts"},
 }
 ALLOWED["export"] = set(ALLOWED) - {"run_log", "metrics", "safe_pickle", "data_writer", "optimizer"}
 ALLOWED["main"] = set(ALLOWED) - {"data_writer"}
