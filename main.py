@@ -61,6 +61,8 @@ from run_setup import (
 log = logging.getLogger("hstu")
 
 ADAM_BETAS = (0.9, 0.98)  # the reference's
+# Of resume_*.pt; another one trained with other random numbers or another optimiser's state.
+STATE_FORMAT = 2
 AUTOCAST_DTYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -215,6 +217,7 @@ def prepare_run(
         is_sound=torch.ones((), dtype=torch.bool, device=device),
         binding={k: v for k, v in vars(args).items() if k not in FREE_FLAGS}
         | {
+            "state format": STATE_FORMAT,
             "config": asdict(config),
             "data": manifest._asdict() | {"sequences": len(train_set)},
             "data files": fingerprint(args.data_dir),

@@ -735,6 +735,13 @@ def test_28_what_cannot_be_resumed_is_said_in_one_line(good, trained, capsys, fl
     assert_refused(Seen(code, *capsys.readouterr()), message)
 
 
+def test_28_a_state_of_another_version_is_refused(good, tmp_path, call, monkeypatch):
+    with monkeypatch.context() as before:
+        before.setattr("main.STATE_FORMAT", 1)
+        assert call(good).code == 0
+    assert_refused(call(good), "was trained with other settings: state format: 1 then, 2 now")
+
+
 # ------------------------------------------------------------------------------- 2, 13, 30: exports
 
 
