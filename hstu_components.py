@@ -17,8 +17,8 @@ from torch.autograd.function import once_differentiable
 
 INIT_STD = 0.02  # of item table, positions and everything added to them: see docs/log.md
 L2_EPS = 1e-6
-# Up to this many values a feature's table is trained whole: for the 14,000 items of a batch that
-# is faster than by rows.
+# Up to this many rows a table is trained whole: for the 14,000 items of a batch that is faster than
+# by rows.
 DENSE_ROWS = 20_000
 
 
