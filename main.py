@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import logging
-import math
 import re
 import sys
 import time
@@ -15,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm.contrib.logging import logging_redirect_tqdm
 
@@ -30,24 +28,15 @@ from checkpoint import (
     save_state,
     set_random_states,
 )
-from data_folder import (
-    Manifest,
-    fingerprint,
-    read_manifest,
-)
+from data_folder import Manifest, fingerprint, read_manifest
 from dataset import Batch, BatchSampler, MyDataset, count_items
 from export import infer
 from features import Feature
-from flags import (
-    ALL_NEGATIVES_UP_TO,
-    FREE_FLAGS,
-    get_args,
-)
-from hstu_components import encoder_arguments, give_sparse_gradients
+from flags import ALL_NEGATIVES_UP_TO, FREE_FLAGS, get_args
+from hstu_components import encoder_arguments
 from interrupts import Stopped, stop_signals
 from metrics import ranking_metrics
 from model import HSTUConfig, HSTUModel
-from optimizer import RowAdamW, clip_gradients
 from run_log import RunLog, summary
 from run_setup import (
     keep_freed_memory,
@@ -57,13 +46,12 @@ from run_setup import (
     seen_rows,
     vectors_on_host,
 )
+from updates import Updater
 
 log = logging.getLogger("hstu")
 
-ADAM_BETAS = (0.9, 0.98)  # the reference's
 # Of resume_*.pt; another one trained with other random numbers or another optimiser's state.
 STATE_FORMAT = 2
-AUTOCAST_DTYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass
@@ -87,11 +75,8 @@ class Run:
     args: argparse.Namespace
     device: torch.device
     model: HSTUModel
-    optimizer: torch.optim.Optimizer
-    scaler: torch.amp.GradScaler
-    total_steps: int
+    updater: Updater
     binding: dict[str, Any]  # flags and data that a resumed run must share
-    is_sound: Tensor  # bool, on the device: loss and gradients were finite so far
     progress: Progress = field(default_factory=Progress)
 
 
@@ -163,7 +148,7 @@ def train(args: argparse.Namespace) -> None:
         if not run.progress.is_finished:
             announce(run, datasets)
             first_step = run.progress.step + 1
-            lengths = run.total_steps, args.num_epochs, args.log_every
+            lengths = run.updater.total_steps, args.num_epochs, args.log_every
             with RunLog(args.log_dir, first_step, *lengths) as run_log:
                 if first_step == 1:
                     run_log.start(vars(args))
@@ -202,19 +187,15 @@ def prepare_run(
     torch.manual_seed(args.seed)
     model = HSTUModel(config, *features, on_host=train_set.host_vectors).to(device)
     model.hstu.gradient_checkpointing = args.gradient_checkpointing
-    if train_set.negatives != "all":
-        give_sparse_gradients(model)
     if args.compile:
         model.hstu.compile_blocks()
     num_batches = -(-len(train_set) // args.batch_size)
+    total_steps = args.num_epochs * -(-num_batches // args.accumulate_steps)
     return Run(
         args=args,
         device=device,
         model=model,
-        optimizer=make_optimizer(model, args),
-        scaler=torch.amp.GradScaler(device.type, enabled=args.precision == "fp16"),
-        total_steps=args.num_epochs * -(-num_batches // args.accumulate_steps),
-        is_sound=torch.ones((), dtype=torch.bool, device=device),
+        updater=Updater(model, args, total_steps, train_set.negatives == "all"),
         binding={k: v for k, v in vars(args).items() if k not in FREE_FLAGS}
         | {
             "state format": STATE_FORMAT,
@@ -253,26 +234,6 @@ def make_config(
     )
 
 
-def make_optimizer(model: HSTUModel, args: argparse.Namespace) -> RowAdamW:
-    """AdamW; weight decay for matrices only: on a table it would shrink items that never occur."""
-    tables = {
-        id(module.weight)
-        for module in model.modules()
-        if isinstance(module, torch.nn.Embedding | torch.nn.EmbeddingBag)
-    }
-    groups: dict[bool, list] = {True: [], False: []}
-    for parameter in model.parameters():
-        groups[parameter.dim() == 2 and id(parameter) not in tables].append(parameter)
-    return RowAdamW(
-        [
-            {"params": groups[True], "weight_decay": args.weight_decay},
-            {"params": groups[False], "weight_decay": 0.0},
-        ],
-        lr=args.lr,
-        betas=ADAM_BETAS,
-    )
-
-
 def resume(run: Run) -> None:
     """Put the newest state of output_dir, or the one that --resume names, into the run.
 
@@ -304,8 +265,7 @@ def resume(run: Run) -> None:
             + ". Use the same ones, or another --output_dir"
         )
     load_weights(run.model, state["weights"], args.resume)
-    run.optimizer.load_state_dict(state["optimizer"])
-    run.scaler.load_state_dict(state["scaler"])
+    run.updater.load_state_dict(state)
     set_random_states(state["random"])
     run.progress = Progress(**state["progress"])
     if not run.progress.is_finished:
@@ -380,8 +340,7 @@ def save_run(run: Run) -> None:
     content = {
         "config": asdict(run.model.config),
         "weights": run.model.state_dict(),
-        "optimizer": run.optimizer.state_dict(),
-        "scaler": run.scaler.state_dict(),
+        **run.updater.state_dict(),
         "random": random_states(),
         "progress": asdict(run.progress),
         "binding": run.binding,
@@ -405,7 +364,7 @@ def train_one_epoch(run: Run, loader: DataLoader, run_log: RunLog) -> None:
     loss_sum = torch.tensor(progress.loss_sum, dtype=torch.float64, device=run.device)
     with suppress(Stopped):  # until the steps before it are accounted for
         for batches in run_log.watch(groups, progress.epoch + 1, progress.batch, num_batches):
-            values = train_step(run, batches)
+            values = run.updater.step(batches, progress.epoch + 1, progress.step + 1)
             progress.batch += len(batches)
             progress.step += 1
             progress.loss_steps += 1
@@ -415,8 +374,7 @@ def train_one_epoch(run: Run, loader: DataLoader, run_log: RunLog) -> None:
                 progress.loss_sum = loss_sum.item()
                 save_run(run)
     progress.loss_sum = loss_sum.item()
-    if not run.is_sound:
-        raise not_finite(run, progress.step, values["Loss/train"], values["Train/grad_norm"])
+    run.updater.check_finite(progress.epoch + 1, progress.step)
     stop_signals.check()
 
 
@@ -431,70 +389,6 @@ def groups_of(loader: Iterable[Batch], size: int) -> Iterator[list[Batch]]:
         yield group
 
 
-def train_step(run: Run, batches: list[Batch]) -> dict[str, Tensor | float]:
-    """One update from one or several batches, as if they were one; TensorBoard tags and values.
-
-    The host does not wait for a GPU here, but where a log or a state is due.
-    """
-    args, step = run.args, run.progress.step
-    counts = [int((batch.target_index >= 0).sum()) for batch in batches]
-    loss = torch.zeros((), device=run.device)
-    for batch, count in zip(batches, counts, strict=True):
-        with autocast(run):
-            part = run.model(batch.to(run.device)) * (count / max(1, sum(counts)))
-        run.scaler.scale(part).backward()
-        loss += part.detach()
-    run.scaler.unscale_(run.optimizer)
-    grad_norm = clip_gradients(run.model.parameters(), args.clip_grad)
-    check_finite(run, loss, grad_norm)
-    for group in run.optimizer.param_groups:
-        group["lr"] = learning_rate(step, run.total_steps, args)
-    run.scaler.step(run.optimizer)
-    run.scaler.update()
-    run.optimizer.zero_grad(set_to_none=True)
-    return {
-        "Loss/train": loss,
-        "Train/grad_norm": grad_norm,
-        "Train/lr": run.optimizer.param_groups[0]["lr"],
-    }
-
-
-def check_finite(run: Run, loss: Tensor, grad_norm: Tensor) -> None:
-    """Stop before an update that would spoil the weights.
-
-    A GPU is asked only where a log or a state is due, and at the end of an epoch: what went wrong
-    in between is never saved.
-    """
-    args, step = run.args, run.progress.step + 1
-    # A scaler skips the steps that overflow by itself.
-    run.is_sound &= torch.isfinite(loss if run.scaler.is_enabled() else loss + grad_norm)
-    is_due = any(step % every == 0 for every in (args.log_every, args.save_every_steps) if every)
-    if (run.device.type == "cpu" or is_due) and not run.is_sound:
-        raise not_finite(run, step, loss, grad_norm)
-
-
-def not_finite(run: Run, step: int, loss: Tensor, grad_norm: Tensor) -> DataError:
-    place = "" if run.device.type == "cpu" else " or shortly before"
-    return DataError(
-        f"epoch {run.progress.epoch + 1} step {step}{place}: loss {loss.item()}, gradient norm "
-        f"{grad_norm.item()}; nothing of it was saved. Lower --lr or raise --infonce_temp, and "
-        "check the features for huge values"
-    )
-
-
-def learning_rate(step: int, total_steps: int, args: argparse.Namespace) -> float:
-    """Linear warm-up over --warmup_steps, then a cosine to zero at the last step."""
-    if step < args.warmup_steps:
-        return args.lr * (step + 1) / args.warmup_steps
-    done = (step - args.warmup_steps) / max(1, total_steps - args.warmup_steps)
-    return args.lr * 0.5 * (1.0 + math.cos(math.pi * min(1.0, done)))
-
-
-def autocast(run: Run) -> torch.autocast:
-    dtype = AUTOCAST_DTYPES[run.args.precision]
-    return torch.autocast(run.device.type, dtype=dtype, enabled=dtype is not None)
-
-
 @torch.no_grad()
 def evaluate(run: Run, loader: DataLoader) -> dict[str, float]:
     """Mean loss, and the metrics of ranking the whole catalogue for every sequence's target."""
@@ -507,7 +401,7 @@ def evaluate(run: Run, loader: DataLoader) -> dict[str, float]:
     ranks, loss_sum = [], 0.0
     for batch in stop_signals.between(loader):
         batch = batch.to(run.device)
-        with autocast(run):
+        with run.updater.autocast():
             queries, loss = model.predict_with_loss(batch)
         seen = seen_rows(batch, row_of_item) if run.args.remove_seen else None
         ranks.append(model.similarity.target_ranks(queries, items, batch.target_ids() - 1, seen))
@@ -532,7 +426,7 @@ def announce(run: Run, datasets: Mapping[str, MyDataset]) -> None:
         "train on %s in %s: %s users, %s items, %s negatives, %.2fM weights, %d epochs, %d steps",
         run.device, run.args.precision, f"{len(train_set):,}", f"{train_set.num_items:,}",
         train_set.negatives, sum(p.numel() for p in run.model.parameters()) / 1e6,
-        run.args.num_epochs, run.total_steps,
+        run.args.num_epochs, run.updater.total_steps,
     )  # fmt: skip
     if not train_set.has_timestamps:
         log.info("the data holds plain item ids: time and actions are off")

@@ -29,7 +29,7 @@ from atomic_io import write_json
 from data_folder import EVENT_DTYPE, FORMAT_VERSION, read_manifest
 from dataset import BatchSampler, MyDataset, count_items
 from flags import get_args
-from main import Run, prepare_run, train_step
+from main import Run, prepare_run
 
 SIZES = (10_000, 1_000_000, 10_000_000)
 KNOWN_ITEMS, LENGTH, BATCH, WIDTH, NEGATIVES = 10_000, 101, 128, 64, 1024
@@ -116,7 +116,7 @@ def serve(data_dir: Path, pipe: Connection) -> None:
     for _ in range(WARM_UP):
         timed_step(run, train_set, next(draws))
     table = run.model.embedding_module.item_emb.weight
-    state = run.optimizer.state[table]
+    state = run.updater.optimizer.state[table]
     for value in state.values():
         value.add_(0)  # zeros that were never written to take no memory yet
     pipe.send(True)
@@ -141,7 +141,7 @@ def timed_step(run: Run, train_set: MyDataset, draw: object) -> tuple[float, flo
     started = time.perf_counter()
     batch = train_set.collate_fn(train_set.__getitems__(draw))
     made = time.perf_counter()
-    train_step(run, [batch])
+    run.updater.step([batch], epoch=1, step=1)
     return made - started, time.perf_counter() - made
 
 

@@ -30,7 +30,7 @@ from data_folder import EVENT_DTYPE, SPLITS, Manifest, fingerprint, open_split, 
 from data_writer import write_manifest
 from dataset import BatchSampler, MyDataset, count_items
 from flags import get_args
-from main import open_datasets, prepare_run, train_step
+from main import open_datasets, prepare_run
 from run_setup import make_loader, read_features
 
 CPU, MAXLEN, BATCH = torch.device("cpu"), 200, 128
@@ -161,6 +161,7 @@ def epoch_seconds(data_dir: Path, rounds: int, steps: int) -> dict[str, float]:
     dataset = open_datasets(args, manifest, {})["train"]
     run = prepare_run(args, manifest, read_features(args, manifest), dataset)
     run.model.train()
+    step = run.updater.step
     length = steps * BATCH or len(dataset)
     sampler = BatchSampler(min(length, len(dataset)), BATCH, 1, True)
     sources: dict[str, Iterable] = {
@@ -170,7 +171,7 @@ def epoch_seconds(data_dir: Path, rounds: int, steps: int) -> dict[str, float]:
     seconds: dict[str, list[float]] = {name: [] for name in sources}
     for _ in range(rounds + 1):
         for name, batches in sources.items():
-            seconds[name].append(timed(lambda b: [train_step(run, [one]) for one in b], batches)[0])
+            seconds[name].append(timed(lambda b: [step([one], 1, 1) for one in b], batches)[0])
     # The first round is to warm up: it starts the workers too.
     medians = {name: median(values[1:]) for name, values in seconds.items()}
     result = {f"epoch_s_{name}": round(value, 3) for name, value in medians.items()}

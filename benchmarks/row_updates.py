@@ -19,6 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from reproduce import IDS_AND_TIMES, RESULTS, SMALL, environment
 
 import main as main_module
+import updates
 
 FLAGS = (
     f"{IDS_AND_TIMES} {SMALL} --lr=0.003 --infonce_temp=0.05 --num_epochs=20 --early_stop_on=ndcg "
@@ -38,9 +39,9 @@ def main() -> None:
         "command": f"python benchmarks/row_updates.py {' '.join(sys.argv[1:])}",
         "flags": " ".join(flags),
     }
-    by_rows = main_module.give_sparse_gradients
+    by_rows = updates.give_sparse_gradients
     for name, give_gradients in (("rows", by_rows), ("whole", lambda model: None)):
-        main_module.give_sparse_gradients = give_gradients
+        updates.give_sparse_gradients = give_gradients
         folder = Path(args.work_dir) / f"{name}_seed{args.seed}"
         if main_module.main([*flags, f"--output_dir={folder}", f"--log_dir={folder}/logs"]):
             sys.exit(1)

@@ -29,6 +29,7 @@ from step_time import LOSSES, Ours  # noqa: E402
 import main as program  # noqa: E402
 import model as model_module  # noqa: E402
 import simplified_hstu as hstu_module  # noqa: E402
+import updates  # noqa: E402
 from run_setup import keep_freed_memory  # noqa: E402
 
 
@@ -72,7 +73,7 @@ def watch_code(clock: Clock) -> None:
     clock.watch(hstu_module, "_add_bias_grads", "attention backward: sums for the biases")
     clock.watch(model_module.InfoNCE, "forward", "loss with its gradients")
     clock.watch(torch.Tensor, "backward", "backward of all other parts")
-    clock.watch(program, "clip_gradients", "clip")
+    clock.watch(updates, "clip_gradients", "clip")
 
 
 def watch_run(clock: Clock, run: program.Run) -> None:
@@ -83,7 +84,7 @@ def watch_run(clock: Clock, run: program.Run) -> None:
     for block in model.hstu.blocks:
         clock.watch(block, "merge", "blocks: dropout, output, residual")
         clock.watch(block.layer_norm, "forward", "blocks: layer norm")
-    clock.watch(run.optimizer, "step", "optimiser")
+    clock.watch(run.updater.optimizer, "step", "optimiser")
 
 
 def main() -> None:

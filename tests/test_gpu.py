@@ -8,8 +8,8 @@ from test_main import run, scalars, weights
 from test_model import make_batch, make_model
 from test_simplified_hstu import NAMES, OFFSETS, fast_attention, random_inputs
 
-import main as program
 import simplified_hstu
+from updates import Updater
 
 pytestmark = [
     pytest.mark.gpu,
@@ -39,7 +39,7 @@ def test_the_loss_is_that_of_the_cpu(tiny, negatives):
 
 def test_a_step_never_waits_for_the_device(tmp_path, data, monkeypatch):
     """But for lists of values, whose number decides shapes: this data is trained without them."""
-    step = program.train_step
+    step = Updater.step
 
     def strict_step(*args):
         torch.cuda.set_sync_debug_mode("error")
@@ -50,7 +50,7 @@ def test_a_step_never_waits_for_the_device(tmp_path, data, monkeypatch):
 
     run(tmp_path, data, "--device=cuda", "--item_features=100", "--user_features=none",
         "--log_every=1000", name="warm")  # fmt: skip
-    monkeypatch.setattr(program, "train_step", strict_step)
+    monkeypatch.setattr(Updater, "step", strict_step)
     run(tmp_path, data, "--device=cuda", "--item_features=100", "--user_features=none",
         "--log_every=1000")  # fmt: skip
 

@@ -29,7 +29,15 @@ ALLOWED = {
     "run_log": set(),
     "run_setup": {"atomic_io", "data_folder", "dataset", "features", "flags", "interrupts"},
 }
-ALLOWED["export"] = set(ALLOWED) - {"run_log", "metrics", "safe_pickle", "data_writer", "optimizer"}
+ALLOWED["updates"] = {"atomic_io", "hstu_components", "model", "optimizer"}
+ALLOWED["export"] = set(ALLOWED) - {
+    "run_log",
+    "updates",
+    "metrics",
+    "safe_pickle",
+    "data_writer",
+    "optimizer",
+}
 ALLOWED["main"] = set(ALLOWED) - {"data_writer"}
 PACKAGES = {"torch", "numpy", "tqdm", "pyarrow"}  # pyarrow: optional, inside a function
 

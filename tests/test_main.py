@@ -14,12 +14,14 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 import main as main_module
 import run_setup
+from atomic_io import DataError
 from checkpoint import load_checkpoint
 from data_folder import EVENT_DTYPE, Sequences
 from data_writer import write_dataset
-from dataset import load_emb
+from dataset import MyDataset, load_emb
 from flags import get_args
 from main import main
+from updates import Updater
 
 SMALL = [
     "--device=cpu", "--num_workers=0", "--num_epochs=2", "--batch_size=4", "--maxlen=6",
@@ -256,16 +258,16 @@ class KilledError(Exception):
 
 
 def stop_after(monkeypatch, steps: int) -> None:
-    train_step = main_module.train_step
+    step = Updater.step
     taken = []
 
     def stopping(*args):
         if len(taken) == steps:
             raise KilledError
         taken.append(1)
-        return train_step(*args)
+        return step(*args)
 
-    monkeypatch.setattr(main_module, "train_step", stopping)
+    monkeypatch.setattr(Updater, "step", stopping)
 
 
 @pytest.mark.parametrize(
@@ -516,6 +518,37 @@ def test_a_loss_that_is_not_finite_stops_before_the_update(tmp_path, data, monke
     )
     assert "epoch 1 step 3: loss nan" in capsys.readouterr().err
     assert are_equal(before[-1], poisoned.model.state_dict())
+
+
+def test_what_is_not_finite_is_named(tiny):
+    args = get_args([f"--data_dir={tiny}", "--device=cpu", "--hidden_units=8"])
+    manifest = main_module.read_manifest(tiny)
+    train_set = MyDataset(tiny, "train", 6)
+    batch = train_set.collate_fn(train_set.__getitems__(range(3)))
+    item = batch.distinct_ids[batch.item_index[0]].item()  # seen by the first user
+    users = {
+        user.item()
+        for user, a, b in zip(batch.user_ids, batch.offsets, batch.offsets[1:], strict=False)
+        if item in batch.distinct_ids[batch.item_index[a:b]]
+    }
+
+    def error(poison) -> str:
+        features = main_module.read_features(args, manifest)
+        run = main_module.prepare_run(args, manifest, features, train_set)
+        poison(run.model)
+        with pytest.raises(DataError) as caught:
+            run.updater.step([batch], epoch=2, step=9)
+        return str(caught.value)
+
+    def poison_feature(model):
+        name = next(name for name, b in model.item_tables.named_buffers() if b.is_floating_point())
+        model.item_tables.get_buffer(name)[item] = float("inf")
+
+    text = error(poison_feature)
+    assert text.startswith("epoch 2 step 9: loss nan")
+    assert f"item re-ids not finite: {item}, user re-ids not finite: {sorted(users)[0]}" in text
+    text = error(lambda model: model.hstu.blocks[1].qkv_proj.weight.data[0, 0].fill_(float("nan")))
+    assert "weights not finite: hstu.blocks.1.qkv_proj.weight;" in text
 
 
 def test_names_of_the_public_description_are_there(data):

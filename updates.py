@@ -1,0 +1,156 @@
+"""One update of the weights from one or several batches: gradients, learning rate, finite check."""
+
+from __future__ import annotations
+
+import argparse
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from atomic_io import DataError
+from hstu_components import give_sparse_gradients
+from model import HSTUModel
+from optimizer import RowAdamW, clip_gradients
+
+ADAM_BETAS = (0.9, 0.98)  # the reference's
+AUTOCAST_DTYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+NAMED = 5  # of what is not finite
+
+
+class Updater:
+    """A model and what trains it.
+
+    Args:
+        model: on its device.
+        args: the flags of optimisation, as flags.get_args returns them.
+        total_steps: updates of the whole run, which the learning rate follows.
+        has_all_rows: batches hold every item; else large tables are trained by a batch's rows.
+    """
+
+    def __init__(
+        self, model: HSTUModel, args: argparse.Namespace, total_steps: int, has_all_rows: bool
+    ):
+        self.model, self.args, self.total_steps = model, args, total_steps
+        self.device = next(model.parameters()).device
+        if not has_all_rows:
+            give_sparse_gradients(model)
+        self.optimizer = make_optimizer(model, args)
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=args.precision == "fp16")
+        # Loss and gradients were finite so far; on the device, which is not asked in every step.
+        self._is_sound = torch.ones((), dtype=torch.bool, device=self.device)
+        self._newest: tuple[Sequence[Any], Tensor, Tensor] | None = None
+
+    def state_dict(self) -> dict[str, Any]:
+        """What goes on from here needs, besides the model's own."""
+        return {"optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.scaler.load_state_dict(state["scaler"])
+
+    def step(self, batches: Sequence[Any], epoch: int, step: int) -> dict[str, Tensor | float]:
+        """One update from one or several dataset.Batch, as if they were one.
+
+        The host does not wait for a GPU here, but where a log or a state is due.
+
+        Args:
+            batches: on the CPU.
+            epoch, step: which this is, from 1.
+
+        Returns:
+            TensorBoard tags and values.
+
+        Raises:
+            DataError: loss or gradient are not finite; the weights are those of the step before.
+        """
+        counts = [int((batch.target_index >= 0).sum()) for batch in batches]
+        loss = torch.zeros((), device=self.device)
+        for batch, count in zip(batches, counts, strict=True):
+            with self.autocast():
+                part = self.model(batch.to(self.device)) * (count / max(1, sum(counts)))
+            self.scaler.scale(part).backward()
+            loss += part.detach()
+        self.scaler.unscale_(self.optimizer)
+        grad_norm = clip_gradients(self.model.parameters(), self.args.clip_grad)
+        # A scaler skips the steps that overflow by itself.
+        self._is_sound &= torch.isfinite(loss if self.scaler.is_enabled() else loss + grad_norm)
+        self._newest = batches, loss, grad_norm
+        every = (self.args.log_every, self.args.save_every_steps)
+        if self.device.type == "cpu" or any(step % n == 0 for n in every if n):
+            self.check_finite(epoch, step)
+        lr = learning_rate(step - 1, self.total_steps, self.args)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
+        return {"Loss/train": loss, "Train/grad_norm": grad_norm, "Train/lr": lr}
+
+    def check_finite(self, epoch: int, step: int) -> None:
+        """Raise DataError if any loss or gradient so far was not finite; waits for a GPU."""
+        if self._is_sound:
+            return
+        _, loss, grad_norm = self._newest
+        place = "" if self.device.type == "cpu" else " or shortly before"
+        raise DataError(
+            f"epoch {epoch} step {step}{place}: loss {loss.item()}, gradient norm "
+            f"{grad_norm.item()}{self._culprits()}; nothing of it was saved. Lower --lr or raise "
+            "--infonce_temp, and check the features for huge values"
+        )
+
+    @torch.no_grad()
+    def _culprits(self) -> str:
+        """What of the newest batches, or before them of the model, is not finite, as a clause."""
+        names = [n for n, weight in self.model.named_parameters() if not weight.isfinite().all()]
+        if names:
+            return f", weights not finite: {_some(names)}"
+        items, users = set(), set()
+        for batch in self._newest[0]:
+            batch = batch.to(self.device)
+            rows = self.model.item_tower(batch.distinct_ids, vectors=batch.item_vectors)
+            items |= set(batch.distinct_ids[~rows.isfinite().all(1)].tolist())
+            is_bad = ~self.model.encode(batch, rows).isfinite().all(1).cpu()
+            owners = torch.arange(len(batch.user_ids)).repeat_interleave(batch.offsets.diff())
+            users |= set(batch.user_ids.cpu()[owners[is_bad]].tolist())
+        lists = {"item re-ids": sorted(items), "user re-ids": sorted(users)}
+        return "".join(f", {name} not finite: {_some(ids)}" for name, ids in lists.items() if ids)
+
+    def autocast(self) -> torch.autocast:
+        dtype = AUTOCAST_DTYPES[self.args.precision]
+        return torch.autocast(self.device.type, dtype=dtype, enabled=dtype is not None)
+
+
+def make_optimizer(model: HSTUModel, args: argparse.Namespace) -> RowAdamW:
+    """AdamW; weight decay for matrices only: on a table it would shrink items that never occur."""
+    tables = {
+        id(module.weight)
+        for module in model.modules()
+        if isinstance(module, torch.nn.Embedding | torch.nn.EmbeddingBag)
+    }
+    groups: dict[bool, list] = {True: [], False: []}
+    for parameter in model.parameters():
+        groups[parameter.dim() == 2 and id(parameter) not in tables].append(parameter)
+    return RowAdamW(
+        [
+            {"params": groups[True], "weight_decay": args.weight_decay},
+            {"params": groups[False], "weight_decay": 0.0},
+        ],
+        lr=args.lr,
+        betas=ADAM_BETAS,
+    )
+
+
+def learning_rate(step: int, total_steps: int, args: argparse.Namespace) -> float:
+    """Linear warm-up over --warmup_steps, then a cosine to zero at the last; `step` from 0."""
+    if step < args.warmup_steps:
+        return args.lr * (step + 1) / args.warmup_steps
+    done = (step - args.warmup_steps) / max(1, total_steps - args.warmup_steps)
+    return args.lr * 0.5 * (1.0 + math.cos(math.pi * min(1.0, done)))
+
+
+def _some(values: Sequence[Any]) -> str:
+    more = f" and {len(values) - NAMED} more" if len(values) > NAMED else ""
+    return ", ".join(map(str, values[:NAMED])) + more
