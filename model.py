@@ -265,12 +265,13 @@ class InfoNCE(torch.autograd.Function):
         M = len(negatives)
         # A query's logits: M negatives, its positive, and nothing up to a multiple of 16 columns.
         width = -(-(M + 1) // COLUMN_STEP) * COLUMN_STEP
-        negatives = F.pad(negatives.T, (0, width - M))  # (D, width)
+        negatives = F.pad(negatives, (0, 0, 0, width - M))  # (width, D)
+        columns = negatives.T.contiguous()  # (D, width)
         has_target, positives = target_index >= 0, target_index.clamp(min=0)
         weights = has_target.to(queries.dtype)
         weights /= weights.sum().clamp(min=1)  # (T,), each query's share of the mean
         own_column = _column_of_each_row(rows, negative_index)[positives]  # (T,)
-        query_grad, row_grad, negative_grad = map(torch.zeros_like, (queries, rows, negatives))
+        query_grad, row_grad, column_grad = map(torch.zeros_like, (queries, rows, columns))
         loss = queries.new_zeros(())
         is_safe = 1 / temperature <= SAFE_LOGIT
         size = CHUNK_LOGITS if queries.device.type == "cpu" else GPU_CHUNK_LOGITS
@@ -279,7 +280,7 @@ class InfoNCE(torch.autograd.Function):
         for start in range(0, len(queries), size):
             part = slice(start, start + size)
             q, positive, weight = queries[part] / temperature, rows[positives[part]], weights[part]
-            logits = torch.matmul(q, negatives, out=buffer[: len(q)])  # (c, width)
+            logits = torch.matmul(q, columns, out=buffer[: len(q)])  # (c, width)
             if log_q is not None:
                 logits[:, :M] -= log_q
             logits[:, M:] = -torch.inf
@@ -293,13 +294,15 @@ class InfoNCE(torch.autograd.Function):
                 continue
             scale = (weight / total)[:, None]  # exps * scale: gradient of the logits
             of_positive = exps[:, M : M + 1] * scale - weight[:, None]  # (c, 1)
-            query_grad[part] = (exps @ negatives.T * scale + of_positive * positive) / temperature
+            sums = torch.mm(exps, negatives, out=query_grad[part])  # (c, D)
+            sums.mul_(scale).addcmul_(of_positive, positive)
             row_grad.index_add_(0, positives[part], of_positive * q)
-            negative_grad.addmm_((q * scale).T, exps)  # 1.3 to 1.8 times faster than exps.T @ q
+            column_grad.addmm_((q * scale).T, exps)  # 1.3 to 1.8 times faster than exps.T @ q
+        query_grad /= temperature
         if negative_index is None:
-            row_grad += negative_grad.T[:M]
+            row_grad += column_grad.T[:M]
         else:
-            row_grad.index_add_(0, negative_index, negative_grad.T[:M])
+            row_grad.index_add_(0, negative_index, column_grad.T[:M])
         ctx.save_for_backward(query_grad, row_grad)
         return loss
 

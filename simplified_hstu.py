@@ -58,16 +58,13 @@ class Tile(NamedTuple):
 
     rows: slice  # queries
     keys: slice  # 0 .. rows.stop
-    times: tuple[Tensor, Tensor] | None  # (G, rows) and (G, keys) int64 seconds; None: no buckets
+    times: tuple[Tensor, Tensor] | None  # (G, rows) and (G, keys) float64 seconds, or no buckets
     kept_buckets: Tensor | None  # (G, rows * keys) uint8 in 0..128
 
     def time_buckets(self) -> Tensor | None:
-        """(G, rows * keys) int64 in 0..128; None without times."""
-        if self.times is None:
-            return None
-        return (self.compute_buckets() if self.kept_buckets is None else self.kept_buckets).long()
-
-    def compute_buckets(self) -> Tensor:
+        """(G, rows * keys) uint8 in 0..128; None without times."""
+        if self.times is None or self.kept_buckets is not None:
+            return self.kept_buckets
         query_times, key_times = self.times
         return time_buckets(query_times[:, :, None] - key_times[:, None]).flatten(1)
 
@@ -111,7 +108,8 @@ def cut_rectangles(
     events = events.to(device, non_blocking=True)  # (T,)
     times = None
     if query_times is not None:
-        times = torch.stack([query_times, key_times], 1)  # (T, 2)
+        # float64 is exact up to 2^53, and faster to subtract than int64.
+        times = torch.stack([query_times, key_times], 1).double()  # (T, 2)
         times = times.new_zeros(int(starts[-1]), 2).index_copy_(0, events, times)
     keeps = sum((b - a) * L**2 for (a, b), L in zip(bounds, longest, strict=True)) <= KEPT_BUCKETS
     rectangles = [
@@ -147,7 +145,7 @@ def _tile(rows: slice, times: Tensor | None, keeps: bool) -> Tile:
     if times is None:
         return Tile(rows, keys, None, None)
     tile = Tile(rows, keys, (times[:, rows, 0], times[:, keys, 1]), None)
-    return tile._replace(kept_buckets=tile.compute_buckets()) if keeps else tile
+    return tile._replace(kept_buckets=tile.time_buckets()) if keeps else tile
 
 
 def time_buckets(seconds: Tensor) -> Tensor:
@@ -192,64 +190,59 @@ class GatedAttention(torch.autograd.Function):
         Biases (N,) and (129,) or None; `sizes`: dv, dv, dqk, dqk, the widths of U, V, Q, K.
         """
         biases = _position_table(x, position_weight, maxlen), time_weight
-        num_heads, dv = len(weight) // sum(sizes), sizes[0]
-        out = x.new_empty(len(x), num_heads, dv)
-        attended = torch.empty_like(out)  # N times A V
+        num_heads = len(weight) // sum(sizes)
+        out = x.new_empty(len(x), num_heads * sizes[0])
         keeps_scores = sum(r.num_cells for r in rectangles) * num_heads <= KEPT_SCORES
-        ctx.kept_scores = []
+        ctx.kept_scores, ctx.kept_norms = [], []
         with torch.inference_mode():
             for rectangle in rectangles:
-                rows = rectangle.rows
-                activated = F.silu(x[rows] @ weight.T).unflatten(1, (num_heads, -1))
-                _, v, q, k = _by_head(activated, rectangle, sizes)  # (G, H, L, .)
-                v, q, k = (z.flatten(0, 1) for z in (v, q, k))  # (G * H, L, .)
-                (values,) = _by_head(attended[rows], rectangle, sizes[:1])  # (G, H, L, dv)
+                rows, heads = rectangle.rows, (rectangle.shape[0], num_heads)
+                activated = F.silu(_by_head(x[rows] @ weight.T, heads), inplace=True)
+                u, v, q, k = activated.split(sizes, -1)  # (G * H, L, .)
+                attended = torch.empty_like(v)  # N times A V
                 for tile in rectangle.tiles:
                     scores = _scores(q, k, tile, tile.time_buckets(), *biases)
                     if keeps_scores:
                         ctx.kept_scores.append(scores)  # (G * H, rows, keys)
                     weights = F.silu(scores, inplace=not keeps_scores)
-                    tile_values = torch.bmm(weights, v[:, tile.keys])  # (G * H, rows, dv)
-                    values[:, :, tile.rows] = tile_values.unflatten(0, values.shape[:2])
-                normed, _, _ = _norm(attended[rows], maxlen)  # (G * L, H, dv)
-                torch.mul(activated[..., :dv], normed, out=out[rows])
-        ctx.save_for_backward(x, weight, position_weight, time_weight, attended)
+                    torch.bmm(weights, v[:, tile.keys], out=attended[:, tile.rows])
+                # The norm takes out N but for eps, which grows by its square.
+                normed, _, rstd = torch.native_layer_norm(
+                    _by_event(attended, heads), out.shape[1:], None, None, NORM_EPS * maxlen**2
+                )  # (G * L, H * dv), (G * L, 1)
+                ctx.kept_norms.append((normed, rstd))
+                torch.mul(_by_event(u, heads), normed, out=out[rows])
+        ctx.save_for_backward(x, weight, position_weight, time_weight)
         ctx.rectangles, ctx.sizes, ctx.maxlen = rectangles, sizes, maxlen
-        return out.flatten(1)
+        return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_out):
-        x, weight, position_weight, time_weight, attended = ctx.saved_tensors
+        x, weight, position_weight, time_weight = ctx.saved_tensors
         biases = _position_table(x, position_weight, ctx.maxlen), time_weight
+        num_heads = len(weight) // sum(ctx.sizes)
         x_grad, weight_grad = torch.empty_like(x), torch.zeros_like(weight.T, dtype=_sum_dtype(x))
-        dv, grad_out = ctx.sizes[0], grad_out.view(attended.shape)  # (T', H, dv)
         bias_grads = tuple(
             None if weight is None else torch.zeros_like(table, dtype=_sum_dtype(x))
             for weight, table in zip((position_weight, time_weight), biases, strict=True)
         )
         with torch.inference_mode():
-            for rectangle in reversed(ctx.rectangles):
-                rows = rectangle.rows
-                projected = (x[rows] @ weight.T).unflatten(1, (-1, sum(ctx.sizes)))
-                activated = F.silu(projected)  # (G * L, H, sum of sizes)
-                normed, mean, rstd = _norm(attended[rows], ctx.maxlen)  # (G * L, H, dv)
-                values_grad, _, _ = torch.ops.aten.native_layer_norm_backward(
-                    grad_out[rows] * activated[..., :dv], attended[rows], normed.shape[1:],
-                    mean, rstd, None, None, [True, False, False],
-                )  # (G * L, H, dv)  # fmt: skip
+            for rectangle, kept in zip(ctx.rectangles[::-1], ctx.kept_norms[::-1], strict=True):
+                rows, heads = rectangle.rows, (rectangle.shape[0], num_heads)
+                projected = _by_head(x[rows] @ weight.T, heads)  # (G * H, L, sum of sizes)
+                u, *vqk = F.silu(projected).split(ctx.sizes, -1)  # (G * H, L, .)
                 grad = torch.empty_like(projected)
-                torch.mul(grad_out[rows], normed, out=grad[..., :dv])
-                _, *vqk = _by_head(activated, rectangle, ctx.sizes)  # (G, H, L, .)
-                _, *vqk_grads = _by_head(grad, rectangle, ctx.sizes)
-                values_grad = _by_head(values_grad, rectangle, ctx.sizes[:1])
-                values_grad, *vqk = (z.flatten(0, 1) for z in (*values_grad, *vqk))
-                kept = ctx.kept_scores
+                u_grad, *vqk_grads = grad.split(ctx.sizes, -1)
+                normed, rstd = kept
+                torch.mul(_by_head(grad_out[rows], heads), _by_head(normed, heads), out=u_grad)
+                attended_grad = _norm_grad(grad_out[rows] * _by_event(u, heads), normed, rstd)
+                attended_grad = _by_head(attended_grad, heads)  # (G * H, L, dv)
                 _attention_grads(
-                    values_grad, vqk, vqk_grads, rectangle.tiles, kept, biases, bias_grads
+                    attended_grad, vqk, vqk_grads, rectangle, ctx.kept_scores, biases, bias_grads
                 )
                 torch.ops.aten.silu_backward.grad_input(grad, projected, grad_input=grad)
-                grad = grad.flatten(1)  # (G * L, H * sum of sizes)
+                grad = _by_event(grad, heads)  # (G * L, H * sum of sizes)
                 torch.mm(grad, weight, out=x_grad[rows])
                 weight_grad += x[rows].T @ grad  # faster than its transpose
         position_grad, time_grad = bias_grads
@@ -259,46 +252,54 @@ class GatedAttention(torch.autograd.Function):
 
 
 def _attention_grads(
-    values_grad: Tensor,
+    attended_grad: Tensor,
     vqk: list[Tensor],
     vqk_grads: list[Tensor],
-    tiles: list[Tile],
+    rectangle: Rectangle,
     kept_scores: list[Tensor],
     biases: tuple[Tensor, Tensor | None],
     bias_grads: tuple[Tensor | None, Tensor | None],
 ) -> None:
-    """From the values' gradient (G * H, L, dv) and v, q, k (G * H, L, .) to their gradients.
+    """From the gradient of N times A V, (G * H, L, dv), to those of v, q and k, (G * H, L, .).
 
-    Those of v, q, k, (G, H, L, .), are filled in, those of the biases added to.
+    They are filled in, and those of the biases added to.
     """
     (v, q, k), (v_grad, q_grad, k_grad) = vqk, vqk_grads
-    heads = v_grad.shape[:2]
-    for tile in reversed(tiles):
+    for tile in reversed(rectangle.tiles):
         rows, keys, buckets = tile.rows, tile.keys, tile.time_buckets()
         scores = kept_scores.pop() if kept_scores else _scores(q, k, tile, buckets, *biases)
-        weight_grad = torch.bmm(values_grad[:, rows], v[:, keys].mT)  # (G * H, rows, keys)
+        weight_grad = torch.bmm(attended_grad[:, rows], v[:, keys].mT)  # (G * H, rows, keys)
         score_grad = torch.ops.aten.silu_backward(weight_grad, scores)
-        tile_v_grad = torch.bmm(F.silu(scores, inplace=True).mT, values_grad[:, rows])
-        tile_k_grad = torch.bmm(score_grad.mT, q[:, rows])  # (G * H, keys, dqk)
-        q_grad[:, :, rows] = torch.bmm(score_grad, k[:, keys]).unflatten(0, heads)
-        # The last tile comes first and has every key.
-        put = Tensor.copy_ if tile is tiles[-1] else Tensor.add_
-        put(v_grad[:, :, keys], tile_v_grad.unflatten(0, heads))
-        put(k_grad[:, :, keys], tile_k_grad.unflatten(0, heads))
-        _add_bias_grads(*bias_grads, score_grad.unflatten(0, heads), tile, buckets)
+        weights = F.silu(scores, inplace=True)
+        beta = (
+            0 if tile is rectangle.tiles[-1] else 1
+        )  # the last tile comes first and has every key
+        v_grad[:, keys].baddbmm_(weights.mT, attended_grad[:, rows], beta=beta)
+        k_grad[:, keys].baddbmm_(score_grad.mT, q[:, rows], beta=beta)
+        torch.bmm(score_grad, k[:, keys], out=q_grad[:, rows])
+        _add_bias_grads(
+            *bias_grads, score_grad.unflatten(0, (rectangle.shape[0], -1)), tile, buckets
+        )
 
 
-def _by_head(x: Tensor, rectangle: Rectangle, sizes: list[int]) -> tuple[Tensor, ...]:
-    """Rows (G * L, H, sum of sizes) -> a view (G, H, L, size) for each size."""
-    return x.unflatten(0, rectangle.shape).transpose(1, 2).split(sizes, -1)
+def _by_head(x: Tensor, heads: tuple[int, int]) -> Tensor:
+    """(G * L, H * w) -> (G * H, L, w), for `heads` G, H; a view for one head."""
+    return x.unflatten(0, (heads[0], -1)).unflatten(2, (heads[1], -1)).transpose(1, 2).flatten(0, 1)
 
 
-def _norm(attended: Tensor, maxlen: int) -> tuple[Tensor, Tensor, Tensor]:
-    """LayerNorm of A V over heads and widths, with mean and 1 / std, from N times A V.
+def _by_event(x: Tensor, heads: tuple[int, int]) -> Tensor:
+    """(G * H, L, w) -> (G * L, H * w), the way back."""
+    return x.unflatten(0, heads).transpose(1, 2).flatten(2).flatten(0, 1)
 
-    The norm takes out N but for eps, which grows by its square.
-    """
-    return torch.native_layer_norm(attended, attended.shape[1:], None, None, NORM_EPS * maxlen**2)
+
+def _norm_grad(grad: Tensor, normed: Tensor, rstd: Tensor) -> Tensor:
+    """Gradient of LayerNorm's input, from that of its output and what it gave, (G * L, w) each."""
+    zero, one = torch.zeros_like(rstd), torch.ones_like(rstd)
+    # The norm of what is normalised, but for its scale.
+    grad, _, _ = torch.ops.aten.native_layer_norm_backward(
+        grad, normed, normed.shape[1:], zero, one, None, None, [True, False, False]
+    )
+    return grad.mul_(rstd)
 
 
 def _position_table(like: Tensor, position_weight: Tensor | None, maxlen: int) -> Tensor:
@@ -314,7 +315,7 @@ def _scores(q, k, tile: Tile, buckets: Tensor | None, position_table, time_weigh
     by_start = position_table.unfold(0, keys.stop, 1)[maxlen - rows.stop : maxlen - rows.start]
     bias = by_start.flip(0)  # (rows, keys)
     if buckets is not None:
-        by_time = time_weight.index_select(0, buckets.flatten())
+        by_time = time_weight.index_select(0, buckets.flatten().int())
         bias = by_time.view(len(buckets), 1, *bias.shape).add_(bias)  # (G, 1, rows, keys)
         bias = bias.expand(-1, len(q) // len(buckets), -1, -1).flatten(0, 1)
     bias = bias.expand(len(q), -1, -1)  # (G * H, rows, keys)
@@ -335,7 +336,7 @@ def _add_bias_grads(position_grad, time_grad, score_grad, tile: Tile, buckets) -
         position_grad[start : start + skewed.shape[1]] += skewed.sum(0)
     if time_grad is not None:
         by_sequence = by_cell.new_zeros(len(by_cell), NUM_TIME_BUCKETS)
-        time_grad += by_sequence.scatter_add_(1, buckets, by_cell.flatten(1)).sum(0)
+        time_grad += by_sequence.scatter_add_(1, buckets.long(), by_cell.flatten(1)).sum(0)
 
 
 def _sum_dtype(x: Tensor) -> torch.dtype:
