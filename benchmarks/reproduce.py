@@ -12,6 +12,7 @@ import argparse
 import json
 import platform
 import resource
+import statistics
 import subprocess
 import sys
 from datetime import date
@@ -23,61 +24,64 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 
-SYNTHETIC = "prepare_synthetic.py {data}"
-MOVIELENS = "prepare_movielens.py {source} {data}"
-BEAUTY = (
-    "prepare_table.py {source}/interactions.csv.gz {data} --order seq_pos "
-    "--item_features {source}/items.csv.gz --item_names text --drop n"
-)
-KUAIRAND = (
-    "prepare_table.py {source}/interactions.csv.gz {data} --time time_ms "
+# Data set -> script that writes it, and the script's arguments.
+DATA = {
+    "synthetic": "prepare_synthetic.py {data}",
+    "ml-1m": "prepare_movielens.py {source} {data}",
+    "beauty": "prepare_table.py {source}/interactions.csv.gz {data} --order seq_pos "
+    "--item_features {source}/items.csv.gz --item_names text --drop n",
+    "kuairand": "prepare_table.py {source}/interactions.csv.gz {data} --time time_ms "
     "--action is_follow is_like long_view is_click --item_features {source}/items.csv.gz "
     "--user_features {source}/users.csv.gz --sparse author_id --continual video_duration "
-    "--drop counts play_* *_cnt *_num comment_stay_duration"
-)
+    "--drop counts play_* *_cnt *_num comment_stay_duration",
+}
 IDS_AND_TIMES = "--item_features none --user_features none --no-actions --mm_emb_id"
+IDS = f"{IDS_AND_TIMES} --time_bias=off"
 SMALL = (
     "--maxlen=200 --num_blocks=2 --num_heads=1 --hidden_units=50 --attention_dim=50 --linear_dim=50"
 )
-SPARSE_LOG = "--lr=0.003 --maxlen=50 --num_epochs=8 --early_stop_on=ndcg"
-# Name -> (script that writes the data and its arguments, flags of main.py).
+LARGE = (
+    "--maxlen=200 --num_blocks=8 --num_heads=2 --hidden_units=50 --attention_dim=25 --linear_dim=25"
+)
+ML_1M = "--infonce_temp=0.05 --early_stop_on=ndcg"
+ML_1M_SMALL = f"{SMALL} {ML_1M} --lr=0.003 --num_epochs=40"
+KUAIRAND = "--lr=0.003 --maxlen=50 --num_epochs=8 --early_stop_on=ndcg"
+# Name -> (data set, flags of main.py).
 SETTINGS = {
-    "ml-1m-small": (
-        MOVIELENS,
-        f"{IDS_AND_TIMES} {SMALL} --lr=0.003 --infonce_temp=0.05 --num_epochs=40 "
-        "--early_stop_on=ndcg",
+    "quickstart": ("synthetic", "--num_epochs=30 --lr=0.003"),  # scripts/quickstart.sh
+    "ml-1m-small": ("ml-1m", f"{IDS_AND_TIMES} {ML_1M_SMALL}"),
+    "ml-1m-small-event": ("ml-1m", f"{IDS_AND_TIMES} {ML_1M_SMALL} --time_bias=event"),
+    "ml-1m-small-positions": ("ml-1m", f"{IDS} {ML_1M_SMALL}"),
+    "ml-1m-small-none": ("ml-1m", f"{IDS} {ML_1M_SMALL} --no-position_bias"),
+    "ml-1m-large": ("ml-1m", f"{IDS_AND_TIMES} {LARGE} {ML_1M} --lr=0.002 --num_epochs=25"),
+    "kuairand-ids": ("kuairand", f"{IDS} {KUAIRAND}"),
+    "kuairand-actions": (
+        "kuairand",
+        f"--item_features none --user_features none --mm_emb_id --time_bias=off {KUAIRAND}",
     ),
-    "quickstart": (SYNTHETIC, "--num_epochs=30 --lr=0.003"),  # scripts/quickstart.sh
-    "beauty": (BEAUTY, SPARSE_LOG),
-    "beauty-ids": (BEAUTY, f"{IDS_AND_TIMES} {SPARSE_LOG}"),
-    "kuairand": (KUAIRAND, SPARSE_LOG),
-    "kuairand-ids": (KUAIRAND, f"{IDS_AND_TIMES} {SPARSE_LOG}"),
+    "kuairand-items": ("kuairand", f"--user_features none --time_bias=off {KUAIRAND}"),
+    "kuairand-users": ("kuairand", f"--time_bias=off {KUAIRAND}"),
+    "kuairand-time": ("kuairand", KUAIRAND),
 }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("name", choices=SETTINGS)
+    parser.add_argument("name", choices=[*SETTINGS, "table"])
     parser.add_argument("--source", help="folder of the raw files, if there are any")
     parser.add_argument("--work_dir", default="outputs/reproduce", help="data, checkpoints, logs")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--device", default="cpu")
     args = parser.parse_args()
-    prepare, flags = SETTINGS[args.name]
+    if args.name == "table":
+        print(table())
+        return
+    data, flags = SETTINGS[args.name]
+    data_dir = prepare(data, args.source, Path(args.work_dir))
     run_dir = Path(args.work_dir) / f"{args.name}_seed{args.seed}"
-    data_dir = Path(args.work_dir) / f"data_{args.name.split('-ids')[0]}"
-    if not (data_dir / "manifest.json").exists():
-        script, *arguments = prepare.split()
-        places = {"source": args.source, "data": data_dir}
-        call([f"scripts/{script}", *(argument.format(**places) for argument in arguments)])
     folders = [f"--data_dir={data_dir}", f"--output_dir={run_dir}", f"--log_dir={run_dir}/logs"]
-    command = [
-        "main.py",
-        *flags.split(),
-        f"--seed={args.seed}",
-        f"--device={args.device}",
-        "--num_workers=1",
-    ]
+    where = [f"--seed={args.seed}", f"--device={args.device}", "--num_workers=1"]
+    command = ["main.py", *flags.split(), *where]
     call([*command, *folders])
     result = {
         "name": args.name,
@@ -92,6 +96,44 @@ def main() -> None:
     path = RESULTS / f"{args.name}_seed{args.seed}.json"
     path.write_text(json.dumps(result, indent=1) + "\n")
     print(json.dumps(result))
+
+
+def prepare(data: str, source: str | None, work_dir: Path) -> Path:
+    """The data folder, written if it is not there."""
+    data_dir = work_dir / f"data_{data}"
+    if not (data_dir / "manifest.json").exists():
+        script, *arguments = DATA[data].split()
+        places = {"source": source, "data": data_dir}
+        call([f"scripts/{script}", *(argument.format(**places) for argument in arguments)])
+    return data_dir
+
+
+def table() -> str:
+    """A Markdown row per setting from its result files: mean and standard deviation over seeds."""
+    lines = [
+        "| setting | seeds | HR@10 | NDCG@10 | HR@200 | epochs | minutes |",
+        "|---|" + "---|" * 6,
+    ]
+    for name in SETTINGS:
+        results = [json.loads(path.read_text()) for path in sorted(RESULTS.glob(f"{name}_seed*"))]
+        if not results:
+            continue
+        scores = [
+            spread([result["test"][metric] for result in results])
+            for metric in ("HR@10", "NDCG@10", "HR@200")
+        ]
+        epochs = "/".join(str(result["best_epoch"]) for result in results)
+        minutes = "/".join(f"{result['curve'][-1]['seconds'] / 60:.0f}" for result in results)
+        lines.append("| " + " | ".join([name, str(len(results)), *scores, epochs, minutes]) + " |")
+    return "\n".join(lines)
+
+
+def spread(values: list[float]) -> str:
+    """As .3323 +- .0047, or the one value."""
+    digits = [f"{statistics.mean(values):.4f}"]
+    if len(values) > 1:
+        digits.append(f"{statistics.stdev(values):.4f}")
+    return " ± ".join(number.removeprefix("0") for number in digits)
 
 
 def call(command: list[str]) -> None:

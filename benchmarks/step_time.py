@@ -11,6 +11,7 @@ minute of the machine meets all alike. Two threads.
 from __future__ import annotations
 
 import argparse
+import collections
 import json
 import os
 import resource
@@ -77,23 +78,25 @@ class Ours:
         self.run.updater.step([batch], epoch=1, step=1)
         return (time.perf_counter() - start) * 1e3
 
-    def useful_flop(self) -> float:
+    def useful_flop(self) -> dict[str, float]:
         """Of a step's matrix products, mean over the batches; nothing of gaps or the future."""
         config = self.run.model.config
         D, H, dqk, dv = (
             config.hidden_units, config.num_heads, config.attention_dim, config.linear_dim
         )  # fmt: skip
-        total = 0.0
+        total: collections.Counter[str] = collections.Counter()
         for batch in self.batches:
             lengths = batch.offsets.diff()
             T, cells = int(lengths.sum()), int((lengths * (lengths + 1) // 2).sum())
             index = batch.negative_index
             M = len(batch.distinct_ids) if index is None else len(index)
-            linear = T * D * H * (3 * dv + 2 * dqk)  # U, V, Q, K and the output
-            attention = cells * H * (dqk + dv)
             # Twice as much on the way back: one product for each operand.
-            total += 3 * 2 * (config.num_blocks * (linear + attention) + T * M * D)
-        return total / len(self.batches)
+            scale = 3 * 2 / len(self.batches)
+            # U, V, Q, K and the output.
+            total["linear"] += scale * config.num_blocks * T * D * H * (3 * dv + 2 * dqk)
+            total["attention"] += scale * config.num_blocks * cells * H * (dqk + dv)
+            total["loss"] += scale * T * M * D
+        return total
 
 
 class Peer:
@@ -119,12 +122,21 @@ class Peer:
         self.process.wait()
 
 
-def product_rate() -> float:
-    """FLOP per second of a large float32 matrix product."""
-    x = torch.randn(2048, 2048)
-    start = time.perf_counter()
-    x @ x
-    return 2 * 2048**3 / (time.perf_counter() - start)
+def product_rates(maxlen: int, width: int) -> dict[str, float]:
+    """FLOP per second of float32 products: a large one, and those of a step's own shapes."""
+    pairs = {
+        "large": (torch.randn(2048, 2048), torch.randn(2048, 2048)),
+        "linear": (torch.randn(4096, width), torch.randn(width, 4 * width)),
+        "attention": (torch.randn(32, maxlen // 2, width), torch.randn(32, width, maxlen)),
+        "loss": (torch.randn(2048, width), torch.randn(width, 1024)),
+    }
+    rates = {}
+    for name, (a, b) in pairs.items():
+        a @ b  # its memory is there from now on
+        start = time.perf_counter()
+        product = a @ b
+        rates[name] = 2 * product.numel() * a.shape[-1] / (time.perf_counter() - start)
+    return rates
 
 
 def measure(args: argparse.Namespace, shape: str, folder: str) -> list[dict[str, object]]:
@@ -142,10 +154,11 @@ def measure(args: argparse.Namespace, shape: str, folder: str) -> list[dict[str,
     for _ in range(WARMUP_TURNS + args.turns):
         for name, model in (ours | peers).items():
             times[name] += [model.step() for _ in range(TURN)][1:]
-        rates += [product_rate() for _ in range(TURN)][1:]
+        rates += [product_rates(maxlen, width) for _ in range(TURN)][1:]
     for peer in peers.values():
         peer.close()
-    rate = median(rates[WARMUP_TURNS * (TURN - 1) :])
+    rates = rates[WARMUP_TURNS * (TURN - 1) :]
+    rate = {name: median(turn[name] for turn in rates) for name in rates[0]}
     rows = []
     for name in times:
         row = {"shape": shape, "model": "ours" if name in ours else name}
@@ -153,9 +166,12 @@ def measure(args: argparse.Namespace, shape: str, folder: str) -> list[dict[str,
         row["ms"] = median(times[name][WARMUP_TURNS * (TURN - 1) :])
         row["fastest_ms"] = min(times[name][WARMUP_TURNS * (TURN - 1) :])
         if name in ours:
-            row["floor_ms"] = ours[name].useful_flop() / rate * 1e3
+            flop = ours[name].useful_flop()
+            row["floor_ms"] = sum(flop.values()) / rate["large"] * 1e3
             row["times_floor"] = row["ms"] / row["floor_ms"]
-        rows.append(row | {"gflop_per_s": rate / 1e9})
+            row["own_shapes_floor_ms"] = sum(flop[kind] / rate[kind] for kind in flop) * 1e3
+            row["times_own_shapes_floor"] = row["ms"] / row["own_shapes_floor_ms"]
+        rows.append(row | {f"{kind}_gflop_per_s": r / 1e9 for kind, r in rate.items()})
     fastest = min((row["ms"] for row in rows if row["model"] != "ours"), default=None)
     for row in rows:
         if fastest and row["model"] == "ours":
