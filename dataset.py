@@ -105,6 +105,8 @@ class MyDataset(Dataset):
         has_logq: correct in-batch negatives for how often their items come (needs item_counts).
         request_time: Unix seconds of a query whose target is unknown; None: its last event's.
         host_vectors: feature id -> features.Feature of kind "emb" whose rows batches bring along.
+        has_windows: of "train": a sequence with more events is cut into windows, each an index of
+            its own, such that every event but the first is predicted once; else the newest alone.
 
     Raises:
         DataError: files are missing, or do not fit together.
@@ -122,6 +124,7 @@ class MyDataset(Dataset):
         has_logq: bool = False,
         request_time: int | None = None,
         host_vectors: Mapping[str, Any] | None = None,
+        has_windows: bool = False,
     ):
         if negatives not in NEGATIVES or (negatives in ("uniform", "mixed") and num_negatives < 1):
             raise ValueError(f"negatives {negatives!r} with num_negatives {num_negatives}: no loss")
@@ -157,6 +160,7 @@ class MyDataset(Dataset):
                 "%s: %d of %d sequences have fewer than %d events and are skipped, the first: %s",
                 split, skipped, len(is_usable), shortest, _first(np.flatnonzero(~is_usable)),
             )  # fmt: skip
+        self._windows = self._cut_windows(offsets) if has_windows and split == "train" else None
         if len(self):
             return
         if split == "train":
@@ -166,7 +170,18 @@ class MyDataset(Dataset):
             )
         log.warning("%s: no sequence to predict, so its results are left out", split)
 
+    def _cut_windows(self, offsets: np.ndarray) -> tuple[np.ndarray, np.ndarray] | None:
+        """(V,) sequence number of each window, and events behind its end; None: one a sequence."""
+        rows = np.arange(len(offsets) - 1) if self._usable is None else self._usable
+        counts = -(-(np.diff(offsets)[rows] - 1) // self.maxlen)
+        if (counts == 1).all():
+            return None
+        firsts = np.repeat(counts.cumsum() - counts, counts)
+        return np.repeat(rows, counts), self.maxlen * (np.arange(len(firsts)) - firsts)
+
     def __len__(self) -> int:
+        if self._windows is not None:
+            return len(self._windows[0])
         if self._usable is not None:
             return len(self._usable)
         return len(self._open()[1]) - 1
@@ -178,13 +193,18 @@ class MyDataset(Dataset):
         """The sequences `indices`, in one gather, ordered by falling length."""
         draw = indices if isinstance(indices, Draw) else Draw(np.asarray(indices), (0,))
         _, offsets, users = self._open()
-        rows = draw.indices if self._usable is None else self._usable[draw.indices]
+        rows, num_behind = draw.indices, 0
+        if self._windows is not None:
+            rows, num_behind = (column[rows] for column in self._windows)
+        elif self._usable is not None:
+            rows = self._usable[rows]
         has_target = self.target != "none"
-        starts = np.maximum(offsets[rows], offsets[rows + 1] - (self.maxlen + has_target))
-        order = np.argsort(starts - offsets[rows + 1], kind="stable")
-        rows, starts = rows[order], starts[order]
+        ends = offsets[rows + 1] - num_behind
+        starts = np.maximum(offsets[rows], ends - (self.maxlen + has_target))
+        order = np.argsort(starts - ends, kind="stable")
+        rows, starts, ends = rows[order], starts[order], ends[order]
         user_ids = (rows + 1 if users is None else users[rows]).astype(USER_DTYPE)
-        kept = self._gather(starts, offsets[rows + 1], user_ids)
+        kept = self._gather(starts, ends, user_ids)
         self._check(kept, rows, starts - offsets[rows])
         seen = None
         if self.split != "train":

@@ -47,6 +47,12 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     data = parser.add_argument_group("data").add_argument
     data("--data_dir", default="./data", help="folder of train_data.bin and the rest")
     data("--maxlen", type=at_least(1), default=101, help="events seen, the newest are kept")
+    data(
+        "--windows",
+        action=flag,
+        default=True,
+        help="train on all of a longer history, cut into windows, not on its newest events alone",
+    )
     data("--item_features", nargs="+", default=["all"], metavar="ID", help="all, none, or ids")
     data("--user_features", nargs="+", default=["all"], metavar="ID", help="all, none, or ids")
     data("--actions", action=flag, default=True, help="inputs carry the event's action type")

@@ -165,6 +165,7 @@ def open_datasets(
         negatives = "all" if manifest.num_items <= ALL_NEGATIVES_UP_TO else "mixed"
     options = {
         "maxlen": args.maxlen,
+        "has_windows": args.windows,
         "negatives": negatives,
         "num_negatives": args.num_negatives,
         "has_logq": args.logq,

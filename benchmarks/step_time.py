@@ -27,7 +27,7 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
-from reproduce import RESULTS, environment  # noqa: E402
+from reproduce import IDS_AND_TIMES, RESULTS, environment  # noqa: E402
 
 import main as program  # noqa: E402
 from data_folder import read_manifest  # noqa: E402
@@ -35,7 +35,8 @@ from dataset import BatchSampler  # noqa: E402
 from flags import get_args  # noqa: E402
 from run_setup import keep_freed_memory, make_loader, read_features  # noqa: E402
 
-PLAIN = "--item_features none --user_features none --no-actions --mm_emb_id --num_workers 0"
+# As the peers, which train on a user's newest events alone.
+PLAIN = f"{IDS_AND_TIMES} --no-windows --num_workers 0"
 TURN, WARMUP_TURNS = 5, 2
 SHAPES = {"N 200, d 50": (200, 50), "N 101, d 64": (101, 64)}  # maxlen, width; two blocks
 LOSSES = {

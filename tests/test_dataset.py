@@ -286,6 +286,35 @@ def test_sequences_too_short_are_skipped_with_one_warning(tmp_path, caplog):
     assert len(MyDataset(folder, "test")) == 4
 
 
+@pytest.mark.parametrize("maxlen", [1, 2, MAXLEN, 100])
+@pytest.mark.parametrize("lengths", [LENGTHS, [2, 1, 9, 5, 0]])
+def test_windows_predict_every_event_but_the_first_once(tmp_path, lengths, maxlen):
+    folder = write(tmp_path, lengths)
+    dataset = MyDataset(folder, "train", maxlen, has_windows=True)
+    found = []
+    for index in range(len(dataset)):
+        batch = make_batch(dataset, [index])
+        assert batch.offsets[1] <= maxlen
+        found += [(batch.user_ids.item(), time) for time in batch.target_timestamps.tolist()]
+    expected = [
+        (user, time)
+        for user, events in zip(USERS, histories(lengths), strict=False)
+        for _, _, time in events[1:]
+    ]
+    assert sorted(found) == sorted(expected)
+
+
+def test_the_first_window_is_the_newest_and_valid_and_test_have_no_other(folder):
+    newest = MyDataset(folder, "train", MAXLEN)
+    windows = MyDataset(folder, "train", MAXLEN, has_windows=True)
+    first_of_each = [0, 1, 3, 4, 5, 7, 8]  # 9 and 6 events are cut in two
+    one, other = make_batch(newest, range(7)), make_batch(windows, first_of_each)
+    assert decoded(one) == decoded(other)
+    assert len(windows) == 9
+    for split in ("valid", "test"):
+        assert len(MyDataset(folder, split, MAXLEN, has_windows=True)) == 7
+
+
 def test_nothing_is_said_where_all_sequences_are_long_enough(folder, caplog):
     MyDataset(folder, "train")
     assert caplog.records == []

@@ -59,6 +59,7 @@ GOLDEN = [8.2413, 6.1764, 11.4804, 6.5539, 7.0763, 8.1289, 6.7628, 5.5327, 7.008
 # Flag -> (flags of one run, flags of the other): the trained weights must differ.
 TRAINING_FLAGS = {
     "maxlen": ([], ["--maxlen=3"]),
+    "windows": (["--maxlen=3"], ["--maxlen=3", "--no-windows"]),
     "item_features": (["--item_features", "100"], ["--item_features", "none"]),
     "user_features": ([], ["--user_features", "103", "age"]),
     "actions": ([], ["--no-actions"]),
