@@ -125,6 +125,19 @@ def file_entry(path: str | Path) -> dict[str, Any]:
     return {"size": os.path.getsize(path), "sha256": sha256_of(path)}
 
 
+@contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """Turns what reading `path` may raise into a DataError with its name."""
+    try:
+        yield
+    except DataError:
+        raise
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror or error})") from error
+    except (ValueError, EOFError, RecursionError) as error:
+        raise DataError(f"{path}: {error}; the file is damaged or in another format") from error
+
+
 def write_json(path: str | Path, value: Any) -> None:
     """Write a small JSON file; NaN and infinity, which `read_json` refuses, are a ValueError."""
     text = json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n"

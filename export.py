@@ -18,9 +18,10 @@ from atomic_io import DataError, atomic_write, sweep_temporaries, write_hashed, 
 from checkpoint import differences, load_checkpoint, load_weights
 from data_folder import Manifest, original_ids, read_candidates, read_manifest
 from dataset import BatchSampler, MyDataset, emb_pieces
-from features import find_vectors, load_features, load_vectors
+from features import load_features
 from hstu_components import FeatureTables
 from interrupts import stop_signals
+from item_vectors import find_vectors, load_vectors
 from model import HSTUConfig, HSTUModel
 from run_setup import make_loader, pick_device, read_features, seen_rows, vectors_on_host
 

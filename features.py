@@ -1,64 +1,29 @@
-"""Feature files -> dense tables and their caches (JSON, pickled or listed vectors).
-
-Sources are parsed once, streaming, into `data_dir/.cache/`: `.npy` files that open as memmaps, and
-a key file per feature, written last, that names the content they were built from.
-"""
+"""Feature files -> one column per feature: what feature_types.json lists of a *_feat_dict.json."""
 
 from __future__ import annotations
 
-import fcntl
-import hashlib
 import itertools
-import json
 import logging
-import os
-import re
-import tempfile
-import tokenize
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
-from urllib.parse import quote
 
 import numpy as np
 
-from atomic_io import DataError, atomic_write, read_json, sha256_of, sweep_temporaries, write_json
-from safe_pickle import load_pickle
+from atomic_io import DataError, read_json
+from feature_cache import Feature, cached
+from json_stream import read_pairs
 
-CACHE_VERSION = 1  # raise it when a parser comes to read the same source differently
-_TEXT_BLOCK = 1 << 22  # characters
-_LONGEST_RECORD = 1 << 26  # characters; a broken file is not read to its end as one record
 _RECORDS = 20_000  # parsed at once
-_VECTORS = 1024  # parsed at once; 130 MB of Python floats at width 4096
 _MAX_PROBLEMS = 20  # shown
 _LONGEST_LIST = 10_000  # values; every batch that holds such an item embeds them all
 _BAD_VALUE = (ValueError, TypeError, OverflowError)  # what a parser may raise
 
-_VECTOR_FILE = r"(?:emb_(.+)_\d+|([^.]+))\.(?:pkl|npy)"
-_DECODER = json.JSONDecoder()
-_SPACE = re.compile(r"[ \t\n\r]*")
-_COLON = re.compile(r"[ \t\n\r]*:[ \t\n\r]*")
-_END = re.compile(r"[ \t\n\r]*([,}])")
-
 log = logging.getLogger("hstu")
 
 
-class Feature(NamedTuple):
-    """A column: one value, list or vector per item (or user); row 0 is padding and all zero.
-
-    R = items + 1 rows, V listed values in all, W wide. Arrays may be read-only memmaps.
-    """
-
-    kind: str  # "sparse", "array", "continual", "emb", or a kind registered in PARSERS
-    size: int  # sparse, array: cardinality (values 0..size, 0 unknown); continual: 1; emb: W
-    values: np.ndarray  # sparse (R,), array (V,) int32; continual (R,), emb (R, W) float32, raw
-    offsets: np.ndarray | None = None  # array: (R + 1,) int64, row r is values[o[r]:o[r + 1]]
-    present: np.ndarray | None = None  # emb: (R,) bool, True: the item has a vector
-
-
-class Column(NamedTuple):
+class RawColumn(NamedTuple):
     """What a parser gets: some rows of one feature, in any order."""
 
     kind: str
@@ -104,84 +69,15 @@ def load_features(
 
     features = build(custom) if custom else {}
     if own:
-        content = [CACHE_VERSION, num_rows, _hashes(data_dir, [source])]
-        features |= _cached(data_dir, side, {i: [*content, *columns[i][:3]] for i in own}, build)
+        settings = {i: columns[i][:3] for i in own}
+        features |= cached(data_dir, side, num_rows, [source], settings, build)
     return {i: features[i] for i in columns}
-
-
-def load_vectors(
-    data_dir: str | Path,
-    feature_ids: Sequence[str],
-    item_ids: Mapping[Any, int],
-    num_items: int,
-    *,
-    trust_pickle: bool = False,
-) -> dict[str, Feature]:
-    """Vector features of the items out of creative_emb/, as float32 memmaps.
-
-    Args:
-        data_dir: folder of creative_emb/.
-        feature_ids: vector features, as `find_vectors` names them.
-        item_ids: original item id -> row 1..num_items; text "123" and number 123 are one id.
-        num_items: items without padding; tables have one row more.
-        trust_pickle: run whatever a .pkl holds, instead of refusing all but plain data.
-
-    Raises:
-        DataError: a feature has no file, widths differ, a value is not finite, or no id matches.
-    """
-    available, features = find_vectors(data_dir), {}
-    if absent := [i for i in feature_ids if i not in available]:
-        raise DataError(
-            f"{Path(data_dir) / 'creative_emb'}: no vectors for {', '.join(absent)}; "
-            f"there are {', '.join(available) or 'none'}"
-        )
-    digest = hashlib.sha256()
-    for batch in _batches(item_ids.items(), _RECORDS):
-        digest.update(repr(batch).encode(errors="backslashreplace"))
-    for i in feature_ids:
-        parts = _parts(available[i])
-        key = [CACHE_VERSION, num_items, _hashes(Path(data_dir), parts), digest.hexdigest()]
-
-        def build(stems: dict[str, Path], i: str = i, parts: list[Path] = parts) -> dict:
-            log.info("%s: reading vectors", available[i])
-            pairs = ((p, *pair) for p in parts for pair in _pairs(p, num_items, trust_pickle))
-            return {i: _fill(available[i], pairs, item_ids, num_items, stems[i])}
-
-        features |= _cached(Path(data_dir), "emb", {i: key}, build)
-        share = features[i].present[1:].mean()
-        log.log(
-            logging.INFO if share >= 0.5 else logging.WARNING,
-            "creative_emb/%s: %.1f %% of %s items have a vector, width %d",
-            *(i, 100 * share, f"{num_items:,}", features[i].size),
-        )
-    return features
-
-
-def find_vectors(data_dir: str | Path) -> dict[str, Path]:
-    """Vector file or folder per feature id.
-
-    `81.pkl`, `emb_81_32.pkl`: a dict original id -> vector. `emb_81_32/`, `emb_81_32_parquet/`:
-    JSON lines or Parquet with `anonymous_cid` and `emb`. `81.npy`, `emb_81_32.npy`: float
-    (num_items + 1, W) by re-id, a row of NaN for an item without a vector; row 0 is passed over.
-
-    Raises:
-        DataError: a feature has two sources.
-    """
-    found: dict[str, Path] = {}
-    for path in sorted((Path(data_dir) / "creative_emb").glob("*")):
-        pattern = r"emb_(.+)_\d+(?:_parquet)?" if path.is_dir() else _VECTOR_FILE
-        if match := re.fullmatch(pattern, path.name):
-            i = match[match.lastindex]
-            if i in found:
-                raise DataError(f"{path}: feature {i} has {found[i].name} too; keep one of them")
-            found[i] = path
-    return found
 
 
 # ---- feature_types.json and its companions -------------------------------------------------------
 
 
-def _list_columns(data_dir: Path, side: str, wanted: str | Sequence[str]) -> dict[str, Column]:
+def _list_columns(data_dir: Path, side: str, wanted: str | Sequence[str]) -> dict[str, RawColumn]:
     """A column without values per wanted feature of this side."""
     path = data_dir / "feature_types.json"
     if not path.exists() and (data_dir / f"{side}_feat_dict.json").exists():
@@ -207,7 +103,7 @@ def _list_columns(data_dir: Path, side: str, wanted: str | Sequence[str]) -> dic
     if absent and (path := data_dir / "feature_default_value.json").exists():
         log.warning("%s: no value for %s; 0, or an empty list, is used", path, ", ".join(absent))
     return {
-        i: Column(
+        i: RawColumn(
             kind, sizes.get(i, 0), defaults.get(i, [] if kind == "array" else 0), Counter(), []
         )
         for i, kind in kinds.items()
@@ -241,11 +137,11 @@ def _read_optional(path: Path) -> dict[str, Any]:
 # ---- parsers: a kind's column of JSON values -> Feature ------------------------------------------
 
 
-def _sparse(column: Column) -> Feature:
+def _sparse(column: RawColumn) -> Feature:
     return Feature("sparse", column.size, _codes(column.values, column))
 
 
-def _array(column: Column) -> Feature:
+def _array(column: RawColumn) -> Feature:
     values = column.values
     if scalars := sum(type(value) is not list for value in values):
         column.notes["single values read as lists of one"] += scalars
@@ -259,7 +155,7 @@ def _array(column: Column) -> Feature:
     return Feature("array", column.size, codes, offsets)
 
 
-def _continual(column: Column) -> Feature:
+def _continual(column: RawColumn) -> Feature:
     if set(map(type, column.values)) - {int, float}:
         raise ValueError("not a number")
     with np.errstate(over="ignore"):
@@ -274,7 +170,7 @@ def _continual(column: Column) -> Feature:
     return Feature("continual", 1, values)
 
 
-def _codes(values: list, column: Column) -> np.ndarray:
+def _codes(values: list, column: RawColumn) -> np.ndarray:
     """(V,) int32 in 0..size; text, a value not seen in training, is 0 and counted."""
     types = Counter(map(type, values))
     if texts := types.pop(str, 0):
@@ -292,7 +188,7 @@ def _codes(values: list, column: Column) -> np.ndarray:
 # "user_mykind") in feature_types.json. The parser sees some rows at a time, so a row may depend on
 # its own value only. It returns a Feature of as many rows, values (rows, ...) or flat values with
 # offsets, and raises ValueError for a bad value; file, item, feature and value are put before it.
-PARSERS: dict[str, Callable[[Column], Feature]] = {
+PARSERS: dict[str, Callable[[RawColumn], Feature]] = {
     "sparse": _sparse,
     "array": _array,
     "continual": _continual,
@@ -302,12 +198,13 @@ PARSERS: dict[str, Callable[[Column], Feature]] = {
 # ---- item_feat_dict.json, user_feat_dict.json -> columns -----------------------------------------
 
 
-def _scan(source: Path, columns: dict[str, Column], num_rows: int) -> dict[str, Feature]:
+def _scan(source: Path, columns: dict[str, RawColumn], num_rows: int) -> dict[str, Feature]:
     """One pass over the file; in memory are the columns and one block of records."""
     log.info("%s: reading %d features", source, len(columns))
     blocks = {i: [_default_row(source, i, column)] for i, column in columns.items()}
     rows = [np.zeros(0, np.int64)]
-    for batch in _batches(_records(source), _RECORDS):
+    pairs = read_pairs(source)
+    while batch := list(itertools.islice(pairs, _RECORDS)):
         rows.append(np.array([_row_id(source, num_rows, *pair) for pair in batch]))
         for i, column in columns.items():
             blocks[i].append(_parse(source, i, column, batch))
@@ -320,7 +217,7 @@ def _scan(source: Path, columns: dict[str, Column], num_rows: int) -> dict[str, 
     return {i: _take(blocks.pop(i), place) for i in columns}
 
 
-def _default_row(source: Path, i: str, column: Column) -> Feature:
+def _default_row(source: Path, i: str, column: RawColumn) -> Feature:
     try:
         return PARSERS[column.kind](column._replace(values=[column.default], notes=Counter()))
     except _BAD_VALUE as error:
@@ -337,7 +234,7 @@ def _row_id(source: Path, num_rows: int, key: str, record: Any) -> int:
     return row
 
 
-def _parse(source: Path, i: str, column: Column, batch: list) -> Feature:
+def _parse(source: Path, i: str, column: RawColumn, batch: list) -> Feature:
     values = [record.get(i) for _, record in batch]
     if None in values:
         values = [column.default if value is None else value for value in values]
@@ -370,288 +267,3 @@ def _take(blocks: list[Feature], place: np.ndarray) -> Feature:
     offsets = np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths)])
     index = np.arange(offsets[-1]) + np.repeat(starts - offsets[:-1], lengths)
     return blocks[0]._replace(values=values[index], offsets=offsets)
-
-
-def _records(path: Path) -> Iterator[tuple[str, Any]]:
-    """(key, value) pairs of one JSON object, however long; of a key that occurs twice, both."""
-    with _reading(path), open(path, encoding="utf-8-sig") as file:
-        text, position = file.read(_TEXT_BLOCK), 0
-        start = re.match(r"[ \t\n\r]*\{[ \t\n\r]*(\}?)", text)
-        if not start:
-            raise DataError(f"{path}: no JSON object; the file is empty, truncated or not JSON")
-        at, is_closed = start.end(), bool(start[1])
-        while not is_closed:
-            try:
-                key, value, end = _pair(text, at)
-            except ValueError as error:  # the pair goes on in the next block, or is broken
-                block = file.read(_TEXT_BLOCK)
-                text, at, position = text[at:] + block, 0, position + at
-                if not block or len(text) > _LONGEST_RECORD:
-                    raise DataError(
-                        f"{path}: behind character {position}: {error}; truncated or not JSON"
-                    ) from error
-                continue
-            yield key, value
-            at, is_closed = end.end(), end[1] == "}"
-        if (text[at:] + file.read(_TEXT_BLOCK)).strip(" \t\n\r"):
-            raise DataError(f"{path}: text behind the end of the object; remove it")
-
-
-def _pair(text: str, at: int) -> tuple[str, Any, re.Match[str]]:
-    """A key, its value, and the `,` or `}` without which a number might go on in the next block."""
-    key, at = _DECODER.raw_decode(text, _SPACE.match(text, at).end())
-    colon = _COLON.match(text, at)
-    if not isinstance(key, str) or not colon:
-        raise ValueError('expected "key":')
-    value, at = _DECODER.raw_decode(text, colon.end())
-    end = _END.match(text, at)
-    if not end:
-        raise ValueError("expected , or }")
-    return key, value, end
-
-
-@contextmanager
-def _reading(path: Path) -> Iterator[None]:
-    """Turns what reading `path` may raise into a DataError with its name."""
-    try:
-        yield
-    except DataError:
-        raise
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror or error})") from error
-    except (ValueError, EOFError, RecursionError) as error:
-        raise DataError(f"{path}: {error}; the file is damaged or in another format") from error
-
-
-def _batches(values: Iterable, size: int) -> Iterator[list]:
-    values = iter(values)
-    while batch := list(itertools.islice(values, size)):
-        yield batch
-
-
-# ---- creative_emb/ -> tables ---------------------------------------------------------------------
-
-
-def _parts(source: Path) -> list[Path]:
-    """The file, or a folder's files without _SUCCESS, checksums and notes."""
-    if source.is_file():
-        return [source]
-    known = ("", ".json", ".jsonl", ".parquet")
-    parts = [p for p in sorted(source.iterdir()) if p.name[0] not in "._" and p.suffix in known]
-    if not parts:
-        raise DataError(f"{source}: empty, expected *.json, part-00000 ... or *.parquet")
-    return parts
-
-
-def _pairs(path: Path, num_items: int, trust_pickle: bool) -> Iterable[tuple[Any, Any]]:
-    """(original id, vector) of one file; of a dense table (row, vector)."""
-    if path.suffix == ".npy":
-        return _dense_pairs(path, num_items)
-    if path.suffix != ".pkl":
-        return _parquet_pairs(path) if path.suffix == ".parquet" else _line_pairs(path)
-    table = load_pickle(path, trust=trust_pickle)
-    if not isinstance(table, dict):
-        raise DataError(f"{path}: a {type(table).__name__}, expected a dict id -> vector")
-    return table.items()
-
-
-def _dense_pairs(path: Path, num_items: int) -> Iterator[tuple[int, np.ndarray]]:
-    with _reading(path):
-        table = _map(path)
-    if table.ndim != 2 or table.dtype.kind != "f" or len(table) != num_items + 1:
-        raise DataError(
-            f"{path}: {table.dtype} {table.shape}, expected float ({num_items + 1}, width)"
-        )
-    for row in range(1, num_items + 1):
-        if not np.isnan(table[row]).all():
-            yield row, table[row]
-
-
-def _line_pairs(path: Path) -> Iterator[tuple[Any, Any]]:
-    with _reading(path), open(path, "rb") as file:
-        for number, line in enumerate(file, 1):
-            if line.strip():
-                try:
-                    record = json.loads(line)
-                    pair = record["anonymous_cid"], record["emb"]
-                except (ValueError, KeyError, TypeError) as error:
-                    raise DataError(
-                        f"{path}: line {number}: {type(error).__name__} {error}; "
-                        'expected {"anonymous_cid": ..., "emb": [...]}'
-                    ) from error
-                yield pair
-
-
-def _parquet_pairs(path: Path) -> Iterator[tuple[Any, Any]]:
-    try:
-        from pyarrow import parquet
-    except ImportError as error:
-        raise DataError(f"{path}: reading it needs pyarrow; pip install pyarrow") from error
-    with _reading(path), parquet.ParquetFile(path) as file:
-        columns = ["anonymous_cid", "emb"]
-        if missing := set(columns) - set(file.schema_arrow.names):
-            raise DataError(f"{path}: no column {', '.join(sorted(missing))}")
-        for batch in file.iter_batches(_VECTORS, columns=columns):
-            ids, vectors = batch.column("anonymous_cid"), batch.column("emb")
-            yield from zip(ids.to_pylist(), vectors.to_numpy(zero_copy_only=False), strict=True)
-
-
-def _fill(source: Path, pairs: Iterable, item_ids: Mapping, num_items: int, stem: Path) -> Feature:
-    """The vectors of our items, written to `stem`.values.npy as they come; never all in memory."""
-    present = np.zeros(num_items + 1, bool)
-    table = None
-    with atomic_write(f"{stem}.values.npy") as file:
-        for path, original, vector in pairs:
-            row = original if path.suffix == ".npy" else _row_of(path, item_ids, original)
-            if row is None:
-                continue
-            values = _vector(path, original, vector, None if table is None else table.shape[1])
-            if table is None:
-                shape = (num_items + 1, len(values))
-                table = np.lib.format.open_memmap(file.name, "w+", np.float32, shape)
-                os.posix_fallocate(file.fileno(), 0, os.path.getsize(file.name))  # else SIGBUS
-            table[row] = values
-            present[row] = True
-        if table is None:
-            raise DataError(
-                f"{source}: none of its ids is an item of indexer.pkl (text and numbers compare "
-                "alike); it is empty or of another data set"
-            )
-        table.flush()
-    return Feature("emb", table.shape[1], table, present=present)
-
-
-def _row_of(source: Path, item_ids: Mapping, original: Any) -> int | None:
-    """Row of an original id, as it is or in the other spelling; None: not one of our items."""
-    if not isinstance(original, str | int | float | np.number):
-        raise DataError(f"{source}: id {original!r:.60}, expected text or a number")
-    row = item_ids.get(original)
-    if row is None and isinstance(original, str):
-        is_number = original.isdecimal() and len(original) < 20 and str(int(original)) == original
-        return item_ids.get(int(original)) if is_number else None
-    return item_ids.get(str(original)) if row is None else row
-
-
-def _vector(source: Path, original: Any, vector: Any, width: int | None) -> np.ndarray:
-    """(width,) float32, finite."""
-    where = f"{source}: id {original!r}"
-    try:
-        with np.errstate(over="ignore"):
-            values = np.asarray(vector, np.float32)
-    except _BAD_VALUE as error:
-        raise DataError(f"{where}: {vector!r:.60}, expected a list of numbers") from error
-    if values.ndim != 1 or not len(values) or len(values) != (width or len(values)):
-        found = "x".join(map(str, values.shape)) or "none"
-        raise DataError(f"{where} has width {found}, expected {width or 'a list of numbers'}")
-    if not np.isfinite(values).all():
-        raise DataError(f"{where}: NaN or Infinity in its vector; correct or remove it")
-    return values
-
-
-# ---- data_dir/.cache: {stem}.{values,offsets,present}.npy count only with their {stem}.json ------
-
-
-def _cached(
-    data_dir: Path,
-    prefix: str,
-    keys: dict[str, list],
-    build: Callable[[dict[str, Path]], dict[str, Feature]],
-) -> dict[str, Feature]:
-    """Features as memmaps, by id; `build` makes those that are not cached under their key.
-
-    A reader takes no lock. A builder does, so that processes started together build once; it
-    removes the key first and writes it last, so that a kill leaves nothing that looks complete.
-    """
-    folder = data_dir / ".cache"
-    features = {i: _open(_stem(folder, prefix, i), key) for i, key in keys.items()}
-    if all(features.values()):
-        return features
-    try:
-        folder.mkdir(exist_ok=True)
-        with open(folder / "lock", "a") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            sweep_temporaries(folder)
-            return _complete(folder, prefix, keys, build)
-    except OSError as error:
-        log.info("%s: %s, so tables are built again in every run", folder, error.strerror or error)
-    with tempfile.TemporaryDirectory() as temporary:  # an open memmap outlives its file
-        return _complete(Path(temporary), prefix, keys, build)
-
-
-def _complete(folder: Path, prefix: str, keys: dict[str, list], build: Callable) -> dict:
-    stems = {i: _stem(folder, prefix, i) for i in keys}
-    features = {i: _open(stems[i], key) for i, key in keys.items()}
-    missing = {i: stem for i, stem in stems.items() if not features[i]}
-    for stem in missing.values():
-        Path(f"{stem}.json").unlink(missing_ok=True)
-    for i, feature in (build(missing) if missing else {}).items():
-        _save(stems[i], keys[i], feature)
-        features[i] = _open(stems[i], keys[i])
-    return features
-
-
-def _stem(folder: Path, prefix: str, feature_id: str) -> Path:
-    return folder / f"{prefix}-{quote(feature_id, safe='')}"
-
-
-def _save(stem: Path, key: list, feature: Feature) -> None:
-    sizes = {}
-    for field in ("values", "offsets", "present"):
-        array, target = getattr(feature, field), Path(f"{stem}.{field}.npy")
-        if array is None:
-            continue
-        if not isinstance(array, np.memmap):  # a memmap was written in place, by _fill
-            with atomic_write(target) as file:
-                np.save(file, array)
-        sizes[field] = os.path.getsize(target)
-    entry = {"key": key, "kind": feature.kind, "size": feature.size, "bytes": sizes}
-    write_json(f"{stem}.json", entry)
-
-
-def _open(stem: Path, key: list) -> Feature | None:
-    """The cached feature; None where it is absent, damaged or of other content."""
-    key_path = Path(f"{stem}.json")
-    try:
-        text = key_path.read_bytes()
-        entry = json.loads(text)
-        arrays = {}
-        for field, size in entry["bytes"].items():
-            path = f"{stem}.{field}.npy"
-            arrays[field] = _map(path)
-            if os.path.getsize(path) != size:
-                return None
-        is_current = entry["key"] == key and key_path.read_bytes() == text  # not rebuilt meanwhile
-        return Feature(entry["kind"], entry["size"], **arrays) if is_current else None
-    except (OSError, ValueError, LookupError, TypeError, AttributeError, EOFError):
-        return None
-
-
-def _map(path: str | Path) -> np.ndarray:
-    try:
-        return np.load(path, mmap_mode="r")
-    except (SyntaxError, tokenize.TokenError) as error:  # numpy lets them out of a damaged header
-        raise ValueError(f"damaged header ({error})") from error
-
-
-def _hashes(data_dir: Path, paths: Sequence[Path]) -> dict[str, str]:
-    """SHA-256 by file name, taken anew only where size, mtime or ctime is not that of last time.
-
-    ctime, because mtime can be set back: an edit that keeps both size and mtime counts too.
-    """
-    memo_path = data_dir / ".cache" / "sources.json"
-    memo: dict[str, dict] = {}
-    with suppress(DataError):
-        memo = _read_optional(memo_path)
-    fresh = {}
-    for path in paths:
-        with _reading(path):
-            stat, name = path.stat(), path.relative_to(data_dir).as_posix()
-            stamp = [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns]
-            known = memo.get(name, {"stamp": None})
-            is_same = known["stamp"] == stamp
-            fresh[name] = known if is_same else {"stamp": stamp, "sha256": sha256_of(path)}
-    if memo | fresh != memo:
-        with suppress(OSError):
-            memo_path.parent.mkdir(exist_ok=True)
-            write_json(memo_path, memo | fresh)
-    return {name: entry["sha256"] for name, entry in fresh.items()}

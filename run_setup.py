@@ -16,9 +16,10 @@ from torch.utils.data import DataLoader
 from atomic_io import DataError
 from data_folder import Manifest, check_re_ids, read_indexer
 from dataset import Batch, BatchSampler, MyDataset
-from features import Feature, find_vectors, load_features, load_vectors
+from features import Feature, load_features
 from flags import DEFAULT_MM_EMB_ID, MODEL_VECTORS_UP_TO
 from interrupts import leave_signals_to_parent
+from item_vectors import find_vectors, load_vectors
 
 log = logging.getLogger("hstu")
 

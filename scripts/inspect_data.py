@@ -26,7 +26,8 @@ from data_folder import (
     read_manifest,
     split_path,
 )
-from features import Feature, find_vectors, load_features, load_vectors
+from features import Feature, load_features
+from item_vectors import find_vectors, load_vectors
 
 BLOCK = 1 << 22  # events looked at at once
 MAX_PROBLEMS = 20  # shown

@@ -41,8 +41,8 @@ from data_folder import (
     read_indexer,
 )
 from data_writer import retire_manifest, write_manifest, write_records, write_schema, write_split
-from features import find_vectors
 from flags import at_least
+from item_vectors import find_vectors
 from tencentgr_source import (
     FAULTS,
     NUM_ACTIONS,

@@ -29,7 +29,8 @@ from data_folder import (
     read_manifest,
 )
 from data_writer import Column, leave_one_out, write_dataset
-from features import load_features, load_vectors
+from features import load_features
+from item_vectors import load_vectors
 
 NUM_ITEMS, NUM_USERS, NUM_ACTIONS = 19, 8, 3
 

@@ -14,7 +14,10 @@ ALLOWED = {
     "atomic_io": set(),
     "safe_pickle": {"atomic_io"},
     "checkpoint": {"atomic_io"},
-    "features": {"atomic_io", "safe_pickle"},
+    "json_stream": {"atomic_io"},
+    "feature_cache": {"atomic_io"},
+    "features": {"atomic_io", "feature_cache", "json_stream"},
+    "item_vectors": {"atomic_io", "feature_cache", "safe_pickle"},
     "data_folder": {"atomic_io", "safe_pickle"},
     "data_writer": {"atomic_io", "data_folder"},
     "dataset": {"atomic_io", "data_folder"},
@@ -27,7 +30,15 @@ ALLOWED = {
     "flags": set(),
     "interrupts": set(),
     "run_log": set(),
-    "run_setup": {"atomic_io", "data_folder", "dataset", "features", "flags", "interrupts"},
+    "run_setup": {
+        "atomic_io",
+        "data_folder",
+        "dataset",
+        "features",
+        "flags",
+        "interrupts",
+        "item_vectors",
+    },
 }
 ALLOWED["updates"] = {"atomic_io", "hstu_components", "model", "optimizer"}
 ALLOWED["export"] = set(ALLOWED) - {

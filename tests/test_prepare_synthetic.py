@@ -12,7 +12,8 @@ import pytest
 from atomic_io import read_json
 from data_folder import SPLITS, open_split, original_ids, read_indexer
 from dataset import MyDataset
-from features import load_features, load_vectors
+from features import load_features
+from item_vectors import load_vectors
 
 NUM_USERS, NUM_ITEMS, SEED = 601, 260, 3
 

@@ -17,7 +17,8 @@ import pytest
 from atomic_io import read_json
 from data_folder import open_split, read_indexer, read_manifest
 from dataset import MyDataset
-from features import load_features, load_vectors
+from features import load_features
+from item_vectors import load_vectors
 
 START = 1_700_000_000
 SHARED = Path(__file__).resolve().parent.parent.parent / "shared" / "data"

@@ -17,7 +17,8 @@ import main
 import tencentgr_source
 from atomic_io import DataError, read_json
 from data_folder import open_split, original_ids, read_manifest
-from features import load_features, load_vectors
+from features import load_features
+from item_vectors import load_vectors
 
 SAMPLE = Path(__file__).resolve().parent.parent.parent / "shared" / "data" / "tencentgr-sample"
 NUM_ITEMS, NUM_USERS = 17, 40

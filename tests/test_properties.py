@@ -30,7 +30,8 @@ from data_folder import (
 )
 from data_writer import Column, write_dataset
 from dataset import BatchSampler, MyDataset, count_items
-from features import find_vectors, load_features, load_vectors
+from features import load_features
+from item_vectors import find_vectors, load_vectors
 
 SECONDS = 2.0  # the longest that opening a damaged folder may take
 

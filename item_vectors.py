@@ -1,0 +1,223 @@
+"""Multimodal vectors of the items: creative_emb/ -> one float32 table per feature."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import logging
+import os
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from atomic_io import DataError, atomic_write, reading
+from feature_cache import Feature, cached, map_array
+from safe_pickle import load_pickle
+
+_IDS = 20_000  # hashed at once
+_VECTORS = 1024  # of Parquet, read at once; 16 MB of float32 at width 4096
+_VECTOR_FILE = r"(?:emb_(.+)_\d+|([^.]+))\.(?:pkl|npy)"
+
+log = logging.getLogger("hstu")
+
+
+def load_vectors(
+    data_dir: str | Path,
+    feature_ids: Sequence[str],
+    item_ids: Mapping[Any, int],
+    num_items: int,
+    *,
+    trust_pickle: bool = False,
+) -> dict[str, Feature]:
+    """Vector features of the items out of creative_emb/, as float32 memmaps.
+
+    Args:
+        data_dir: folder of creative_emb/.
+        feature_ids: vector features, as `find_vectors` names them.
+        item_ids: original item id -> row 1..num_items; text "123" and number 123 are one id.
+        num_items: items without padding; tables have one row more.
+        trust_pickle: run whatever a .pkl holds, instead of refusing all but plain data.
+
+    Raises:
+        DataError: a feature has no file, widths differ, a value is not finite, or no id matches.
+    """
+    data_dir = Path(data_dir)
+    available, features = find_vectors(data_dir), {}
+    if absent := [i for i in feature_ids if i not in available]:
+        raise DataError(
+            f"{data_dir / 'creative_emb'}: no vectors for {', '.join(absent)}; "
+            f"there are {', '.join(available) or 'none'}"
+        )
+    ids_hash = _hash_of_ids(item_ids)
+    for i in feature_ids:
+        source, files = available[i], _files(available[i])
+
+        def build(stems: dict[str, Path], source=source, files=files) -> dict[str, Feature]:
+            log.info("%s: reading vectors", source)
+            rows = (row for f in files for row in _rows(f, item_ids, num_items, trust_pickle))
+            return {i: _fill(source, rows, num_items, stem) for i, stem in stems.items()}
+
+        features |= cached(data_dir, "emb", num_items, files, {i: [ids_hash]}, build)
+        share = features[i].present[1:].mean()
+        log.log(
+            logging.INFO if share >= 0.5 else logging.WARNING,
+            "creative_emb/%s: %.1f %% of %s items have a vector, width %d",
+            *(i, 100 * share, f"{num_items:,}", features[i].size),
+        )
+    return features
+
+
+def find_vectors(data_dir: str | Path) -> dict[str, Path]:
+    """Vector file or folder per feature id.
+
+    `81.pkl`, `emb_81_32.pkl`: a dict original id -> vector. `emb_81_32/`, `emb_81_32_parquet/`:
+    JSON lines or Parquet with `anonymous_cid` and `emb`. `81.npy`, `emb_81_32.npy`: float
+    (num_items + 1, W) by re-id, a row of NaN for an item without a vector; row 0 is passed over.
+
+    Raises:
+        DataError: a feature has two sources.
+    """
+    found: dict[str, Path] = {}
+    for path in sorted((Path(data_dir) / "creative_emb").glob("*")):
+        pattern = r"emb_(.+)_\d+(?:_parquet)?" if path.is_dir() else _VECTOR_FILE
+        if match := re.fullmatch(pattern, path.name):
+            i = match[match.lastindex]
+            if i in found:
+                raise DataError(f"{path}: feature {i} has {found[i].name} too; keep one of them")
+            found[i] = path
+    return found
+
+
+def _hash_of_ids(item_ids: Mapping[Any, int]) -> str:
+    digest, pairs = hashlib.sha256(), iter(item_ids.items())
+    while some := list(itertools.islice(pairs, _IDS)):
+        digest.update(repr(some).encode(errors="backslashreplace"))
+    return digest.hexdigest()
+
+
+def _files(source: Path) -> list[Path]:
+    """The file, or a folder's files without _SUCCESS, checksums and notes."""
+    if source.is_file():
+        return [source]
+    known = ("", ".json", ".jsonl", ".parquet")
+    files = [p for p in sorted(source.iterdir()) if p.name[0] not in "._" and p.suffix in known]
+    if not files:
+        raise DataError(f"{source}: empty, expected *.json, part-00000 ... or *.parquet")
+    return files
+
+
+def _rows(
+    path: Path, item_ids: Mapping[Any, int], num_items: int, trust_pickle: bool
+) -> Iterator[tuple[Path, int, Any, Any]]:
+    """The file, a row of the table, its original id and its vector, for each of our items there."""
+    if path.suffix == ".npy":
+        yield from ((path, row, row, vector) for row, vector in _dense_rows(path, num_items))
+        return
+    for original, vector in _pairs(path, trust_pickle):
+        row = _row_of(path, item_ids, original)
+        if row is not None:
+            yield path, row, original, vector
+
+
+def _dense_rows(path: Path, num_items: int) -> Iterator[tuple[int, np.ndarray]]:
+    with reading(path):
+        table = map_array(path)
+    if table.ndim != 2 or table.dtype.kind != "f" or len(table) != num_items + 1:
+        raise DataError(
+            f"{path}: {table.dtype} {table.shape}, expected float ({num_items + 1}, width)"
+        )
+    for row in range(1, num_items + 1):
+        if not np.isnan(table[row]).all():
+            yield row, table[row]
+
+
+def _pairs(path: Path, trust_pickle: bool) -> Iterable[tuple[Any, Any]]:
+    """(original id, vector) of one file."""
+    if path.suffix != ".pkl":
+        return _parquet_pairs(path) if path.suffix == ".parquet" else _line_pairs(path)
+    table = load_pickle(path, trust=trust_pickle)
+    if not isinstance(table, dict):
+        raise DataError(f"{path}: a {type(table).__name__}, expected a dict id -> vector")
+    return table.items()
+
+
+def _line_pairs(path: Path) -> Iterator[tuple[Any, Any]]:
+    with reading(path), open(path, "rb") as file:
+        for number, line in enumerate(file, 1):
+            if line.strip():
+                try:
+                    record = json.loads(line)
+                    pair = record["anonymous_cid"], record["emb"]
+                except (ValueError, KeyError, TypeError) as error:
+                    raise DataError(
+                        f"{path}: line {number}: {type(error).__name__} {error}; "
+                        'expected {"anonymous_cid": ..., "emb": [...]}'
+                    ) from error
+                yield pair
+
+
+def _parquet_pairs(path: Path) -> Iterator[tuple[Any, Any]]:
+    try:
+        from pyarrow import parquet
+    except ImportError as error:
+        raise DataError(f"{path}: reading it needs pyarrow; pip install pyarrow") from error
+    with reading(path), parquet.ParquetFile(path) as file:
+        columns = ["anonymous_cid", "emb"]
+        if missing := set(columns) - set(file.schema_arrow.names):
+            raise DataError(f"{path}: no column {', '.join(sorted(missing))}")
+        for batch in file.iter_batches(_VECTORS, columns=columns):
+            ids, vectors = batch.column("anonymous_cid"), batch.column("emb")
+            yield from zip(ids.to_pylist(), vectors.to_numpy(zero_copy_only=False), strict=True)
+
+
+def _row_of(source: Path, item_ids: Mapping, original: Any) -> int | None:
+    """Row of an original id, as it is or in the other spelling; None: not one of our items."""
+    if not isinstance(original, str | int | float | np.number):
+        raise DataError(f"{source}: id {original!r:.60}, expected text or a number")
+    row = item_ids.get(original)
+    if row is None and isinstance(original, str):
+        is_number = original.isdecimal() and len(original) < 20 and str(int(original)) == original
+        return item_ids.get(int(original)) if is_number else None
+    return item_ids.get(str(original)) if row is None else row
+
+
+def _fill(source: Path, rows: Iterable[tuple], num_items: int, stem: Path) -> Feature:
+    """The table of `rows`, written to `stem`.values.npy as they come; never all in memory."""
+    present = np.zeros(num_items + 1, bool)
+    table = None
+    with atomic_write(f"{stem}.values.npy") as file:
+        for path, row, original, vector in rows:
+            values = _vector(path, original, vector, None if table is None else table.shape[1])
+            if table is None:
+                shape = (num_items + 1, len(values))
+                table = np.lib.format.open_memmap(file.name, "w+", np.float32, shape)
+                os.posix_fallocate(file.fileno(), 0, os.path.getsize(file.name))  # else SIGBUS
+            table[row] = values
+            present[row] = True
+        if table is None:
+            raise DataError(
+                f"{source}: none of its ids is an item of indexer.pkl (text and numbers compare "
+                "alike); it is empty or of another data set"
+            )
+        table.flush()
+    return Feature("emb", table.shape[1], table, present=present)
+
+
+def _vector(source: Path, original: Any, vector: Any, width: int | None) -> np.ndarray:
+    """(width,) float32, finite."""
+    where = f"{source}: id {original!r}"
+    try:
+        with np.errstate(over="ignore"):
+            values = np.asarray(vector, np.float32)
+    except (ValueError, TypeError, OverflowError) as error:
+        raise DataError(f"{where}: {vector!r:.60}, expected a list of numbers") from error
+    if values.ndim != 1 or not len(values) or len(values) != (width or len(values)):
+        found = "x".join(map(str, values.shape)) or "none"
+        raise DataError(f"{where} has width {found}, expected {width or 'a list of numbers'}")
+    if not np.isfinite(values).all():
+        raise DataError(f"{where}: NaN or Infinity in its vector; correct or remove it")
+    return values
