@@ -14,6 +14,7 @@ import numpy as np
 import prepare_table
 import pytest
 
+import table_source
 from atomic_io import read_json
 from data_folder import open_split, read_indexer, read_manifest
 from dataset import MyDataset
@@ -142,7 +143,7 @@ def test_rows_are_read_in_several_chunks(tmp_path, monkeypatch):
     (tmp_path / "a").mkdir()
     (tmp_path / "b").mkdir()
     whole = run(tmp_path / "a", random_log(), "--action", "kind")
-    monkeypatch.setattr(prepare_table, "ROWS", 7)
+    monkeypatch.setattr(table_source, "ROWS", 7)
     parts = run(tmp_path / "b", random_log(), "--action", "kind")
     assert read_json(whole / "manifest.json") == read_json(parts / "manifest.json")
 
