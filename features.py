@@ -49,6 +49,7 @@ def load_features(
 
     Raises:
         DataError: a file or a value is bad, or a wanted feature does not exist.
+        ValueError: no such side.
     """
     if side not in ("item", "user"):
         raise ValueError(f"side is {side!r}, expected 'item' or 'user'")

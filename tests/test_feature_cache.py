@@ -106,7 +106,7 @@ def test_changed_vectors_rebuild(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "damage", ["truncate", "empty", "remove", "extend", "header", "key", "memo"]
+    "damage", ["truncate", "empty", "remove", "extend", "header", "open", "key", "memo"]
 )
 def test_a_damaged_cache_is_built_again(tmp_path, damage):
     expected = rows(load_features(write_items(tmp_path), "item", 5)["106"])
@@ -125,6 +125,7 @@ def test_a_damaged_cache_is_built_again(tmp_path, damage):
             "empty": b"",
             "extend": raw + b"x",
             "header": raw.replace(b"}", b"]"),
+            "open": raw.replace(b"}", b" "),
         }
         array.write_bytes(damaged[damage])
     assert rows(load_features(tmp_path, "item", 5)["106"]) == expected

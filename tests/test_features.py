@@ -69,6 +69,11 @@ def test_a_wanted_feature_that_does_not_exist_is_refused_with_the_list_of_those_
         load_features(tmp_path, "item", 5, ["100", "999"])
 
 
+def test_a_side_that_does_not_exist_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="side is 'items', expected 'item' or 'user'"):
+        load_features(tmp_path, "items", 5)
+
+
 def test_an_empty_object_gives_default_rows(tmp_path):
     found = load_features(write_items(tmp_path, " { } "), "item", 2)
     assert found["100"].values.tolist() == [0, 0, 0]

@@ -553,6 +553,30 @@ def test_a_flag_that_does_not_fit_the_files_is_refused(
     assert message in error
 
 
+def test_an_action_column_that_holds_no_types_is_refused(tmp_path, capsys):
+    log = [row | {"kind": f"k{k}"} for k, row in enumerate(random_log(1001))]
+    path = write_table(tmp_path / "log.csv", log)
+    assert prepare_table.main([str(path), str(tmp_path / "data"), "--action", "kind"]) == 1
+    error = capsys.readouterr().err
+    assert error == (
+        f"error: {path}: 1,001 different values in kind, expected at most 1,000 types\n"
+    )
+
+
+@pytest.mark.parametrize(
+    ("ids", "message"),
+    [([], "no rows in it"), (["i1"], "['id'], expected a column of ids and one of vectors")],
+)
+def test_parquet_without_vectors_is_refused(tmp_path, capsys, ids, message):
+    pyarrow = pytest.importorskip("pyarrow", reason="pyarrow is an optional extra")
+    vectors = tmp_path / "vectors.parquet"
+    pytest.importorskip("pyarrow.parquet").write_table(pyarrow.table({"id": ids}), vectors)
+    path = write_table(tmp_path / "log.csv", random_log())
+    flags = ["--item_vectors", str(vectors)]
+    assert prepare_table.main([str(path), str(tmp_path / "data"), *flags]) == 1
+    assert capsys.readouterr().err == f"error: {vectors}: {message}\n"
+
+
 @pytest.mark.parametrize(
     "flags", [["--split", "random"], ["--cuts", "0.5", "soon"], ["--held_out", "0.7"]]
 )
