@@ -325,6 +325,29 @@ def _re_id_fault(re_ids: Mapping[Any, int], count: int) -> str:
     return f"there are {len(re_ids)} of them, not {count}"
 
 
+def read_item_names(data_dir: str | Path, num_items: int) -> list[str]:
+    """(X + 1) texts for people by re-id (the first unused); empty ones without item_names.txt.
+
+    Raises:
+        DataError: not UTF-8, or not a line per item.
+    """
+    path = Path(data_dir) / "item_names.txt"
+    if not path.exists():
+        return [""] * (num_items + 1)
+    try:
+        names = path.read_bytes().decode().removesuffix("\n").split("\n")
+    except UnicodeDecodeError as error:
+        raise DataError(
+            f"{path}: byte {error.start} is not UTF-8; write it again as UTF-8"
+        ) from error
+    if len(names) != num_items:
+        raise DataError(
+            f"{path}: {len(names)} lines, but there are {num_items} items; write it again with a "
+            "line per item"
+        )
+    return ["", *(name.strip() for name in names)]
+
+
 class Candidates(NamedTuple):
     """The items to export and rank instead of the catalogue, C of them, in their order."""
 

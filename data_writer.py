@@ -83,6 +83,8 @@ def write_dataset(
         for feature_id, column in (columns or {}).items():
             if len(column.values) != len(rows):
                 raise ValueError(f"{feature_id}: {len(column.values)} values, not {len(rows)}")
+    if item_names is not None and len(item_names) != len(item_ids):
+        raise ValueError(f"item_names: {len(item_names)} names, not {len(item_ids)}")
     files = []
     for split, chunks in splits.items():
         files += write_split(data_dir, split, [chunks] if isinstance(chunks, Sequences) else chunks)
@@ -103,7 +105,7 @@ def write_dataset(
         files.append(_write_vectors(data_dir, feature_id, vectors))
     if item_names is not None:
         with atomic_write(data_dir / "item_names.txt") as file:
-            file.writelines((name.replace("\n", " ") + "\n").encode() for name in item_names)
+            file.writelines((" ".join(name.splitlines()) + "\n").encode() for name in item_names)
         files.append("item_names.txt")
     manifest = Manifest(
         len(item_ids),

@@ -23,6 +23,7 @@ from data_folder import (
     open_split,
     original_ids,
     read_indexer,
+    read_item_names,
     read_manifest,
     split_path,
 )
@@ -156,7 +157,7 @@ def show_feature(name: str, feature: Feature) -> None:
 
 def show_sequences(data_dir: Path, manifest: Manifest) -> None:
     events, offsets, users = open_split(data_dir, "train")
-    item_names, user_names = names(data_dir)
+    item_names, user_names = names(data_dir, manifest)
     print()
     for k in range(min(NUM_SEQUENCES, len(offsets) - 1)):
         start, end = int(offsets[k]), int(offsets[k + 1])
@@ -184,16 +185,15 @@ def when(time: int, before: int) -> str:
     return f"{gap // size} {unit} later" if gap else "then"
 
 
-def names(data_dir: Path) -> tuple[dict[int, Any], dict[int, Any]]:
+def names(data_dir: Path, manifest: Manifest) -> tuple[dict[int, Any], dict[int, Any]]:
     """What to call items and users, by re-id: a name, else the original id."""
-    if not (data_dir / "indexer.pkl").exists():
-        return {}, {}
-    indexer = read_indexer(data_dir)
-    items, users = ({re_id: i for i, re_id in indexer[side].items()} for side in "iu")
-    if (data_dir / "item_names.txt").exists():
-        lines = (data_dir / "item_names.txt").read_text(encoding="utf-8").split("\n")
-        items |= {k: repr(line[:40]) for k, line in enumerate(lines, 1) if line}
-    return items, users
+    items: dict[int, Any] = {}
+    users: dict[int, Any] = {}
+    if (data_dir / "indexer.pkl").exists():
+        indexer = read_indexer(data_dir)
+        items, users = ({re_id: i for i, re_id in indexer[side].items()} for side in "iu")
+    texts = enumerate(read_item_names(data_dir, manifest.num_items))
+    return items | {k: repr(text[:40]) for k, text in texts if text}, users
 
 
 # ------------------------------------------------------------------------------------------- check

@@ -26,6 +26,7 @@ from data_folder import (
     open_split,
     original_ids,
     read_indexer,
+    read_item_names,
     read_manifest,
 )
 from data_writer import Column, leave_one_out, write_dataset
@@ -570,11 +571,46 @@ def test_a_feature_value_that_could_not_be_read_again_is_not_written(tmp_path):
     assert not (tmp_path / "manifest.json").exists()
 
 
-def test_item_names_are_a_line_each(tmp_path):
+def write_names(folder: Path, names: list[str]) -> Path:
+    splits = {"train": make_sequences(np.random.default_rng(0), [2])}
+    return write(folder, splits, item_names=names)
+
+
+@pytest.mark.parametrize("line_break", ["\n", "\r", "\r\n", "\v", "\x85", "\u2028"])
+def test_item_names_are_a_line_each_whatever_breaks_a_line_in_them(tmp_path, line_break):
     names = [f"film {k}" for k in range(NUM_ITEMS)]
-    names[3] = "two\nlines, café"
-    folder = write(
-        tmp_path, {"train": make_sequences(np.random.default_rng(0), [2])}, item_names=names
-    )
+    names[3] = f"two{line_break}lines, café"
+    folder = write_names(tmp_path, names)
     lines = (folder / "item_names.txt").read_text(encoding="utf-8").splitlines()
-    assert len(lines) == NUM_ITEMS and lines[3] == "two lines, café"
+    assert lines == [*names[:3], "two lines, café", *names[4:]]
+    assert read_item_names(folder, NUM_ITEMS) == ["", *lines]
+
+
+def test_items_may_lack_a_name_even_the_last(tmp_path):
+    names = [""] + [f"film {k}" for k in range(NUM_ITEMS - 2)] + [""]
+    assert read_item_names(write_names(tmp_path, names), NUM_ITEMS) == ["", *names]
+
+
+def test_names_of_another_editor_end_with_or_without_a_line_break(tmp_path):
+    for text in ("a\nb", "a\nb\n", "a\r\nb\r\n"):
+        (tmp_path / "item_names.txt").write_bytes(text.encode())
+        assert read_item_names(tmp_path, 2) == ["", "a", "b"]
+
+
+def test_without_a_file_of_names_all_are_empty(tmp_path):
+    assert read_item_names(tmp_path, 3) == [""] * 4
+
+
+def test_names_for_another_number_of_items_are_neither_written_nor_read(tmp_path):
+    names = [f"film {k}" for k in range(NUM_ITEMS)]
+    with pytest.raises(ValueError, match=f"item_names: {NUM_ITEMS + 1} names, not {NUM_ITEMS}"):
+        write_names(tmp_path, [*names, "one too many"])
+    folder = write_names(tmp_path, names)
+    with pytest.raises(DataError, match=f"item_names.txt: {NUM_ITEMS} lines, but there are 2 item"):
+        read_item_names(folder, 2)
+
+
+def test_names_that_are_not_utf8_are_refused(tmp_path):
+    (tmp_path / "item_names.txt").write_bytes("ab\nÉmile\n".encode("latin-1"))
+    with pytest.raises(DataError, match=r"item_names.txt: byte 3 is not UTF-8"):
+        read_item_names(tmp_path, 2)
