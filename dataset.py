@@ -186,6 +186,13 @@ class MyDataset(Dataset):
             return len(self._usable)
         return len(self._open()[1]) - 1
 
+    def indices_of(self, user_id: int) -> np.ndarray:
+        """The user's sequences as `self[i]` takes them; none if they are too short."""
+        _, offsets, users = self._open()
+        owners = np.arange(1, len(offsets)) if users is None else users
+        owners = owners if self._usable is None else owners[self._usable]
+        return np.flatnonzero(owners == user_id)
+
     def __getitem__(self, index: int) -> Fetched:
         return self.__getitems__([index])
 
@@ -586,5 +593,6 @@ def load_emb(path: str | Path) -> np.ndarray:
             f"{path}: {path.stat().st_size} bytes, but its header makes {expected}; "
             "the file is truncated, export again"
         )
-    matrix = np.memmap(path, dtype, "r", 8, shape) if all(shape) else np.empty(shape, dtype)
+    # Copy on write: torch warns of memory that it could not write to.
+    matrix = np.memmap(path, dtype, "c", 8, shape) if all(shape) else np.empty(shape, dtype)
     return matrix.view("<i8") if path.suffix == ".u64bin" else matrix

@@ -43,12 +43,9 @@ class Catalogue(NamedTuple):
 def infer(args: argparse.Namespace, model_class: type[HSTUModel]) -> None:
     """Export the items' embeddings, and the test users' queries and top-k items."""
     path, output_dir = Path(args.state_dict_path), Path(args.output_dir)
-    config, weights = read_model(path)
     manifest = read_manifest(args.data_dir)
-    features = read_config_features(args, config, manifest)
-    model = model_class(config, *features, on_host=vectors_on_host(args, features[0]))
-    model = model.to(pick_device(args.device)).eval()
-    load_weights(model, weights, path)
+    model = load_model(args, model_class, manifest)
+    config = model.config
     catalogue = candidates_of(args, model) if args.candidates else all_items(args, model)
     origin = {"checkpoint": path.name, "item_ids": catalogue.id_kind}
     folder, shape = output_dir / "item_embeddings", (len(catalogue.ids), config.hidden_units)
@@ -66,6 +63,19 @@ def infer(args: argparse.Namespace, model_class: type[HSTUModel]) -> None:
     arrays = {"topk.u64bin": top_ids, "id.u64bin": user_ids[users]}
     origin |= {"user_ids": kind}
     publish(output_dir / "user_embeddings", queries.shape, [queries], arrays, origin)
+
+
+def load_model(
+    args: argparse.Namespace, model_class: type[HSTUModel], manifest: Manifest
+) -> HSTUModel:
+    """The model of a checkpoint over the features in data_dir, ready to predict."""
+    path = Path(args.state_dict_path)
+    config, weights = read_model(path)
+    features = read_config_features(args, config, manifest)
+    model = model_class(config, *features, on_host=vectors_on_host(args, features[0]))
+    model = model.to(pick_device(args.device)).eval()
+    load_weights(model, weights, path)
+    return model
 
 
 def read_model(path: Path) -> tuple[HSTUConfig, Mapping[str, torch.Tensor]]:

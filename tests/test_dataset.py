@@ -315,6 +315,18 @@ def test_the_first_window_is_the_newest_and_valid_and_test_have_no_other(folder)
         assert len(MyDataset(folder, split, MAXLEN, has_windows=True)) == 7
 
 
+def test_a_users_sequences_are_found_where_short_ones_are_skipped(tmp_path):
+    lengths, users = [2, 0, 3, 1, 4, 2], [3, 5, 2, 7, 3, 1]
+    dataset = MyDataset(write(tmp_path, lengths, users), "valid", maxlen=5)
+    found = {user: dataset.indices_of(user).tolist() for user in range(1, 9)}
+    assert found == {1: [3], 2: [1], 3: [0, 2]} | {user: [] for user in (4, 5, 6, 7, 8)}
+    assert [dataset[k].sequences.user_ids.tolist() for k in found[3]] == [[3], [3]]
+    (tmp_path / "valid_users.bin").unlink()
+    (tmp_path / "manifest.json").unlink()  # which knows of the file
+    dataset = MyDataset(tmp_path, "valid", maxlen=5)
+    assert [dataset.indices_of(user).tolist() for user in (1, 2, 3, 6)] == [[0], [], [1], [3]]
+
+
 def test_nothing_is_said_where_all_sequences_are_long_enough(folder, caplog):
     MyDataset(folder, "train")
     assert caplog.records == []
@@ -779,6 +791,13 @@ def test_vectors_are_read_as_they_were_saved(tmp_path, dtype, order):
     assert found.dtype == np.float32
     assert_array_equal(found, matrix.astype(np.float32))
     assert_array_equal(read_matrix(tmp_path / "embedding.fbin", "float32"), found)
+
+
+def test_torch_takes_vectors_as_they_lie_there_and_cannot_change_them(tmp_path, recwarn):
+    path = tmp_path / "embedding.fbin"
+    save_emb(np.ones((7, 3)), path)
+    torch.from_numpy(load_emb(path)).zero_()
+    assert not recwarn.list and (load_emb(path) == 1).all()
 
 
 @pytest.mark.parametrize("dtype", [np.int64, np.int32, np.uint64])
