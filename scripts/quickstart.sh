@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# From nothing to exported embeddings on synthetic data: install, write data, train, export.
+# From nothing to recommendations on synthetic data: install, write data, train, export, show.
 # Running it again skips what is done.
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -11,6 +11,8 @@ data=data/synthetic output=outputs/synthetic logs=logs/synthetic
 python main.py --data_dir "$data" --output_dir "$output" --log_dir "$logs" --num_epochs 30 --lr 0.003
 python main.py --inference_only --state_dict_path "$output/model_best.pt" \
   --data_dir "$data" --output_dir "$output"
+echo
+python scripts/recommend.py --data_dir "$data" --output_dir "$output" --user 10000
 cat <<END
 
 Done. What there is now:
@@ -20,5 +22,6 @@ Done. What there is now:
   $output/user_embeddings/   the test users' queries and their top-10 items
 Where to look next:
   .venv/bin/tensorboard --logdir $logs    the curves
+  README.md, "See what it recommends"                beside an item, or for events of your own
   README.md, "Your own data"                         MovieLens-1M and your own events
 END

@@ -277,7 +277,7 @@ def write_history(folder: Path, manifest: Manifest, events: np.ndarray) -> None:
 
 
 def read_events(args: argparse.Namespace, export: Export) -> np.ndarray:
-    """(n,) EVENT_DTYPE, the file's events in the order of time; equal times as in the file."""
+    """(n,) EVENT_DTYPE, the file's events in the order of time; as in the file without times."""
     known = {text: re_id for re_id, text in enumerate(export.item_ids) if re_id}
     num_types = export.manifest.num_action_types
     items = f"one of the {len(known):,} items of {args.data_dir}: {examples(export.item_ids)}"
@@ -294,7 +294,13 @@ def read_events(args: argparse.Namespace, export: Export) -> np.ndarray:
     if not parts:
         raise DataError(f"{args.events}: no events in it, expected a row per event")
     events = np.concatenate(parts)
-    return events[events["timestamp"].argsort(kind="stable")]
+    times = events["timestamp"]
+    if times.any() and not times.all():
+        raise DataError(
+            f"{args.events}: event {times.argmin() + 1} has no timestamp, but others have one; "
+            "tell all of them, or none and the oldest event first"
+        )
+    return events[times.argsort(kind="stable")]
 
 
 def check_columns(rows: Rows) -> None:

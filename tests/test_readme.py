@@ -8,6 +8,7 @@ import shlex
 from pathlib import Path
 
 import pytest
+import recommend
 from conftest import NUM_ITEMS, write_tiny
 
 import flags as flags_module
@@ -54,6 +55,8 @@ def test_every_command_names_a_script_that_is_there_and_flags_that_parse():
         assert (ROOT / script).exists(), command
         if script == "main.py":
             get_args(rest)
+        if script == "scripts/recommend.py":
+            recommend.get_args(rest)
 
 
 def test_both_documented_commands_parse_to_what_they_say():

@@ -478,6 +478,7 @@ def test_a_checkpoint_that_is_gone_or_was_trained_on_since_is_refused(copied, tm
         ("item,timestamp\n1003,noon\n", "line 2: timestamp is 'noon', expected Unix seconds or an"),
         ("item,timestamp\n1003,1700000000000\n", "'1700000000000', expected Unix seconds"),
         ("item,timestamp\n1003,-5\n", "line 2: timestamp is '-5', expected Unix seconds"),
+        ("item,timestamp\n1003,5\n1006,\n", "event 2 has no timestamp, but others have one; tell"),
         ("item,time\n1003,5\n", "line 1 has the columns item, time; expected item and, if known, "),
         ("1003\n1006\n", "line 1 has the columns 1003; expected item and, if known, action"),
         ("item,action\n1003\n", "line 2 has 1 fields, expected 2 (item, action)"),
