@@ -277,19 +277,19 @@ def write_history(folder: Path, manifest: Manifest, events: np.ndarray) -> None:
 
 
 def read_events(args: argparse.Namespace, export: Export) -> np.ndarray:
-    """(n,) EVENT_DTYPE, the file's events in the order of time; as in the file without times."""
+    """(n,) EVENT_DTYPE, the file's events in the order of time; without times in their own."""
     known = {text: re_id for re_id, text in enumerate(export.item_ids) if re_id}
     num_types = export.manifest.num_action_types
     items = f"one of the {len(known):,} items of {args.data_dir}: {examples(export.item_ids)}"
     types = f"a type in 0..{num_types - 1}, or nothing" if num_types else "nothing"
-    times = "Unix seconds or an ISO date, or nothing"
+    dates = "Unix seconds or an ISO date, or nothing"
     parts = []
     for rows in read_rows(args.events, (), None):
         check_columns(rows)
         part = np.empty(len(rows.records), EVENT_DTYPE)
         part["item_id"] = parsed(rows, "item", lambda text: member(known, text), items)
         part["action_type"] = parsed(rows, "action", lambda text: action(text, num_types), types)
-        part["timestamp"] = parsed(rows, "timestamp", seconds, times)
+        part["timestamp"] = parsed(rows, "timestamp", seconds, dates)
         parts.append(part)
     if not parts:
         raise DataError(f"{args.events}: no events in it, expected a row per event")
@@ -304,12 +304,12 @@ def read_events(args: argparse.Namespace, export: Export) -> np.ndarray:
 
 
 def check_columns(rows: Rows) -> None:
-    found = dict.fromkeys(name for record in rows.records for name in record)
-    if "item" not in found or found.keys() - COLUMNS:
-        raise DataError(
-            f"{rows.path}: line 1 has the columns {', '.join(found)}; expected item and, if known, "
-            "action and timestamp"
-        )
+    for line, record in zip(rows.lines, rows.records, strict=True):
+        if "item" not in record or record.keys() - COLUMNS:
+            raise DataError(
+                f"{rows.path}: line {line} has the columns {', '.join(record)}; expected item and, "
+                "if known, action and timestamp, named in the first line or as JSON keys"
+            )
 
 
 def member(known: dict[str, int], text: str) -> int:

@@ -479,8 +479,8 @@ def test_a_checkpoint_that_is_gone_or_was_trained_on_since_is_refused(copied, tm
         ("item,timestamp\n1003,1700000000000\n", "'1700000000000', expected Unix seconds"),
         ("item,timestamp\n1003,-5\n", "line 2: timestamp is '-5', expected Unix seconds"),
         ("item,timestamp\n1003,5\n1006,\n", "event 2 has no timestamp, but others have one; tell"),
-        ("item,time\n1003,5\n", "line 1 has the columns item, time; expected item and, if known, "),
-        ("1003\n1006\n", "line 1 has the columns 1003; expected item and, if known, action"),
+        ("item,time\n1003,5\n", "line 2 has the columns item, time; expected item and, if known, "),
+        ("1003\n1006\n", "line 2 has the columns 1003; expected item and, if known, action"),
         ("item,action\n1003\n", "line 2 has 1 fields, expected 2 (item, action)"),
         ("item\n\n", "no events in it, expected a row per event"),
         ("", "line 1 is '', expected the names of the columns"),
@@ -492,6 +492,13 @@ def test_a_file_of_events_is_refused_by_line(trained, tmp_path, capsys, text, me
     path.write_text(text)
     error = error_of(capsys, trained, f"--events={path}")
     assert error.startswith(f"error: {path}: ") and message in error
+
+
+def test_a_json_line_that_names_no_item_is_refused_by_its_number(trained, tmp_path, capsys):
+    path = tmp_path / "events.jsonl"
+    path.write_text('{"item": 1003}\n\n{"action": 1, "timestamp": 5}\n')
+    error = error_of(capsys, trained, f"--events={path}")
+    assert f"{path}: line 3 has the columns action, timestamp; expected item" in error
 
 
 def test_a_file_of_events_that_is_not_there_is_named(trained, tmp_path, capsys):
