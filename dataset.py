@@ -190,8 +190,8 @@ class MyDataset(Dataset):
         """The user's sequences as `self[i]` takes them; none if they are too short."""
         _, offsets, users = self._open()
         owners = np.arange(1, len(offsets)) if users is None else users
-        owners = owners if self._usable is None else owners[self._usable]
-        return np.flatnonzero(owners == user_id)
+        rows = self._usable if self._windows is None else self._windows[0]
+        return np.flatnonzero((owners if rows is None else owners[rows]) == user_id)
 
     def __getitem__(self, index: int) -> Fetched:
         return self.__getitems__([index])
