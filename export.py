@@ -12,7 +12,6 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from atomic_io import DataError, atomic_write, sweep_temporaries, write_hashed, write_json
 from checkpoint import differences, load_checkpoint, load_weights
@@ -23,6 +22,7 @@ from hstu_components import FeatureTables
 from interrupts import stop_signals
 from item_vectors import find_vectors, load_vectors
 from model import HSTUConfig, HSTUModel
+from run_log import progress_bar
 from run_setup import make_loader, pick_device, read_features, seen_rows, vectors_on_host
 
 log = logging.getLogger("hstu")
@@ -188,8 +188,7 @@ def recommend(
     loader = make_loader(dataset, sampler, device, args.num_workers)
     queries, users, rows = [], [], []
     batches = stop_signals.between(loader)
-    progress = {"desc": "users", "total": len(loader), "unit": "batch"}
-    for batch in tqdm(batches, **progress, leave=False, disable=None):
+    for batch in progress_bar(batches, desc="users", total=len(loader)):
         batch = batch.to(device)
         queries.append(model.predict(batch))
         seen = seen_rows(batch, row_of_item) if args.remove_seen else None

@@ -25,6 +25,7 @@ FREE_FLAGS = {
     "candidates",
     "save_every_steps",
     "log_every",
+    "projector",
     "inference_only",
     "state_dict_path",
     "trust_pickle",
@@ -195,6 +196,11 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
         help="steps between saved states, besides each epoch's end; 0: none between",
     )
     run("--log_every", type=at_least(1), default=20, help="steps between log entries")
+    run(
+        "--projector",
+        action="store_true",
+        help="at the end, the 5,000 most frequent items in TensorBoard's projector",
+    )
     run(
         "--remove_seen",
         action=flag,

@@ -11,9 +11,10 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm.contrib.logging import logging_redirect_tqdm
 
@@ -28,9 +29,9 @@ from checkpoint import (
     save_state,
     set_random_states,
 )
-from data_folder import Manifest, fingerprint, read_manifest
+from data_folder import Manifest, fingerprint, read_item_names, read_manifest
 from dataset import Batch, BatchSampler, MyDataset, count_items
-from export import infer
+from export import exported_ids, infer
 from features import Feature
 from flags import ALL_NEGATIVES_UP_TO, FREE_FLAGS, get_args
 from hstu_components import encoder_arguments
@@ -52,6 +53,8 @@ log = logging.getLogger("hstu")
 
 # Of resume_*.pt; another one trained with other random numbers or another optimiser's state.
 STATE_FORMAT = 2
+# Of the projector, whose page gets slow with more.
+MOST_PROJECTED = 5_000
 
 
 @dataclass
@@ -153,6 +156,8 @@ def train(args: argparse.Namespace) -> None:
                 if first_step == 1:
                     run_log.start(vars(args))
                 train_epochs(run, datasets, run_log)
+                if args.projector:
+                    project_items(run, datasets["train"], run_log)
         report(run, datasets)
 
 
@@ -289,14 +294,18 @@ def train_epochs(run: Run, datasets: dict[str, MyDataset], run_log: RunLog) -> N
         try:
             train_one_epoch(run, train_loader, run_log)
             seconds = time.perf_counter() - started
-            metrics = {} if valid_loader is None else evaluate(run, valid_loader)
+            ranking = None if valid_loader is None else evaluate(run, valid_loader)
         except Stopped as stop:
+            run_log.flush()
             save_run(run)  # after the epoch's last batch too: it goes on with the validation
             raise Stopped(stop.number, where_to_go_on(run)) from None
+        metrics = ranking.metrics() if ranking else {}
         count_epoch(progress, metrics, args)
         train_loss = progress.loss_sum / max(1, progress.loss_steps)
         progress.loss_sum, progress.loss_steps = 0.0, 0
         is_best = progress.best_epoch == progress.epoch
+        if ranking:
+            run_log.similarities(progress.step, ranking.of_targets, ranking.of_others)
         run_log.epoch(progress.epoch, progress.step, train_loss, metrics, is_best, seconds)
         save_epoch(run)
 
@@ -373,6 +382,7 @@ def train_one_epoch(run: Run, loader: DataLoader, run_log: RunLog) -> None:
             run_log.step(progress.epoch + 1, progress.step, batches, values)
             if args.save_every_steps and progress.step % args.save_every_steps == 0:
                 progress.loss_sum = loss_sum.item()
+                run_log.flush()
                 save_run(run)
     progress.loss_sum = loss_sum.item()
     run.updater.check_finite(progress.epoch + 1, progress.step)
@@ -390,26 +400,43 @@ def groups_of(loader: Iterable[Batch], size: int) -> Iterator[list[Batch]]:
         yield group
 
 
+class Ranking(NamedTuple):
+    """Where the targets of a split's S sequences stand among all items, in the loader's order."""
+
+    ranks: Tensor  # (S,) int64 in 1..X, 1 is best
+    target_ids: Tensor  # (S,) int64 in 1..X
+    num_seen: Tensor  # (S,) int64, events of the whole history
+    of_targets: Tensor  # (S,) float32 cosine of the query with its target
+    of_others: Tensor  # (S,) float32, with another item drawn uniformly
+    loss: float  # mean InfoNCE
+
+    def metrics(self) -> dict[str, float]:
+        return ranking_metrics(self.ranks) | {"loss": self.loss}
+
+
 @torch.no_grad()
-def evaluate(run: Run, loader: DataLoader) -> dict[str, float]:
-    """Mean loss, and the metrics of ranking the whole catalogue for every sequence's target."""
+def evaluate(run: Run, loader: DataLoader) -> Ranking:
+    """Rank the whole catalogue for every sequence's target."""
     loader.dataset.check_unchanged()
     model = run.model.eval()
     num_items = model.config.num_items
     chunks = model.item_embedding_chunks(torch.arange(1, num_items + 1, device=run.device))
     items = torch.cat(list(stop_signals.between(chunks)))
     row_of_item = torch.arange(-1, num_items, device=run.device)
-    ranks, loss_sum = [], 0.0
+    parts, loss_sum = [], 0.0
     for batch in stop_signals.between(loader):
         batch = batch.to(run.device)
         with run.updater.autocast():
             queries, loss = model.predict_with_loss(batch)
         seen = seen_rows(batch, row_of_item) if run.args.remove_seen else None
-        ranks.append(model.similarity.target_ranks(queries, items, batch.target_ids() - 1, seen))
+        targets = batch.target_ids()
+        ranks = model.similarity.target_ranks(queries, items, targets - 1, seen)
+        cosines = model.similarity.sample_scores(queries, items, targets - 1)
+        parts.append((ranks, targets, batch.seen_offsets.diff(), *cosines))
         loss_sum += loss.item() * len(queries)
     model.train()
-    all_ranks = torch.cat(ranks).cpu()
-    return ranking_metrics(all_ranks) | {"loss": loss_sum / len(all_ranks)}
+    columns = [torch.cat(column).cpu() for column in zip(*parts, strict=True)]
+    return Ranking(*columns, loss=loss_sum / len(columns[0]))
 
 
 def make_eval_loader(dataset: MyDataset | None, run: Run) -> DataLoader | None:
@@ -422,15 +449,39 @@ def make_eval_loader(dataset: MyDataset | None, run: Run) -> DataLoader | None:
 
 def announce(run: Run, datasets: Mapping[str, MyDataset]) -> None:
     """One line that says what will happen."""
-    train_set = datasets["train"]
+    train_set, args = datasets["train"], run.args
+    num_weights = sum(p.numel() for p in run.model.parameters())
+    first_entry = (run.progress.step // args.log_every + 1) * args.log_every
     log.info(
-        "train on %s in %s: %s users, %s items, %s negatives, %.2fM weights, %d epochs, %d steps",
-        run.device, run.args.precision, f"{len(train_set):,}", f"{train_set.num_items:,}",
-        train_set.negatives, sum(p.numel() for p in run.model.parameters()) / 1e6,
-        run.args.num_epochs, run.updater.total_steps,
-    )  # fmt: skip
+        f"train on {run.device} in {args.precision}: {len(train_set):,} sequences, "
+        f"{train_set.num_items:,} items, {train_set.item_counts.sum():,} events of "
+        f"{args.data_dir}; {num_weights:,} weights, {train_set.negatives} negatives; "
+        f"{args.num_epochs} epochs, {run.updater.total_steps:,} steps, "
+        f"the time left from step {first_entry} on"
+    )
     if not train_set.has_timestamps:
         log.info("the data holds plain item ids: time and actions are off")
+
+
+@torch.no_grad()
+def project_items(run: Run, train_set: MyDataset, run_log: RunLog) -> None:
+    """The best epoch's embeddings of the items that are trained on most, with their names."""
+    load_best(run)
+    counts = torch.from_numpy(train_set.item_counts)
+    item_ids = counts[1:].argsort(descending=True, stable=True)[:MOST_PROJECTED] + 1
+    names = read_item_names(run.args.data_dir, train_set.num_items)
+    labels = {
+        "name": [names[item_id] or item_id for item_id in item_ids.tolist()],
+        "id": exported_ids(run.args, "i", train_set.num_items)[0][item_ids.numpy()].tolist(),
+        "events": counts[item_ids].tolist(),
+    }
+    embeddings = run.model.item_embeddings(item_ids.to(run.device))
+    run_log.items(run.progress.step, embeddings, labels)
+
+
+def load_best(run: Run) -> None:
+    path = Path(run.args.output_dir) / "model_best.pt"
+    load_weights(run.model, load_checkpoint(path)["weights"], path)
 
 
 def report(run: Run, datasets: Mapping[str, MyDataset]) -> None:
@@ -442,8 +493,8 @@ def report(run: Run, datasets: Mapping[str, MyDataset]) -> None:
         result = {"best_epoch": progress.best_epoch, "valid": progress.best_metrics}
         loader = make_eval_loader(datasets.get("test"), run)
         if loader is not None:
-            load_weights(run.model, load_checkpoint(best)["weights"], best)
-            result["test"] = evaluate(run, loader)
+            load_best(run)
+            result["test"] = evaluate(run, loader).metrics()
         write_json(path, result)
     result = read_json(path)
     log.info("finished: %d epochs, best epoch %d", progress.epoch, result["best_epoch"])

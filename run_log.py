@@ -1,35 +1,50 @@
-"""What a person sees of a training: TensorBoard curves, the progress bar, the log lines."""
+"""What a person sees of a run: TensorBoard curves, the progress bar, the log lines."""
 
 from __future__ import annotations
 
 import logging
+import os
+import threading
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
+from torch.utils.tensorboard.summary import hparams
 from tqdm import tqdm
 
 log = logging.getLogger("hstu")
 
-# TensorBoard's "custom scalars" page: what belongs together in one chart.
+# TensorBoard's "custom scalars" page: what belongs together in one chart. A name is a pattern that
+# matches from the start: Loss/train takes Loss/train_epoch with it.
 LAYOUT = {
     "Learning": {
-        "loss": ["Multiline", ["Loss/train_epoch", "Loss/valid"]],
+        "loss": ["Multiline", ["Loss/train", "Loss/valid"]],
         "ranking": ["Multiline", ["Metrics/HR@10", "Metrics/NDCG@10", "Metrics/MRR"]],
         "learning rate": ["Multiline", ["Train/lr"]],
         "gradient norm": ["Multiline", ["Train/grad_norm"]],
     },
     "Speed": {
+        "users per second": ["Multiline", ["Train/users_per_s"]],
         "events per second": ["Multiline", ["Train/tokens_per_s"]],
         "wait for data, ms": ["Multiline", ["Train/data_wait_ms"]],
     },
 }
 
 
+# What runs are compared by on the HPARAMS page.
+RESULTS = ("Metrics/HR@10", "Metrics/NDCG@10", "Loss/valid")
+COSINE_BINS = torch.linspace(-1, 1, 81).tolist()
+
+
 class RunLog:
     """The log of one run; the x axis of every curve is the optimiser step.
+
+    A log folder that is full, read-only or gone never stops a training: the log ends there, with
+    one warning.
 
     Args:
         log_dir: TensorBoard's folder; what a killed run logged from `first_step` on is dropped.
@@ -41,21 +56,39 @@ class RunLog:
     def __init__(
         self, log_dir: str, first_step: int, total_steps: int, num_epochs: int, log_every: int
     ):
-        self.total_steps, self.num_epochs, self.log_every = total_steps, num_epochs, log_every
-        self.writer = SummaryWriter(log_dir, purge_step=first_step)
+        self.log_dir, self.first_step, self.total_steps = log_dir, first_step, total_steps
+        self.num_epochs, self.log_every = num_epochs, log_every
+        self._writer: SummaryWriter | None = None
+        self._began = time.perf_counter()
         self._start_interval()
 
     def __enter__(self) -> RunLog:
+        self._excepthook, threading.excepthook = threading.excepthook, self._hide_from_stderr
+        with self._survive():
+            self._writer = SummaryWriter(self.log_dir, purge_step=self.first_step)
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self.writer.close()
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is None:
+            self._record(lambda writer: writer.file_writer.add_summary(hparams({}, {})[2]))
+        self._record(SummaryWriter.close)
+        threading.excepthook = self._excepthook
 
     def start(self, flags: Mapping[str, Any]) -> None:
-        """The resolved flags as a table, and the page of charts."""
-        self.writer.add_custom_scalars(LAYOUT)
+        """The resolved flags, as a table and to compare runs by, and the page of charts."""
         rows = [f"| {name} | {value} |" for name, value in sorted(flags.items())]
-        self.writer.add_text("flags", "\n".join(["| flag | value |", "|---|---|", *rows]))
+        table = "\n".join(["| flag | value |", "|---|---|", *rows])
+        values = {k: v if isinstance(v, int | float) else str(v) for k, v in flags.items()}
+        experiment, session_start, _ = hparams(values, dict.fromkeys(RESULTS))
+
+        def write(writer: SummaryWriter) -> None:
+            writer.add_custom_scalars(LAYOUT)
+            writer.add_text("flags", table)
+            # Not add_hparams: it would make a run of its own, in another folder.
+            writer.file_writer.add_summary(experiment)
+            writer.file_writer.add_summary(session_start)
+
+        self._record(write)
 
     def watch(
         self, groups: Iterable[Sequence[Any]], epoch: int, first_batch: int, num_batches: int
@@ -63,16 +96,8 @@ class RunLog:
         """The epoch's groups of batches, with a progress bar, and the wait for each measured."""
         self._start_interval()
         groups = iter(groups)
-        with tqdm(
-            desc=f"epoch {epoch}/{self.num_epochs}",
-            total=num_batches,
-            initial=first_batch,
-            unit="batch",
-            leave=False,
-            dynamic_ncols=True,
-            smoothing=0.1,
-            disable=None,  # off where there is no terminal: log lines serve there
-        ) as self._bar:
+        desc = f"epoch {epoch}/{self.num_epochs}"
+        with progress_bar(desc=desc, total=num_batches, initial=first_batch) as self._bar:
             while True:
                 asked = time.perf_counter()
                 group = next(groups, None)
@@ -100,9 +125,10 @@ class RunLog:
         }
         if torch.cuda.is_available():
             rates["Train/gpu_mem_gb"] = torch.cuda.max_memory_allocated() / 1e9
-        self._write(values | rates, step)
+        self._add_scalars(values | rates, step)
         text = (
-            f"loss {values['Loss/train']:.4f}, {rates['Train/users_per_s']:.0f} users/s, "
+            f"loss {values['Loss/train']:.4f}, {self._time_left(step)}, "
+            f"{rates['Train/users_per_s']:.0f} users/s, "
             f"data wait {rates['Train/data_wait_ms']:.1f} ms"
         )
         self._bar.set_postfix_str(text, refresh=False)
@@ -123,8 +149,8 @@ class RunLog:
         values = {f"Metrics/{name}": value for name, value in metrics.items() if name != "loss"}
         if metrics:
             values["Loss/valid"] = metrics["loss"]
-        self._write(values | {"Loss/train_epoch": train_loss}, step)
-        self.writer.flush()
+        self._add_scalars(values | {"Loss/train_epoch": train_loss}, step)
+        self.flush()
         valid = (
             f"valid loss {metrics['loss']:.4f}, {summary(metrics)}" if metrics else "no validation"
         )
@@ -134,9 +160,63 @@ class RunLog:
             epoch, self.num_epochs, train_loss, valid, best, seconds,
         )  # fmt: skip
 
-    def _write(self, values: Mapping[str, float], step: int) -> None:
-        for tag, value in values.items():
-            self.writer.add_scalar(tag, value, step)
+    def similarities(self, step: int, of_targets: Tensor, of_others: Tensor) -> None:
+        """Histograms of the cosines of queries with their targets and with other items, (S,)."""
+
+        def write(writer: SummaryWriter) -> None:
+            for tag, values in (("pos_sim", of_targets), ("neg_sim", of_others)):
+                writer.add_histogram(f"InfoNCE/{tag}", values.clamp(-1, 1), step, COSINE_BINS)
+
+        self._record(write)
+
+    def items(self, step: int, embeddings: Tensor, labels: Mapping[str, Sequence[Any]]) -> None:
+        """Item embeddings (n, D) for TensorBoard's projector; `labels`: column -> n values."""
+        columns = ([" ".join(str(cell).split()) for cell in cells] for cells in labels.values())
+        rows = list(map(list, zip(*columns, strict=True)))
+        self._record(
+            lambda writer: writer.add_embedding(
+                embeddings, rows, global_step=step, tag="items", metadata_header=list(labels)
+            )
+        )
+
+    def flush(self) -> None:
+        """Everything so far is in the file. Call it before a state that goes on from here."""
+        self._record(SummaryWriter.flush)
+
+    def _add_scalars(self, values: Mapping[str, float], step: int) -> None:
+        def write(writer: SummaryWriter) -> None:
+            for tag, value in values.items():
+                writer.add_scalar(tag, value, step)
+
+        self._record(write)
+
+    def _record(self, write: Callable[[SummaryWriter], None]) -> None:
+        if self._writer is not None:
+            with self._survive():
+                write(self._writer)
+
+    @contextmanager
+    def _survive(self) -> Iterator[None]:
+        """The end of the log, where its folder fails; TensorBoard's thread raises it here later."""
+        try:
+            yield
+        except OSError as error:
+            log.warning(
+                "%s: %s; training goes on, but no more is logged there",
+                error.filename or self.log_dir, error.strerror or error,
+            )  # fmt: skip
+            self._writer = None
+
+    def _hide_from_stderr(self, failure: threading.ExceptHookArgs) -> None:
+        """What TensorBoard's thread died of is said by `_survive`; of others, as before."""
+        module = type(failure.thread).__module__
+        if not (module.startswith("tensorboard.") and isinstance(failure.exc_value, OSError)):
+            self._excepthook(failure)
+
+    def _time_left(self, step: int) -> str:
+        """Of all epochs, at the pace since this process began, validation included."""
+        pace = (time.perf_counter() - self._began) / (step + 1 - self.first_step)
+        return f"{duration(pace * (self.total_steps - step))} left"
 
     def _start_interval(self) -> None:
         self._users = self._events = self._steps = 0
@@ -146,3 +226,23 @@ class RunLog:
 
 def summary(metrics: Mapping[str, float]) -> str:
     return f"HR@10 {metrics['HR@10']:.4f}, NDCG@10 {metrics['NDCG@10']:.4f}"
+
+
+def progress_bar(batches: Iterable[Any] | None = None, **options: Any) -> tqdm:
+    """One that leaves no trace; off with TQDM_DISABLE, and where there is no terminal."""
+    return tqdm(
+        batches,
+        unit="batch",
+        leave=False,
+        dynamic_ncols=True,
+        smoothing=0.1,
+        disable=bool(os.environ.get("TQDM_DISABLE")) or None,
+        **options,
+    )
+
+
+def duration(seconds: float) -> str:
+    """As 45 s, 12 min or 3.4 h."""
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"

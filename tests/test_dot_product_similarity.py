@@ -219,3 +219,21 @@ def test_the_top_by_groups_is_the_top(monkeypatch, length, k, group):
     torch.testing.assert_close(values, scores.topk(k, 1).values, rtol=0, atol=0, equal_nan=True)
     torch.testing.assert_close(values, scores.gather(1, columns), rtol=0, atol=0, equal_nan=True)
     assert all(len(set(row)) == k for row in columns.tolist())
+
+
+def test_sampled_scores_are_the_targets_and_any_other_items():
+    items = torch.eye(X)  # an item's score is the query's number in its place
+    queries = torch.arange(X).float().expand(2000, -1)
+    targets = torch.full((2000,), 6)
+    of_targets, of_others = DotProductSimilarity().sample_scores(queries, items, targets)
+    assert (of_targets == targets).all()
+    assert set(of_others.tolist()) == set(range(X)) - {6}
+
+
+def test_a_sample_of_one_item_is_that_item_and_draws_no_global_number():
+    state = torch.get_rng_state()
+    scores = DotProductSimilarity().sample_scores(
+        torch.ones(3, D), torch.ones(1, D), torch.zeros(3, dtype=torch.int64)
+    )
+    assert [part.tolist() for part in scores] == [[D] * 3, [D] * 3]
+    assert torch.equal(state, torch.get_rng_state())

@@ -42,7 +42,6 @@ ALLOWED = {
 }
 ALLOWED["updates"] = {"atomic_io", "hstu_components", "model", "optimizer"}
 ALLOWED["export"] = set(ALLOWED) - {
-    "run_log",
     "updates",
     "metrics",
     "safe_pickle",
