@@ -154,7 +154,7 @@ def train(args: argparse.Namespace) -> None:
             lengths = run.updater.total_steps, args.num_epochs, args.log_every
             with RunLog(args.log_dir, first_step, *lengths) as run_log:
                 if first_step == 1:
-                    run_log.start(vars(args))
+                    run_log.start(vars(args), vars(args).keys() - FREE_FLAGS)
                 train_epochs(run, datasets, run_log)
                 if args.projector:
                     project_items(run, datasets["train"], run_log)

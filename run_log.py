@@ -6,7 +6,7 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -74,11 +74,13 @@ class RunLog:
         self._record(SummaryWriter.close)
         threading.excepthook = self._excepthook
 
-    def start(self, flags: Mapping[str, Any]) -> None:
-        """The resolved flags, as a table and to compare runs by, and the page of charts."""
+    def start(self, flags: Mapping[str, Any], settings: Collection[str]) -> None:
+        """The page of charts, and the flags as a table; `settings` are those to compare runs by."""
         rows = [f"| {name} | {value} |" for name, value in sorted(flags.items())]
         table = "\n".join(["| flag | value |", "|---|---|", *rows])
-        values = {k: v if isinstance(v, int | float) else str(v) for k, v in flags.items()}
+        # A bool would be shown as 1.0000.
+        values = {k: v if type(v) in (int, float) else str(v) for k, v in flags.items()}
+        values = {name: values[name] for name in sorted(settings)}
         experiment, session_start, _ = hparams(values, dict.fromkeys(RESULTS))
 
         def write(writer: SummaryWriter) -> None:

@@ -91,6 +91,8 @@ def test_the_flags_are_a_table_and_hyperparameters_of_the_same_run(whole):
     values = content("session_start_info").session_start_info.hparams
     assert values["lr"].number_value == 0.001
     assert values["mm_emb_id"].string_value == "['81']"
+    assert values["logq"].string_value == "True"
+    assert "log_dir" not in values  # where it runs, not what it computes
     metrics = {info.name.tag for info in content("experiment").experiment.metric_infos}
     assert metrics and metrics <= entries(whole / "logs").keys()
     assert content("session_end_info").session_end_info.status == 1  # success
