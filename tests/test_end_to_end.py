@@ -23,7 +23,7 @@ TRAIN = ["--device=cpu", "--num_workers=0", "--lr=0.003"]
 
 
 def command(*args: object) -> list[str]:
-    return [sys.executable, *map(str, args)]
+    return [sys.executable, "-W", "default", *map(str, args)]
 
 
 def run(*args: object) -> str:

@@ -1,0 +1,252 @@
+"""Pictures of a finished training: how it went, whom it serves, and what attention has learnt.
+
+    python scripts/plot_run.py --output_dir outputs --log_dir logs --data_dir data
+
+Writes PNG files; needs matplotlib (`pip install -r requirements-plot.txt`).
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import sys
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import numpy as np
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch import Tensor
+
+from atomic_io import DataError, atomic_write
+from checkpoint import load_newest_state
+from data_folder import open_split, read_manifest
+from flags import get_args
+from main import (
+    Ranking,
+    Run,
+    evaluate,
+    load_best,
+    make_eval_loader,
+    open_datasets,
+    prepare_run,
+)
+from metrics import hit
+from run_setup import read_features, vectors_on_host
+from simplified_hstu import time_buckets
+
+with suppress(ImportError):  # said in main
+    import matplotlib
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+# Okabe and Ito's colours, which colour-blind people can tell apart.
+COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"]
+STYLE = {
+    "font.size": 12,
+    "axes.titlesize": 12,
+    "axes.titlelocation": "left",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.color": "#e0e0e0",
+    "axes.axisbelow": True,
+    "legend.frameon": False,
+}
+NUM_GROUPS = 5  # of about equally many users
+UNITS = {
+    "≤ 1 s": 1, "1 min": 60, "1 h": 3600, "1 day": 86_400,
+    "1 month": 30 * 86_400, "1 year": 365 * 86_400,
+}  # fmt: skip
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description="Pictures of a finished training.")
+    parser.add_argument("--output_dir", type=Path, default="outputs", help="that of the training")
+    parser.add_argument("--log_dir", default="logs", help="that of the training")
+    parser.add_argument("--data_dir", default="data", help="that of the training")
+    parser.add_argument("--picture_dir", type=Path, help="for the PNG files; else output_dir")
+    args = parser.parse_args(argv)
+    folder = args.picture_dir or args.output_dir
+    try:
+        if "matplotlib" not in globals():
+            raise DataError("no matplotlib here; pip install -r requirements-plot.txt")
+        with matplotlib.rc_context(STYLE):
+            for name, figure in draw_all(args):
+                folder.mkdir(parents=True, exist_ok=True)
+                with atomic_write(folder / f"{name}.png") as file:
+                    figure.savefig(file, dpi=110)
+                print(f"wrote {folder / name}.png")
+    except (DataError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def draw_all(args: argparse.Namespace) -> Iterator[tuple[str, Figure]]:
+    """Name and figure of all that there is to see."""
+    run, datasets = load_run(args.output_dir, args.data_dir)
+    yield "learning_curves", draw_learning(read_curves(args.log_dir))
+    loader = make_eval_loader(datasets.get("test"), run)
+    if loader is not None:
+        counts = torch.from_numpy(datasets["train"].item_counts)
+        yield "hit_rate", draw_hit_rate(evaluate(run, loader), counts)
+    weights = run.model.state_dict()
+    if biases := weights_named(weights, "time_weight"):
+        yield "time_bias", draw_time_bias(biases, longest_span(args.data_dir))
+    if biases := weights_named(weights, "position_weight"):
+        yield "position_bias", draw_position_bias(biases)
+
+
+def load_run(output_dir: Path, data_dir: str) -> tuple[Run, Mapping]:
+    """The best epoch's model under the flags that it was trained with, and the data's splits."""
+    state = load_newest_state(output_dir)
+    if state is None:
+        raise DataError(f"{output_dir}: no training has been there; name its --output_dir")
+    args = get_args([f"--data_dir={data_dir}", f"--output_dir={output_dir}"])
+    then = {flag: value for flag, value in state["binding"].items() if flag in vars(args)}
+    vars(args).update(then, compile=False)
+    manifest = read_manifest(data_dir)
+    features = read_features(args, manifest)
+    datasets = open_datasets(args, manifest, vectors_on_host(args, features[0]))
+    run = prepare_run(args, manifest, features, datasets["train"])
+    if run.binding["data files"] != state["binding"]["data files"]:
+        raise DataError(f"{data_dir}: not the data that {output_dir} was trained on")
+    load_best(run)
+    return run, datasets
+
+
+def read_curves(log_dir: str) -> dict[str, list[float]]:
+    """Tag -> a value per epoch, of the tags that have one."""
+    events = EventAccumulator(log_dir, {"scalars": 0}).Reload()
+    tags = [
+        tag for tag in events.Tags()["scalars"] if re.match("Metrics|Loss/(valid|train_epoch)", tag)
+    ]
+    if not tags:
+        raise DataError(f"{log_dir}: no curves there; name the --log_dir of the training")
+    return {tag: [event.value for event in events.Scalars(tag)] for tag in tags}
+
+
+def weights_named(weights: Mapping[str, Tensor], name: str) -> list[Tensor]:
+    """The relative biases of each layer."""
+    return [weight.cpu() for key, weight in weights.items() if key.endswith(f"bias.{name}")]
+
+
+def longest_span(data_dir: str) -> int:
+    """Seconds between the first and the last event of a training sequence, at most."""
+    events, offsets, _ = open_split(Path(data_dir), "train")
+    is_filled = np.diff(offsets) > 0
+    firsts, lasts = offsets[:-1][is_filled], offsets[1:][is_filled] - 1
+    times = events["timestamp"]
+    return int((times[lasts] - times[firsts]).max(initial=0))
+
+
+# ----------------------------------------------------------------------------------------- drawing
+
+
+def make_figure(height: float, *titles: str) -> tuple[Figure, list[Axes]]:
+    figure = Figure(figsize=(5.6, height), layout="constrained")
+    axes = list(figure.subplots(len(titles), 1, squeeze=False)[:, 0])
+    for ax, title in zip(axes, titles, strict=True):
+        ax.set_title(title)
+    return figure, axes
+
+
+def draw_learning(curves: Mapping[str, list[float]]) -> Figure:
+    figure, (top, bottom) = make_figure(5.6, "Loss (InfoNCE)", "Ranking, validation")
+    parts = {
+        top: {"Loss/train_epoch": "training", "Loss/valid": "validation"},
+        bottom: {"Metrics/HR@10": "HR@10", "Metrics/NDCG@10": "NDCG@10"},
+    }
+    for ax, names in parts.items():
+        for (tag, label), colour in zip(names.items(), COLOURS, strict=False):
+            values = curves.get(tag, [])
+            ax.plot(range(1, len(values) + 1), values, ".-", label=label, color=colour)
+        ax.set_xlabel("epoch")
+        ax.xaxis.get_major_locator().set_params(integer=True)
+        ax.legend()
+    later = [value for tag in parts[top] for value in curves.get(tag, [])[1:]]
+    if later:  # the first epoch's loss would press all others flat
+        top.set_ylim(min(later) - 0.1, max(later) + 0.1)
+    return figure
+
+
+def draw_hit_rate(ranking: Ranking, counts: Tensor) -> Figure:
+    """HR@10 of the test targets, by what is known of the user and of the item."""
+    hits = hit(ranking.ranks, 10).numpy()
+    over_all = f"(test, dashed: all, {hits.mean():.3f})"
+    titles = f"By length of the history {over_all}", f"By popularity of the target {over_all}"
+    figure, axes = make_figure(5.6, *titles)
+    popularity = counts[ranking.target_ids]
+    labels = ("events of the user", "training events of the item")
+    for ax, values, label, colour in zip(
+        axes, (ranking.num_seen, popularity), labels, COLOURS, strict=False
+    ):
+        groups = equal_groups(values.numpy())
+        means = [hits[members].mean() for members in groups.values()]
+        errors = [1.96 * hits[members].std() / len(members) ** 0.5 for members in groups.values()]
+        ax.bar(list(groups), means, yerr=errors, color=colour, ecolor="#404040", capsize=3)
+        ax.axhline(hits.mean(), color="#404040", linestyle="--", linewidth=1)
+        ax.set_xlabel(label)
+        ax.set_ylabel("HR@10, 95 % interval")
+        ax.grid(axis="x", visible=False)
+        ax.tick_params(axis="x", labelsize=10)
+    return figure
+
+
+def equal_groups(values: np.ndarray) -> dict[str, np.ndarray]:
+    """Label -> where `values` are in that range; up to NUM_GROUPS of about one size, rising."""
+    cuts = np.unique(np.sort(values)[np.arange(1, NUM_GROUPS) * len(values) // NUM_GROUPS])
+    owners = np.searchsorted(cuts, values, side="right")
+    groups = (np.flatnonzero(owners == group) for group in np.unique(owners))
+    return {label_of(values[members]): members for members in groups}
+
+
+def label_of(values: np.ndarray) -> str:
+    low, high = values.min(), values.max()
+    return f"{low:,}" if low == high else f"{low:,}-{high:,}"
+
+
+def draw_time_bias(layers: Iterable[Tensor], span: int) -> Figure:
+    """Each layer's bias by elapsed time, up to the longest that was trained on."""
+    figure, (ax,) = make_figure(3.6, "What attention has learnt about elapsed time")
+    seconds = torch.from_numpy(np.unique(np.geomspace(1, max(2, span), 5000).round()))
+    buckets = time_buckets(seconds).long()
+    used = buckets.unique()  # a few cover no whole second
+    middles = [seconds[buckets == bucket].log().mean().exp().item() for bucket in used]
+    for number, (weights, colour) in enumerate(zip(layers, COLOURS, strict=False), 1):
+        ax.plot(middles, weights[used], label=f"layer {number}", color=colour)
+    ax.set_xscale("log")
+    marks = {text: at for text, at in UNITS.items() if at <= max(2, span)}
+    ax.set_xticks(list(marks.values()), list(marks), rotation=30)
+    ax.minorticks_off()
+    ax.set_xlabel("time between query and event (log scale)")
+    label_biases(ax)
+    return figure
+
+
+def draw_position_bias(layers: Iterable[Tensor]) -> Figure:
+    figure, (ax,) = make_figure(3.6, "What attention has learnt about places")
+    for number, (weights, colour) in enumerate(zip(layers, COLOURS, strict=False), 1):
+        places = range(1, len(weights) + 1)
+        ax.plot(places, weights, label=f"layer {number}", color=colour)
+    ax.set_xscale("log")
+    marks = [at for at in (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000) if at <= len(weights)]
+    ax.set_xticks(marks, map(str, marks))
+    ax.minorticks_off()
+    ax.set_xlabel("place of the event, 1 is the newest (log scale)")
+    label_biases(ax)
+    return figure
+
+
+def label_biases(ax: Axes) -> None:
+    ax.axhline(0, color="#404040", linewidth=0.8)
+    ax.set_ylabel("added to the score")
+    ax.legend()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,154 @@
+"""The pictures of a training say what was measured; without a training there is one clear line."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import write_tiny
+
+pytest.importorskip("matplotlib", reason="matplotlib is not installed")
+
+import plot_run
+
+from checkpoint import load_checkpoint
+from data_folder import EVENT_DTYPE
+from main import Ranking, evaluate, main, make_eval_loader
+
+FLAGS = [
+    "--device=cpu", "--num_workers=0", "--num_epochs=3", "--batch_size=4", "--maxlen=6",
+    "--hidden_units=8", "--attention_dim=5", "--linear_dim=6", "--no-remove_seen", "--lr=0.1",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory) -> Path:
+    """A folder with data, a training's output `o` and its logs."""
+    folder = tmp_path_factory.mktemp("plots")
+    write_tiny(folder / "data")
+    assert main([*folders_of(folder), *FLAGS]) == 0
+    return folder
+
+
+def folders_of(folder: Path, **other: Path) -> list[str]:
+    paths = {"data_dir": folder / "data", "output_dir": folder / "o", "log_dir": folder / "logs"}
+    return [f"--{flag}={path}" for flag, path in (paths | other).items()]
+
+
+def test_one_command_draws_every_picture(trained, tmp_path, capsys):
+    before = sorted(trained.rglob("*"))
+    assert plot_run.main([*folders_of(trained), f"--picture_dir={tmp_path}/new"]) == 0
+    names = ["learning_curves", "hit_rate", "time_bias", "position_bias"]
+    lines = [f"wrote {tmp_path}/new/{name}.png" for name in names]
+    assert capsys.readouterr().out.splitlines() == lines
+    for name in names:
+        picture = (tmp_path / "new" / f"{name}.png").read_bytes()
+        assert picture.startswith(b"\x89PNG") and len(picture) < 80_000
+    assert sorted(trained.rglob("*")) == before
+
+
+def test_what_is_drawn_was_evaluated_as_in_the_training(trained):
+    """With the flags of the training, --no-remove_seen among them, and the best epoch."""
+    run, datasets = plot_run.load_run(trained / "o", str(trained / "data"))
+    found = evaluate(run, make_eval_loader(datasets["test"], run)).metrics()
+    assert found == json.loads((trained / "o" / "metrics.json").read_text())["test"]
+
+
+def test_the_curves_have_a_value_per_epoch(trained):
+    curves = plot_run.read_curves(str(trained / "logs"))
+    valid = json.loads((trained / "o" / "metrics.json").read_text())
+    assert {len(values) for values in curves.values()} == {3}
+    best = curves["Metrics/HR@10"][valid["best_epoch"] - 1]
+    assert best == pytest.approx(valid["valid"]["HR@10"])
+    top, bottom = plot_run.draw_learning(curves).axes
+    assert [list(line.get_ydata()) for line in bottom.lines] == [
+        curves["Metrics/HR@10"],
+        curves["Metrics/NDCG@10"],
+    ]
+    assert list(top.lines[1].get_ydata()) == curves["Loss/valid"]
+
+
+def test_groups_are_ranges_of_about_one_size():
+    rng = np.random.default_rng(0)
+    values = rng.permutation(np.arange(1, 101))
+    groups = plot_run.equal_groups(values)
+    assert list(groups) == ["1-20", "21-40", "41-60", "61-80", "81-100"]
+    for label, members in groups.items():
+        low, high = map(int, label.split("-"))
+        assert sorted(values[members]) == list(range(low, high + 1))
+
+
+@pytest.mark.parametrize(
+    ("values", "labels"),
+    [([7, 7, 7], ["7"]), ([0] * 8 + [1, 2000], ["0", "1-2,000"]), ([3], ["3"])],
+)
+def test_groups_of_few_values_are_fewer(values, labels):
+    groups = plot_run.equal_groups(np.array(values))
+    assert list(groups) == labels
+    assert sorted(np.concatenate(list(groups.values()))) == list(range(len(values)))
+
+
+def test_a_bar_is_the_share_of_hits_of_its_group():
+    ranks = torch.tensor([1, 11, 3, 40, 10, 12])
+    lengths, ids = torch.tensor([5, 5, 5, 9, 9, 9]), torch.tensor([1, 1, 2, 2, 2, 2])
+    ranking = Ranking(ranks, ids, lengths, torch.zeros(6), torch.zeros(6), 0.0)
+    figure = plot_run.draw_hit_rate(ranking, counts=torch.tensor([0, 70, 0]))
+    heights = [[bar.get_height() for bar in ax.patches] for ax in figure.axes]
+    assert list(map(texts, figure.axes)) == [["5", "9"], ["0", "70"]]
+    assert heights == [pytest.approx([2 / 3, 1 / 3]), pytest.approx([1 / 2, 1 / 2])]
+
+
+def texts(ax) -> list[str]:
+    return [label.get_text() for label in ax.get_xticklabels()]
+
+
+def test_biases_are_those_of_each_layer_where_there_was_data(trained):
+    weights = load_checkpoint(trained / "o" / "model_best.pt")["weights"]
+    biases = [weights[f"hstu.blocks.{i}.relative_bias.time_weight"] for i in (0, 1)]
+    assert all(map(torch.equal, biases, plot_run.weights_named(weights, "time_weight")))
+    (ax,) = plot_run.draw_time_bias(biases, span=3 * 86_400).axes
+    seconds, values = ax.lines[0].get_data()
+    assert seconds[0] == 1 and 2.4 * 86_400 < seconds[-1] <= 3 * 86_400
+    for second, value in zip(seconds, values, strict=True):
+        assert value == biases[0][int(np.log(second) / 0.301)]
+    assert texts(ax) == ["≤ 1 s", "1 min", "1 h", "1 day"]
+    places = [torch.arange(6.0)]
+    (ax,) = plot_run.draw_position_bias(places).axes
+    assert list(ax.lines[0].get_xdata()) == [1, 2, 3, 4, 5, 6]
+    assert list(ax.lines[0].get_ydata()) == [0, 1, 2, 3, 4, 5]
+
+
+def test_the_longest_span_is_that_of_one_users_events(trained):
+    offsets = np.fromfile(trained / "data" / "train_offsets.bin", np.int64)
+    times = np.fromfile(trained / "data" / "train_data.bin", EVENT_DTYPE)["timestamp"]
+    spans = [np.ptp(times[a:b]) for a, b in itertools.pairwise(offsets)]
+    assert plot_run.longest_span(str(trained / "data")) == max(spans)
+
+
+@pytest.mark.parametrize(
+    ("flag", "message"),
+    [
+        ("output_dir", "no training has been there"),
+        ("log_dir", "no curves there"),
+        ("data_dir", "not the data"),
+    ],
+)
+def test_a_wrong_folder_is_one_line(flag, message, trained, tmp_path, capsys):
+    write_tiny(tmp_path / "other", seed=1)
+    assert plot_run.main(folders_of(trained, **{flag: tmp_path / "other"})) == 1
+    assert_one_line(capsys.readouterr().err, message)
+
+
+def test_a_missing_matplotlib_is_one_line(trained, monkeypatch, capsys):
+    monkeypatch.delattr(plot_run, "matplotlib")
+    assert plot_run.main(folders_of(trained)) == 1
+    assert_one_line(capsys.readouterr().err, "pip install -r requirements-plot.txt")
+
+
+def assert_one_line(text: str, message: str) -> None:
+    assert text.startswith("error: ") and text.count("\n") == 1
+    assert message in text
