@@ -502,9 +502,10 @@ def report(run: Run, datasets: Mapping[str, MyDataset]) -> None:
         if result.get(split):
             log.info("  %-6s %s", split, summary(result[split]))
     log.info("  wrote  %s, model_epoch_*.pt, %s", best, path)
-    flags = f"--state_dict_path {best} --data_dir {run.args.data_dir} --output_dir {output_dir}"
-    log.info("  next   python main.py --inference_only %s", flags)
+    folders = f"--data_dir {run.args.data_dir} --output_dir {output_dir}"
+    log.info("  next   python main.py --inference_only --state_dict_path %s %s", best, folders)
     log.info("  curves tensorboard --logdir %s", run.args.log_dir)
+    log.info("  plots  python scripts/plot_run.py %s --log_dir %s", folders, run.args.log_dir)
 
 
 if __name__ == "__main__":
