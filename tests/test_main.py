@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
+import time
 from pathlib import Path
 
 import numpy as np
@@ -282,6 +283,7 @@ def test_an_interrupted_run_ends_like_a_whole_one(tmp_path, data, monkeypatch, s
         stop_after(patch, steps)
         with pytest.raises(KilledError):
             run(tmp_path, data, *flags, f"--save_every_steps={every}", name="o")
+    time.sleep(1 - time.time() % 1)  # TensorBoard orders files by the second
     torch.manual_seed(999)
     resumed = run(tmp_path, data, *flags, f"--save_every_steps={every}", name="o")
     for name in ("model_epoch_1.pt", "model_epoch_2.pt", "model_best.pt"):
