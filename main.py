@@ -7,8 +7,8 @@ import logging
 import re
 import sys
 import time
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import nullcontext, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,18 @@ from checkpoint import (
 )
 from data_folder import Manifest, fingerprint, read_manifest
 from dataset import Batch, BatchSampler, MyDataset, count_items
+from distributed import (
+    LostRankError,
+    first_goes_ahead,
+    gather_rows,
+    is_first_to_fail,
+    join,
+    leave,
+    num_ranks,
+    rank,
+    tell,
+    wait_for_all,
+)
 from export import infer
 from features import Feature
 from flags import ALL_NEGATIVES_UP_TO, FREE_FLAGS, get_args
@@ -81,30 +93,47 @@ class Run:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Train or infer as the command line says; the exit code."""
+    """Train or infer as the command line says; the exit code.
+
+    Of several ranks the first one to fail says why, and rank 0 alone says anything else.
+    """
     args = get_args(argv)
     handler = logging.StreamHandler(sys.stdout)
     log.addHandler(handler)
     log.setLevel(logging.INFO)
     keep_freed_memory()
     try:
+        join(args.device.startswith("cuda") and torch.cuda.is_available())
+        if rank() > 0:
+            log.setLevel(logging.ERROR)
+        check_ranks(args)
         check_folders(args)
         if args.trust_pickle:
             log.warning("--trust_pickle: .pkl files are loaded unchecked and can run any code")
         with stop_signals, logging_redirect_tqdm(loggers=[log]):
             infer(args, HSTUModel) if args.inference_only else train(args)
+        leave()
     except Stopped as stop:
         log.info("%s", stop)
+        leave()
         return stop.exit_code
     except (DataError, OSError, MemoryError, RuntimeError) as error:
         line = one_line(error)
         if args.debug or not line:
             raise
-        print(f"error: {line}", file=sys.stderr)
+        if is_first_to_fail():
+            print(f"error: {line}", file=sys.stderr)
         return 1
     finally:
         log.removeHandler(handler)
     return 0
+
+
+def check_ranks(args: argparse.Namespace) -> None:
+    if num_ranks() > 1 and args.inference_only:
+        raise DataError("--inference_only exports in one process: start python, not torchrun")
+    if num_ranks() > 1 and ":" in args.device:
+        raise DataError(f"--device {args.device}: ranks take a device each; write --device cuda")
 
 
 def check_folders(args: argparse.Namespace) -> None:
@@ -123,7 +152,7 @@ def one_line(error: Exception) -> str:
         text = text.rstrip().rpartition("Error: ")[2]
     if isinstance(error, OSError) and error.filename:
         return f"{error.filename}: {error.strerror}"
-    if isinstance(error, DataError | OSError):
+    if isinstance(error, DataError | OSError | LostRankError):
         return text
     if re.search("out of memory|allocate memory|not enough memory|Unable to allocate", text):
         first = text.splitlines()[0]
@@ -138,13 +167,16 @@ def train(args: argparse.Namespace) -> None:
     """Train, validate after each epoch, test the best epoch once; everything ends in output_dir."""
     output_dir = Path(args.output_dir)
     output_dir.mkdir(parents=True, exist_ok=True)
-    with hold_folder(output_dir):
-        sweep_temporaries(output_dir)
+    with hold_folder(output_dir) if rank() == 0 else nullcontext():
+        if rank() == 0:
+            sweep_temporaries(output_dir)
         manifest = read_manifest(args.data_dir)
-        features = read_features(args, manifest)
+        with first_goes_ahead():  # and writes what it made of feature files beside them
+            features = read_features(args, manifest)
         datasets = open_datasets(args, manifest, vectors_on_host(args, features[0]))
         run = prepare_run(args, manifest, features, datasets["train"])
         resume(run)
+        check_same_step(run)
         if not run.progress.is_finished:
             announce(run, datasets)
             first_step = run.progress.step + 1
@@ -248,7 +280,7 @@ def resume(run: Run) -> None:
                 f"{output_dir}: holds checkpoints; choose an empty --output_dir, or add --overwrite"
             )
         for pattern in ("model_*.pt", "resume_*.pt", "checkpoints.json", "metrics.json"):
-            for old in output_dir.glob(pattern):
+            for old in output_dir.glob(pattern) if rank() == 0 else ():
                 old.unlink()
         return
     is_auto = args.resume == "auto"
@@ -272,6 +304,15 @@ def resume(run: Run) -> None:
         log.info("resuming at epoch %d, step %d", run.progress.epoch + 1, run.progress.step)
 
 
+def check_same_step(run: Run) -> None:
+    steps = [step for (step,) in tell([run.progress.step])]
+    if len(set(steps)) > 1:
+        raise DataError(
+            f"{run.args.output_dir}: ranks find states of steps {steps}; it has to be one folder "
+            "that all of them see"
+        )
+
+
 def train_epochs(run: Run, datasets: dict[str, MyDataset], run_log: RunLog) -> None:
     """The epochs that are left, each followed by validation and checkpoints.
 
@@ -279,7 +320,7 @@ def train_epochs(run: Run, datasets: dict[str, MyDataset], run_log: RunLog) -> N
         Stopped: by a signal; a state of the last step is saved.
     """
     args, progress = run.args, run.progress
-    sampler = BatchSampler(len(datasets["train"]), args.batch_size, args.seed, is_shuffled=True)
+    sampler = make_sampler(datasets["train"], args, is_shuffled=True)
     train_loader = make_loader(datasets["train"], sampler, run.device, args.num_workers)
     valid_loader = make_eval_loader(datasets.get("valid"), run)
     while not progress.is_finished:
@@ -321,9 +362,10 @@ def save_epoch(run: Run) -> None:
     """Write model_epoch_X.pt, model_best.pt where it is the best, and the state to resume from."""
     progress, output_dir = run.progress, Path(run.args.output_dir)
     content = {"config": asdict(run.model.config), "weights": run.model.state_dict()}
-    save_checkpoint(output_dir / f"model_epoch_{progress.epoch}.pt", content, progress.step)
-    if progress.best_epoch == progress.epoch:
-        save_checkpoint(output_dir / "model_best.pt", content, progress.step)
+    names = [f"model_epoch_{progress.epoch}.pt"]
+    names += ["model_best.pt"] if progress.best_epoch == progress.epoch else []
+    for name in names if rank() == 0 else ():
+        save_checkpoint(output_dir / name, content, progress.step)
     save_run(run)
 
 
@@ -345,7 +387,9 @@ def save_run(run: Run) -> None:
         "progress": asdict(run.progress),
         "binding": run.binding,
     }
-    save_state(run.args.output_dir, content, run.progress.step)
+    if rank() == 0:
+        save_state(run.args.output_dir, content, run.progress.step)
+    wait_for_all()
 
 
 def train_one_epoch(run: Run, loader: DataLoader, run_log: RunLog) -> None:
@@ -375,7 +419,7 @@ def train_one_epoch(run: Run, loader: DataLoader, run_log: RunLog) -> None:
                 save_run(run)
     progress.loss_sum = loss_sum.item()
     run.updater.check_finite(progress.epoch + 1, progress.step)
-    stop_signals.check()
+    run.updater.agree()
 
 
 def groups_of(loader: Iterable[Batch], size: int) -> Iterator[list[Batch]]:
@@ -396,10 +440,11 @@ def evaluate(run: Run, loader: DataLoader) -> dict[str, float]:
     model = run.model.eval()
     num_items = model.config.num_items
     chunks = model.item_embedding_chunks(torch.arange(1, num_items + 1, device=run.device))
-    items = torch.cat(list(stop_signals.between(chunks)))
+    check = common_check(run)
+    items = torch.cat(list(stop_signals.between(chunks, check)))
     row_of_item = torch.arange(-1, num_items, device=run.device)
     ranks, loss_sum = [], 0.0
-    for batch in stop_signals.between(loader):
+    for batch in stop_signals.between(loader, check):
         batch = batch.to(run.device)
         with run.updater.autocast():
             queries, loss = model.predict_with_loss(batch)
@@ -407,24 +452,36 @@ def evaluate(run: Run, loader: DataLoader) -> dict[str, float]:
         ranks.append(model.similarity.target_ranks(queries, items, batch.target_ids() - 1, seen))
         loss_sum += loss.item() * len(queries)
     model.train()
-    all_ranks = torch.cat(ranks).cpu()
+    all_ranks = gather_rows(torch.cat(ranks).cpu())
+    loss_sum = gather_rows(torch.tensor([loss_sum], dtype=torch.float64)).sum().item()
     return ranking_metrics(all_ranks) | {"loss": loss_sum / len(all_ranks)}
+
+
+def common_check(run: Run) -> Callable[[], Any]:
+    """What raises Stopped between two batches of an evaluation: on all ranks or on none."""
+    return run.updater.agree if num_ranks() > 1 else stop_signals.check
 
 
 def make_eval_loader(dataset: MyDataset | None, run: Run) -> DataLoader | None:
     """None where the split is absent, empty, or does not tell its targets."""
     if dataset is None or dataset.target == "none" or not len(dataset):
         return None
-    sampler = BatchSampler(len(dataset), run.args.batch_size, run.args.seed, is_shuffled=False)
+    sampler = make_sampler(dataset, run.args, is_shuffled=False)
     return make_loader(dataset, sampler, run.device, run.args.num_workers)
+
+
+def make_sampler(dataset: MyDataset, args: argparse.Namespace, is_shuffled: bool) -> BatchSampler:
+    place = rank(), num_ranks()
+    return BatchSampler(len(dataset), args.batch_size, args.seed, is_shuffled, *place)
 
 
 def announce(run: Run, datasets: Mapping[str, MyDataset]) -> None:
     """One line that says what will happen."""
     train_set = datasets["train"]
+    place = run.device if num_ranks() == 1 else f"{num_ranks()} x {run.device.type}"
     log.info(
         "train on %s in %s: %s users, %s items, %s negatives, %.2fM weights, %d epochs, %d steps",
-        run.device, run.args.precision, f"{len(train_set):,}", f"{train_set.num_items:,}",
+        place, run.args.precision, f"{len(train_set):,}", f"{train_set.num_items:,}",
         train_set.negatives, sum(p.numel() for p in run.model.parameters()) / 1e6,
         run.args.num_epochs, run.updater.total_steps,
     )  # fmt: skip
@@ -443,7 +500,10 @@ def report(run: Run, datasets: Mapping[str, MyDataset]) -> None:
         if loader is not None:
             load_weights(run.model, load_checkpoint(best)["weights"], best)
             result["test"] = evaluate(run, loader)
-        write_json(path, result)
+        if rank() == 0:
+            write_json(path, result)
+    if rank() > 0:
+        return
     result = read_json(path)
     log.info("finished: %d epochs, best epoch %d", progress.epoch, result["best_epoch"])
     for split in ("valid", "test"):

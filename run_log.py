@@ -11,6 +11,8 @@ import torch
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
+from distributed import num_ranks, rank
+
 log = logging.getLogger("hstu")
 
 # TensorBoard's "custom scalars" page: what belongs together in one chart.
@@ -29,7 +31,7 @@ LAYOUT = {
 
 
 class RunLog:
-    """The log of one run; the x axis of every curve is the optimiser step.
+    """The log of one run, written by rank 0; the x axis of every curve is the optimiser step.
 
     Args:
         log_dir: TensorBoard's folder; what a killed run logged from `first_step` on is dropped.
@@ -42,17 +44,20 @@ class RunLog:
         self, log_dir: str, first_step: int, total_steps: int, num_epochs: int, log_every: int
     ):
         self.total_steps, self.num_epochs, self.log_every = total_steps, num_epochs, log_every
-        self.writer = SummaryWriter(log_dir, purge_step=first_step)
+        self.writer = SummaryWriter(log_dir, purge_step=first_step) if rank() == 0 else None
         self._start_interval()
 
     def __enter__(self) -> RunLog:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.writer.close()
+        if self.writer is not None:
+            self.writer.close()
 
     def start(self, flags: Mapping[str, Any]) -> None:
         """The resolved flags as a table, and the page of charts."""
+        if self.writer is None:
+            return
         self.writer.add_custom_scalars(LAYOUT)
         rows = [f"| {name} | {value} |" for name, value in sorted(flags.items())]
         self.writer.add_text("flags", "\n".join(["| flag | value |", "|---|---|", *rows]))
@@ -71,7 +76,8 @@ class RunLog:
             leave=False,
             dynamic_ncols=True,
             smoothing=0.1,
-            disable=None,  # off where there is no terminal: log lines serve there
+            # Off where there is no terminal: log lines serve there.
+            disable=None if self.writer is not None else True,
         ) as self._bar:
             while True:
                 asked = time.perf_counter()
@@ -87,8 +93,9 @@ class RunLog:
     ) -> None:
         """Count a step; every `log_every` steps write `values` (tag -> number) and the rates."""
         self._steps += 1
-        self._users += sum(len(batch.user_ids) for batch in batches)
-        self._events += sum(len(batch.item_index) for batch in batches)
+        # Ranks have equal shares, or one less.
+        self._users += num_ranks() * sum(len(batch.user_ids) for batch in batches)
+        self._events += sum(int(batch.num_targets) for batch in batches)
         if step % self.log_every:
             return
         values = {tag: float(value) for tag, value in values.items()}  # waits for a GPU
@@ -124,7 +131,8 @@ class RunLog:
         if metrics:
             values["Loss/valid"] = metrics["loss"]
         self._write(values | {"Loss/train_epoch": train_loss}, step)
-        self.writer.flush()
+        if self.writer is not None:
+            self.writer.flush()
         valid = (
             f"valid loss {metrics['loss']:.4f}, {summary(metrics)}" if metrics else "no validation"
         )
@@ -135,7 +143,7 @@ class RunLog:
         )  # fmt: skip
 
     def _write(self, values: Mapping[str, float], step: int) -> None:
-        for tag, value in values.items():
+        for tag, value in values.items() if self.writer is not None else ():
             self.writer.add_scalar(tag, value, step)
 
     def _start_interval(self) -> None:

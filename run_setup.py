@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader
 from atomic_io import DataError
 from data_folder import Manifest, check_re_ids, read_indexer
 from dataset import Batch, BatchSampler, MyDataset
+from distributed import num_ranks
 from features import Feature, find_vectors, load_features, load_vectors
 from flags import DEFAULT_MM_EMB_ID, MODEL_VECTORS_UP_TO
 from interrupts import leave_signals_to_parent
@@ -46,6 +47,8 @@ def pick_device(name: str) -> torch.device:
     if name.startswith("cuda") and not torch.cuda.is_available():
         log.info("no CUDA device here: running on the CPU")
         return torch.device("cpu")
+    if name == "cuda" and num_ranks() > 1:
+        return torch.device("cuda", torch.cuda.current_device())
     device, count = torch.device(name), torch.cuda.device_count()
     if device.type == "cuda" and (device.index or 0) >= count:
         raise DataError(f"--device {name}: there are cuda:0 to cuda:{count - 1}; name one of them")

@@ -7,11 +7,14 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from atomic_io import DataError
+from distributed import num_ranks, rank, sum_over_ranks, sum_row_gradients, tell
 from hstu_components import give_sparse_gradients
+from interrupts import Stopped, stop_signals
 from model import HSTUModel
 from optimizer import RowAdamW, clip_gradients
 
@@ -21,7 +24,11 @@ NAMED = 5  # of what is not finite
 
 
 class Updater:
-    """A model and what trains it.
+    """A model and what trains it, on this rank.
+
+    Each rank computes the gradients of its share of a batch; their sum is the whole batch's, and
+    all ranks make the same update from it. Not torch's DistributedDataParallel: it takes the mean
+    of ranks that each have something, and knows no sparse gradients.
 
     Args:
         model: on its device.
@@ -42,6 +49,8 @@ class Updater:
         # Loss and gradients were finite so far; on the device, which is not asked in every step.
         self._is_sound = torch.ones((), dtype=torch.bool, device=self.device)
         self._newest: tuple[Sequence[Any], Tensor, Tensor] | None = None
+        self._tables = [m.weight for m in model.modules() if getattr(m, "sparse", False)]
+        self._stop = 0  # the signal that the ranks have agreed to stop for
 
     def state_dict(self) -> dict[str, Any]:
         """What goes on from here needs, besides the model's own."""
@@ -52,7 +61,7 @@ class Updater:
         self.scaler.load_state_dict(state["scaler"])
 
     def step(self, batches: Sequence[Any], epoch: int, step: int) -> dict[str, Tensor | float]:
-        """One update from one or several dataset.Batch, as if they were one.
+        """One update from one or several dataset.Batch, as if they and all ranks' were one.
 
         The host does not wait for a GPU here, but where a log or a state is due.
 
@@ -65,14 +74,21 @@ class Updater:
 
         Raises:
             DataError: loss or gradient are not finite; the weights are those of the step before.
+            Stopped: another rank is to stop; so they are then.
         """
+        if num_ranks() > 1:  # each its own dropout, and that of the step whatever was before
+            seeds = np.random.SeedSequence((self.args.seed, step, rank()))
+            torch.manual_seed(int(seeds.generate_state(1, np.uint64)[0]))
         counts = [int((batch.target_index >= 0).sum()) for batch in batches]
+        total = max(1, sum(int(batch.num_targets) for batch in batches))
         loss = torch.zeros((), device=self.device)
         for batch, count in zip(batches, counts, strict=True):
             with self.autocast():
-                part = self.model(batch.to(self.device)) * (count / max(1, sum(counts)))
+                part = self.model(batch.to(self.device)) * (count / total)
             self.scaler.scale(part).backward()
             loss += part.detach()
+        if num_ranks() > 1:
+            self._sum_over_ranks(loss)
         self.scaler.unscale_(self.optimizer)
         grad_norm = clip_gradients(self.model.parameters(), self.args.clip_grad)
         # A scaler skips the steps that overflow by itself.
@@ -88,6 +104,37 @@ class Updater:
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
         return {"Loss/train": loss, "Train/grad_norm": grad_norm, "Train/lr": lr}
+
+    def _sum_over_ranks(self, loss: Tensor) -> None:
+        """Loss and gradients of this rank's share to those of the whole batch, in place."""
+        for table in self._tables:  # a share may be empty, and touch nothing
+            empty = torch.sparse_coo_tensor(size=table.shape, dtype=table.dtype, device=self.device)
+            table.grad = (empty if table.grad is None else table.grad).coalesce()
+        counts = self.agree([len(table.grad.values()) for table in self._tables])
+        for table, column in zip(self._tables, zip(*counts, strict=True), strict=True):
+            table.grad = sum_row_gradients(table.grad, column)
+        tables = set(map(id, self._tables))
+        others = [p for p in self.model.parameters() if p.requires_grad and id(p) not in tables]
+        for parameter in others:
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+        sum_over_ranks([loss, *(parameter.grad for parameter in others)])
+
+    def agree(self, row_counts: Sequence[int] = ()) -> list[list[int]]:
+        """Raise Stopped on all ranks if a signal has come to one; else all ranks' `row_counts`.
+
+        They travel in one message: where all call this, some may be in a step and some behind it.
+        """
+        if num_ranks() == 1:
+            stop_signals.check()
+            return [list(row_counts)]
+        if not self._stop:
+            row_counts = row_counts or [0] * len(self._tables)
+            told = tell([stop_signals.number, *row_counts])
+            self._stop = max(number for number, *_ in told)
+        if self._stop:
+            raise Stopped(self._stop)
+        return [counts for _, *counts in told]
 
     def check_finite(self, epoch: int, step: int) -> None:
         """Raise DataError if any loss or gradient so far was not finite; waits for a GPU."""

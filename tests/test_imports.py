@@ -18,6 +18,7 @@ ALLOWED = {
     "data_folder": {"atomic_io", "safe_pickle"},
     "data_writer": {"atomic_io", "data_folder"},
     "dataset": {"atomic_io", "data_folder"},
+    "distributed": set(),
     "hstu_components": set(),
     "simplified_hstu": {"hstu_components"},
     "dot_product_similarity": set(),
@@ -26,10 +27,20 @@ ALLOWED = {
     "metrics": set(),
     "flags": set(),
     "interrupts": set(),
-    "run_log": set(),
-    "run_setup": {"atomic_io", "data_folder", "dataset", "features", "flags", "interrupts"},
+    "run_log": {"distributed"},
+    "run_setup": {
+        "atomic_io",
+        "data_folder",
+        "dataset",
+        "distributed",
+        "features",
+        "flags",
+        "interrupts",
+    },
 }
-ALLOWED["updates"] = {"atomic_io", "hstu_components", "model", "optimizer"}
+ALLOWED["updates"] = {
+    "atomic_io", "distributed", "hstu_components", "interrupts", "model", "optimizer"
+}  # fmt: skip
 ALLOWED["export"] = set(ALLOWED) - {
     "run_log",
     "updates",
