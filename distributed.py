@@ -6,18 +6,24 @@ there and costs nothing: the one rank is 0.
 
 from __future__ import annotations
 
+import itertools
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 # Longest wait for another rank: it may be parsing features, or writing a large state. One that has
 # died is noticed at once, as its connections close.
 TIMEOUT = timedelta(minutes=30)
+# Rows of a sharded table that one message carries, or that are drawn at once: 16 MB of 64 numbers.
+CHUNK_ROWS = 1 << 16
 
 
 class LostRankError(RuntimeError):
@@ -145,3 +151,152 @@ def sum_row_gradients(grad: Tensor, counts: Sequence[int]) -> Tensor:
     total[torch.searchsorted(rows, own)] = grad.values()
     sum_over_ranks([total])
     return torch.sparse_coo_tensor(rows[None], total, grad.shape, is_coalesced=True)
+
+
+# -------------------------------------------------------------------------------- sharded tables
+
+
+class ShardedEmbedding(nn.Embedding):
+    """A table of which each of K ranks holds every K-th row: id i is row i // K of rank i % K.
+
+    Popular items often have neighbouring ids, so ranks get about as many lookups. All ranks ask for
+    the same ids at the same time, each for the vectors of all; gradients are summed over the ranks
+    and come as sparse ones of a rank's own rows. Id 0 is padding and zero.
+
+    A state dict holds the whole table, on rank 0; loading takes one from it on every rank.
+    """
+
+    def __init__(self, num_rows: int, width: int):
+        """As nn.Embedding(num_rows, width, padding_idx=0), and from the same random numbers."""
+        self.num_rows = num_rows
+        super().__init__(len(range(rank(), num_rows, num_ranks())), width)
+
+    def reset_parameters(self) -> None:
+        self.draw(nn.init.normal_)
+
+    @torch.no_grad()
+    def draw(self, fill: Callable[[Tensor], Any]) -> None:
+        """Fill the rows with what `fill` would write into the whole table, without ever having it.
+
+        `fill` draws from the global generator. Of chunks that are long, and 16 rows or a multiple,
+        torch draws what it draws for a whole.
+        """
+        starts = range(0, max(1, self.num_rows - CHUNK_ROWS), CHUNK_ROWS)
+        for start, end in itertools.pairwise([*starts, self.num_rows]):
+            chunk = self.weight.new_empty(end - start, self.embedding_dim)
+            fill(chunk)
+            part = chunk[(rank() - start) % num_ranks() :: num_ranks()]
+            first = -(-(start - rank()) // num_ranks())
+            self.weight[first : first + len(part)] = part
+        if rank() == 0:
+            self.weight[0] = 0
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """(n,) int64 in 0..num_rows - 1, the same on all ranks -> (n, D)."""
+        return _Lookup.apply(self.weight, ids)
+
+    def _save_to_state_dict(self, destination: dict, prefix: str, keep_vars: bool) -> None:
+        destination[prefix + "weight"] = gather_table(self.weight.detach(), self.num_rows)
+
+    @torch.no_grad()
+    def _load_from_state_dict(self, state_dict: Mapping, prefix: str, *_: Any) -> None:
+        self.weight.copy_(own_rows(state_dict[prefix + "weight"]))
+
+
+class _Lookup(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, weight, ids):
+        places = ((ids % num_ranks() == rank()) & (ids > 0)).nonzero()[:, 0]
+        rows = ids[places] // num_ranks()
+        ctx.save_for_backward(places, rows)
+        ctx.shape = weight.shape
+        vectors = weight.new_zeros(len(ids), weight.shape[1])
+        vectors[places] = weight[rows]
+        sum_over_ranks([vectors])  # of one vector and zeros: to the bit what the owner has
+        return vectors
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        places, rows = ctx.saved_tensors
+        grad = grad.clone()
+        sum_over_ranks([grad])
+        return torch.sparse_coo_tensor(rows[None], grad[places], ctx.shape), None
+
+
+def own_rows(table: Tensor) -> Tensor:
+    """A view of the rows of a whole table that are this rank's."""
+    return table[rank() :: num_ranks()]
+
+
+def gather_table(shard: Tensor, num_rows: int) -> Tensor:
+    """The whole table that ranks hold `own_rows` of, on the CPU of rank 0; elsewhere its shape.
+
+    Chunk by chunk: a device never holds more than a chunk of it.
+    """
+    shape = num_rows, *shard.shape[1:]
+    table = torch.empty(shape, dtype=shard.dtype, device="cpu" if rank() == 0 else "meta")
+    longest = -(-num_rows // num_ranks())
+    for start in range(0, longest, CHUNK_ROWS):
+        chunk = shard.new_zeros(min(CHUNK_ROWS, longest - start), *shard.shape[1:])
+        part = shard[start : start + CHUNK_ROWS]
+        chunk[: len(part)] = part
+        chunks = [torch.empty_like(chunk) for _ in range(num_ranks())] if rank() == 0 else None
+        with _meeting():
+            dist.gather(chunk, chunks)
+        for owner, rows in enumerate(chunks or ()):
+            own = table[owner :: num_ranks()][start : start + CHUNK_ROWS]
+            own.copy_(rows[: len(own)])
+    return table
+
+
+def keep_own_items(chunks: Iterable[Tensor]) -> Tensor:
+    """Of the rows of items 1, 2, ... in order, (c, D) at a time, those that `own_rows` keeps."""
+    kept, first = [], 1
+    for chunk in chunks:
+        kept.append(chunk[(rank() - first) % num_ranks() :: num_ranks()].clone())
+        first += len(chunk)
+    return torch.cat(kept)
+
+
+def ranks_over_shards(
+    target_ranks: Callable[..., Tensor],
+    items: Tensor,
+    queries: Tensor,
+    target_ids: Tensor,
+    targets: Tensor,
+    seen: tuple[Tensor, Tensor] | None,
+) -> Tensor:
+    """As DotProductSimilarity.target_ranks, (B,), where each rank has some of the items.
+
+    All queries go to all ranks. Each counts its own items that are above a query's target, which is
+    put behind them; the counts add up.
+
+    Args:
+        target_ranks: that function.
+        items: of this rank, from `keep_own_items`.
+        queries: (B, D) of this rank; B may differ, or be 0.
+        target_ids: (B,) int64.
+        targets: (B, D), the targets' rows of the catalogue.
+        seen: item ids (V,) and offsets (B + 1,), or None.
+    """
+    counts = [count for (count,) in tell([len(queries)])]
+    queries, target_ids, targets = map(gather_rows, (queries, target_ids, targets))
+    num_queries, num_items, device = len(queries), len(items), items.device
+    lines = torch.arange(num_queries, device=device)
+    # A query leaves out its seen items, its target, which stands behind, and other queries' ones.
+    left_out, owners = [target_ids], [lines]
+    if seen is not None:
+        left_out.append(gather_rows(seen[0]))
+        owners.append(lines.repeat_interleave(gather_rows(seen[1].diff())))
+    ids, owners = torch.cat(left_out), torch.cat(owners)
+    is_here = ids % num_ranks() == rank()
+    rows, owners = (ids[is_here] - (rank() or num_ranks())) // num_ranks(), owners[is_here]
+    others = (lines[:, None] != lines).nonzero()  # (B (B - 1), 2)
+    owners, order = torch.cat([owners, others[:, 0]]).sort(stable=True)
+    rows = torch.cat([rows, num_items + others[:, 1]])[order]
+    offsets = F.pad(owners.bincount(minlength=num_queries).cumsum(0), (1, 0))
+    candidates = torch.cat([items, targets])
+    above = target_ranks(queries, candidates, num_items + lines, (rows, offsets)) - 1
+    sum_over_ranks([above])
+    return above.split(counts)[rank()] + 1

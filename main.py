@@ -36,16 +36,18 @@ from distributed import (
     gather_rows,
     is_first_to_fail,
     join,
+    keep_own_items,
     leave,
     num_ranks,
     rank,
+    ranks_over_shards,
     tell,
     wait_for_all,
 )
 from export import infer
 from features import Feature
 from flags import ALL_NEGATIVES_UP_TO, FREE_FLAGS, get_args
-from hstu_components import encoder_arguments
+from hstu_components import DENSE_ROWS, encoder_arguments
 from interrupts import Stopped, stop_signals
 from metrics import ranking_metrics
 from model import HSTUConfig, HSTUModel
@@ -55,7 +57,6 @@ from run_setup import (
     make_loader,
     pick_device,
     read_features,
-    seen_rows,
     vectors_on_host,
 )
 from updates import Updater
@@ -217,7 +218,8 @@ def prepare_run(
     device = pick_device(args.device)
     config = make_config(args, manifest, features, train_set.has_timestamps)
     torch.manual_seed(args.seed)
-    model = HSTUModel(config, *features, on_host=train_set.host_vectors).to(device)
+    shards = {"shards_items": True} if shards_items(args, train_set) else {}
+    model = HSTUModel(config, *features, on_host=train_set.host_vectors, **shards).to(device)
     model.hstu.gradient_checkpointing = args.gradient_checkpointing
     if args.compile:
         model.hstu.compile_blocks()
@@ -236,6 +238,24 @@ def prepare_run(
             "data files": fingerprint(args.data_dir),
         },
     )
+
+
+def shards_items(args: argparse.Namespace, train_set: MyDataset) -> bool:
+    """Whether each rank is to hold a part of the item table.
+
+    Raises:
+        DataError: the table would not be trained by rows, or not in the same steps on all ranks.
+    """
+    if not args.shard_items or num_ranks() == 1:
+        return False
+    is_by_rows = train_set.negatives != "all" and train_set.num_items >= DENSE_ROWS
+    if not is_by_rows or args.precision == "fp16":
+        raise DataError(
+            f"--shard_items with {train_set.num_items:,} items, {train_set.negatives} negatives, "
+            f"{args.precision}: it needs {DENSE_ROWS:,} items, sampled negatives (--negatives "
+            "mixed), and fp32 or bf16"
+        )
+    return True
 
 
 def make_config(
@@ -437,24 +457,38 @@ def groups_of(loader: Iterable[Batch], size: int) -> Iterator[list[Batch]]:
 def evaluate(run: Run, loader: DataLoader) -> dict[str, float]:
     """Mean loss, and the metrics of ranking the whole catalogue for every sequence's target."""
     loader.dataset.check_unchanged()
-    model = run.model.eval()
-    num_items = model.config.num_items
-    chunks = model.item_embedding_chunks(torch.arange(1, num_items + 1, device=run.device))
-    check = common_check(run)
-    items = torch.cat(list(stop_signals.between(chunks, check)))
-    row_of_item = torch.arange(-1, num_items, device=run.device)
+    model, check = run.model.eval(), common_check(run)
+    item_ids = torch.arange(1, model.config.num_items + 1, device=run.device)
+    chunks = stop_signals.between(model.item_embedding_chunks(item_ids), check)
+    items = keep_own_items(chunks) if run.updater.shards else torch.cat(list(chunks))
     ranks, loss_sum = [], 0.0
     for batch in stop_signals.between(loader, check):
         batch = batch.to(run.device)
         with run.updater.autocast():
             queries, loss = model.predict_with_loss(batch)
-        seen = seen_rows(batch, row_of_item) if run.args.remove_seen else None
-        ranks.append(model.similarity.target_ranks(queries, items, batch.target_ids() - 1, seen))
+        ranks.append(rank_targets(run, batch, queries, items))
         loss_sum += loss.item() * len(queries)
     model.train()
     all_ranks = gather_rows(torch.cat(ranks).cpu())
     loss_sum = gather_rows(torch.tensor([loss_sum], dtype=torch.float64)).sum().item()
     return ranking_metrics(all_ranks) | {"loss": loss_sum / len(all_ranks)}
+
+
+def rank_targets(
+    run: Run, batch: Batch, queries: torch.Tensor, items: torch.Tensor
+) -> torch.Tensor:
+    """(B,): the ranks of a batch's targets; `items`: all of them, or where sharded this rank's."""
+    model, target_ids, seen = run.model, batch.target_ids(), None
+    if not run.updater.shards:
+        if run.args.remove_seen:
+            seen = batch.seen_ids - 1, batch.seen_offsets
+        return model.similarity.target_ranks(queries, items, target_ids - 1, seen)
+    rows = model.item_embeddings(batch.distinct_ids)  # of the same items on all ranks
+    targets = rows[torch.searchsorted(batch.distinct_ids, target_ids)]
+    if run.args.remove_seen:
+        seen = batch.seen_ids, batch.seen_offsets
+    target_ranks = model.similarity.target_ranks
+    return ranks_over_shards(target_ranks, items, queries, target_ids, targets, seen)
 
 
 def common_check(run: Run) -> Callable[[], Any]:

@@ -12,7 +12,16 @@ import torch
 from torch import Tensor
 
 from atomic_io import DataError
-from distributed import num_ranks, rank, sum_over_ranks, sum_row_gradients, tell
+from distributed import (
+    ShardedEmbedding,
+    gather_table,
+    num_ranks,
+    own_rows,
+    rank,
+    sum_over_ranks,
+    sum_row_gradients,
+    tell,
+)
 from hstu_components import give_sparse_gradients
 from interrupts import Stopped, stop_signals
 from model import HSTUModel
@@ -49,16 +58,37 @@ class Updater:
         # Loss and gradients were finite so far; on the device, which is not asked in every step.
         self._is_sound = torch.ones((), dtype=torch.bool, device=self.device)
         self._newest: tuple[Sequence[Any], Tensor, Tensor] | None = None
+        shards = [m for m in model.modules() if isinstance(m, ShardedEmbedding)]
+        self.shards = {m.weight: m.num_rows for m in shards}  # gradients come summed over ranks
         self._tables = [m.weight for m in model.modules() if getattr(m, "sparse", False)]
         self._stop = 0  # the signal that the ranks have agreed to stop for
 
     def state_dict(self) -> dict[str, Any]:
-        """What goes on from here needs, besides the model's own."""
-        return {"optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict()}
+        """What goes on from here needs, besides the model's own; of sharded tables on rank 0."""
+        optimizer = self.optimizer.state_dict()
+        for place, num_rows in self._places_of_shards():
+            if place in optimizer["state"]:
+                optimizer["state"][place] = {
+                    name: gather_table(value, num_rows) if value.dim() else value
+                    for name, value in optimizer["state"][place].items()
+                }
+        return {"optimizer": optimizer, "scaler": self.scaler.state_dict()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self.optimizer.load_state_dict(state["optimizer"])
+        values = dict(state["optimizer"]["state"])
+        for place, _ in self._places_of_shards():
+            if place in values:
+                values[place] = {
+                    name: own_rows(value).clone() if value.dim() else value
+                    for name, value in values[place].items()
+                }
+        self.optimizer.load_state_dict(state["optimizer"] | {"state": values})
         self.scaler.load_state_dict(state["scaler"])
+
+    def _places_of_shards(self) -> list[tuple[int, int]]:
+        """Where sharded tables stand in the optimiser's state, and their rows on all ranks."""
+        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+        return [(k, self.shards[p]) for k, p in enumerate(parameters) if p in self.shards]
 
     def step(self, batches: Sequence[Any], epoch: int, step: int) -> dict[str, Tensor | float]:
         """One update from one or several dataset.Batch, as if they and all ranks' were one.
@@ -76,6 +106,8 @@ class Updater:
             DataError: loss or gradient are not finite; the weights are those of the step before.
             Stopped: another rank is to stop; so they are then.
         """
+        if self.shards:
+            self.agree()  # or a rank that is to stop would not come to the lookups
         if num_ranks() > 1:  # each its own dropout, and that of the step whatever was before
             seeds = np.random.SeedSequence((self.args.seed, step, rank()))
             torch.manual_seed(int(seeds.generate_state(1, np.uint64)[0]))
@@ -90,7 +122,7 @@ class Updater:
         if num_ranks() > 1:
             self._sum_over_ranks(loss)
         self.scaler.unscale_(self.optimizer)
-        grad_norm = clip_gradients(self.model.parameters(), self.args.clip_grad)
+        grad_norm = clip_gradients(self.model.parameters(), self.args.clip_grad, self.shards)
         # A scaler skips the steps that overflow by itself.
         self._is_sound &= torch.isfinite(loss if self.scaler.is_enabled() else loss + grad_norm)
         self._newest = batches, loss, grad_norm
@@ -113,8 +145,8 @@ class Updater:
         counts = self.agree([len(table.grad.values()) for table in self._tables])
         for table, column in zip(self._tables, zip(*counts, strict=True), strict=True):
             table.grad = sum_row_gradients(table.grad, column)
-        tables = set(map(id, self._tables))
-        others = [p for p in self.model.parameters() if p.requires_grad and id(p) not in tables]
+        apart = {*self._tables, *self.shards}
+        others = [p for p in self.model.parameters() if p.requires_grad and p not in apart]
         for parameter in others:
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)

@@ -23,10 +23,11 @@ from conftest import NUM_ITEMS, write_tiny
 import distributed
 import hstu_components
 import main as main_module
-from atomic_io import read_json
+from atomic_io import DataError, read_json
 from checkpoint import load_checkpoint
 from data_folder import read_manifest
 from dataset import BatchSampler, MyDataset, count_items, deal
+from dot_product_similarity import DotProductSimilarity
 from flags import get_args
 from updates import Updater
 
@@ -69,6 +70,7 @@ def serve(rank: int, port: int, pipe: Any) -> None:
             pipe.send((function(*args), None))
         except BaseException as error:
             pipe.send((None, f"{type(error).__name__}: {error}"))
+    distributed.leave()
 
 
 @pytest.fixture(scope="module")
@@ -226,8 +228,11 @@ def test_shares_are_whole_disjoint_and_about_as_long(num_ranks):
 # ----------------------------------------------------------------------------------------- training
 
 
-def train(data: Path, output: Path, flags: list[str], steps: int | None = None) -> list[Any]:
+def train(
+    data: Path, output: Path, flags: list[str], steps: int | None = None, dense_rows: int = 99
+) -> list[Any]:
     """Train, to the end or killed behind a step; the sequences of each batch, sorted."""
+    hstu_components.DENSE_ROWS = main_module.DENSE_ROWS = dense_rows
     folders = [f"--data_dir={data}", f"--output_dir={output}", f"--log_dir={output}/logs"]
     fetch, step, drawn, taken = MyDataset.__getitems__, Updater.step, [], []
 
@@ -334,6 +339,101 @@ def test_rank_0_alone_writes(data, ranks, tmp_path):
     first, second = ranks(writes_of, data, tmp_path / "o")
     assert any("resume_" in path for path in first)
     assert second == []
+
+
+# ---------------------------------------------------------------------------------- sharded tables
+
+
+NUM_ROWS, WIDTH = 103, 7
+
+
+def look_up(ids: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Vectors, the whole table and its gradient; a rank's part of the batch weighs 1, 2, ..."""
+    torch.manual_seed(5)
+    distributed.CHUNK_ROWS = 32
+    table = distributed.ShardedEmbedding(NUM_ROWS, WIDTH)
+    vectors = table(ids)
+    (vectors * (distributed.rank() + 1) * torch.arange(WIDTH)).sum().backward()
+    gradient = distributed.gather_table(table.weight.grad.to_dense(), NUM_ROWS)
+    weight = table.state_dict()["weight"]
+    table.load_state_dict({"weight": torch.arange(1.0 * NUM_ROWS * WIDTH).view(NUM_ROWS, WIDTH)})
+    loaded = table(ids).detach()
+    return vectors.detach(), loaded, len(table.weight), weight, gradient
+
+
+def test_a_sharded_table_is_the_whole_table(ranks):
+    ids = torch.tensor([4, 0, 102, 7, 1, 7, 64])
+    answers = ranks(look_up, ids)
+    torch.manual_seed(5)
+    whole = torch.nn.Embedding(NUM_ROWS, WIDTH, padding_idx=0)
+    (whole(ids) * 3 * torch.arange(WIDTH)).sum().backward()
+    for vectors, loaded, *_ in answers:
+        assert torch.equal(vectors, whole(ids))
+        numbers = torch.arange(1.0 * NUM_ROWS * WIDTH).view(NUM_ROWS, WIDTH)
+        assert torch.equal(loaded[ids > 0], numbers[ids[ids > 0]])
+    assert [size for _, _, size, *_ in answers] == [52, 51]
+    *_, weight, gradient = answers[0]
+    assert torch.equal(weight, whole.weight)
+    torch.testing.assert_close(gradient, whole.weight.grad)
+    assert answers[1][-1].device.type == "meta"
+
+
+def shard_of(data: Path, negatives: str) -> int | str:
+    """Rows of the item table on this rank, or why there is none."""
+    main_module.DENSE_ROWS = 2
+    args = get_args([*SMALL, f"--data_dir={data}", "--shard_items"])
+    try:
+        run = prepare(args, make_set(data, "train", negatives))
+    except DataError as error:
+        return str(error)
+    return len(run.model.embedding_module.item_emb.weight)
+
+
+def test_each_rank_holds_its_part_of_the_items(data, ranks):
+    assert ranks(shard_of, data, "mixed") == [12, 12]
+    assert "sampled negatives" in ranks(shard_of, data, "all")[0]
+
+
+def ranks_of(split_at: int, *arguments: torch.Tensor) -> torch.Tensor:
+    """Ranks of this rank's queries among all items, of which it holds some."""
+    queries, items, target_ids, seen_ids, offsets = arguments
+    part = [slice(0, split_at), slice(split_at, None)][distributed.rank()]
+    bounds = offsets[part.start : None if part.stop is None else part.stop + 1]
+    return distributed.ranks_over_shards(
+        DotProductSimilarity().target_ranks,
+        distributed.keep_own_items(items.split(5)),
+        queries[part],
+        target_ids[part],
+        items[target_ids[part] - 1],
+        (seen_ids[bounds[0] : bounds[-1]], bounds - bounds[0]),
+    )
+
+
+@pytest.mark.parametrize("split_at", [0, 4, 9])
+def test_ranks_among_sharded_items_are_those_among_all(split_at, ranks):
+    generator = torch.Generator().manual_seed(3)
+    items = torch.randn(23, 3, generator=generator)
+    items[11] = items[6]  # a tie, on the other rank
+    queries = torch.randn(9, 3, generator=generator)
+    target_ids = torch.tensor([7, 12, 23, 1, 2, 7, 5, 5, 9])
+    seen_ids = torch.randint(1, 24, (27,), generator=generator)
+    offsets = torch.arange(0, 28, 3)
+    expected = DotProductSimilarity().target_ranks(
+        queries, items, target_ids - 1, (seen_ids - 1, offsets)
+    )
+    arguments = queries, items, target_ids, seen_ids, offsets
+    assert torch.cat(ranks(ranks_of, split_at, *arguments)).tolist() == expected.tolist()
+
+
+def test_sharded_items_train_and_resume_like_whole_ones(data, ranks, tmp_path):
+    flags = [*EXACT, "--negatives=mixed", "--clip_grad=0.1"]
+    drawn = train(data, tmp_path / "whole", flags, None, 2)
+    sharded = [*flags, "--shard_items"]
+    first = ranks(train, data, tmp_path / "o", sharded, 2, 2)[0]
+    second = train(data, tmp_path / "o", sharded, 1, 2)
+    third = ranks(train, data, tmp_path / "o", sharded, None, 2)[0]
+    assert first + second + third == drawn
+    assert_alike(tmp_path / "o", tmp_path / "whole")
 
 
 # -------------------------------------------------------------------------- signals and dead ranks
