@@ -150,7 +150,16 @@ def sum_row_gradients(grad: Tensor, counts: Sequence[int]) -> Tensor:
     total = grad.values().new_zeros(len(rows), *grad.values().shape[1:])
     total[torch.searchsorted(rows, own)] = grad.values()
     sum_over_ranks([total])
-    return torch.sparse_coo_tensor(rows[None], total, grad.shape, is_coalesced=True)
+    return _sparse_rows(rows, total, len(grad), is_coalesced=True)
+
+
+def _sparse_rows(rows: Tensor, values: Tensor, num_rows: int, is_coalesced: bool = False) -> Tensor:
+    """(num_rows, D) with `values`, (n, D), in `rows`, (n,), as gradients of tables are sparse."""
+    shape = num_rows, values.shape[1]
+    return torch.sparse_coo_tensor(
+        rows[None], values, shape, is_coalesced=is_coalesced,
+        check_invariants=False,  # without a word on them torch warns that there are none
+    )  # fmt: skip
 
 
 # -------------------------------------------------------------------------------- sharded tables
@@ -209,7 +218,7 @@ class _Lookup(torch.autograd.Function):
         places = ((ids % num_ranks() == rank()) & (ids > 0)).nonzero()[:, 0]
         rows = ids[places] // num_ranks()
         ctx.save_for_backward(places, rows)
-        ctx.shape = weight.shape
+        ctx.num_rows = len(weight)
         vectors = weight.new_zeros(len(ids), weight.shape[1])
         vectors[places] = weight[rows]
         sum_over_ranks([vectors])  # of one vector and zeros: to the bit what the owner has
@@ -221,7 +230,7 @@ class _Lookup(torch.autograd.Function):
         places, rows = ctx.saved_tensors
         grad = grad.clone()
         sum_over_ranks([grad])
-        return torch.sparse_coo_tensor(rows[None], grad[places], ctx.shape), None
+        return _sparse_rows(rows, grad[places], ctx.num_rows), None
 
 
 def own_rows(table: Tensor) -> Tensor:

@@ -139,16 +139,15 @@ class Updater:
 
     def _sum_over_ranks(self, loss: Tensor) -> None:
         """Loss and gradients of this rank's share to those of the whole batch, in place."""
-        for table in self._tables:  # a share may be empty, and touch nothing
-            empty = torch.sparse_coo_tensor(size=table.shape, dtype=table.dtype, device=self.device)
-            table.grad = (empty if table.grad is None else table.grad).coalesce()
+        for table in self._tables:
+            table.grad = table.grad.coalesce()
         counts = self.agree([len(table.grad.values()) for table in self._tables])
         for table, column in zip(self._tables, zip(*counts, strict=True), strict=True):
             table.grad = sum_row_gradients(table.grad, column)
         apart = {*self._tables, *self.shards}
         others = [p for p in self.model.parameters() if p.requires_grad and p not in apart]
         for parameter in others:
-            if parameter.grad is None:
+            if parameter.grad is None:  # a share may be empty, and not come to the blocks
                 parameter.grad = torch.zeros_like(parameter)
         sum_over_ranks([loss, *(parameter.grad for parameter in others)])
 

@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -63,6 +64,7 @@ def serve(rank: int, port: int, pipe: Any) -> None:
     """A rank: answers each (function, arguments) with what it returns, or the error's text."""
     os.environ |= environment(rank, port)
     torch.set_num_threads(1)
+    warnings.simplefilter("error", UserWarning)
     distributed.join(is_on_cuda=False)
     while (call := pipe.recv()) is not None:
         function, args = call
@@ -484,6 +486,18 @@ def test_a_signal_to_one_rank_stops_all_with_a_state(long_data, tmp_path):
     )[1]
     state = load_checkpoint(tmp_path / f"resume_{step}.pt")
     assert state["progress"]["step"] == int(step)
+
+
+def test_torchrun_ranks_say_once_why_they_end(long_data, tmp_path):
+    command = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={NUM_RANKS}"]
+    flags = [f"--data_dir={long_data}", f"--output_dir={tmp_path}", *LONG]
+    done = subprocess.run(
+        [*command, "--standalone", "main.py", *flags, "--inference_only", "--state_dict_path=x.pt"],
+        cwd=ROOT, capture_output=True, text=True, timeout=60,
+    )  # fmt: skip
+    assert done.returncode == 1
+    errors = [line for line in done.stderr.splitlines() if line.startswith("error:")]
+    assert errors == ["error: --inference_only exports in one process: start python, not torchrun"]
 
 
 def test_a_killed_rank_ends_the_others_with_one_line(long_data, tmp_path):
