@@ -249,11 +249,11 @@ class MyDataset(Dataset):
         if own is not None:
             arrays |= _share(arrays, own)
         arrays |= {
-            "num_targets": has_next.sum(),
+            "num_targets": np.asarray(has_next.sum()),
             "seen_ids": None if seen is None else seen.events["item_id"].astype(np.int64),
             "seen_offsets": None if seen is None else seen.offsets,
         }
-        tensors = {k: None if v is None else torch.as_tensor(v) for k, v in arrays.items()}
+        tensors = {k: None if v is None else torch.from_numpy(v) for k, v in arrays.items()}
         return Batch(**tensors, item_vectors=self._gather_vectors(items["distinct_ids"]))
 
     def _gather_vectors(self, item_ids: np.ndarray) -> dict[str, tuple[Tensor, Tensor]] | None:
