@@ -44,7 +44,7 @@ def join(is_on_cuda: bool) -> None:
     Raises:
         LostRankError: they do not come, or this machine has fewer CUDA devices than ranks.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+    if "RANK" not in os.environ or int(os.environ["WORLD_SIZE"]) == 1:
         return
     if is_on_cuda:
         local_rank, count = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
