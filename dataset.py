@@ -43,24 +43,32 @@ class Draw(NamedTuple):
 
     indices: np.ndarray  # (B,) int64
     seed: tuple[int, ...]  # (seed, epoch, batch from 1)
+    rank: int = 0  # which share of them a loader is to give
+    num_ranks: int = 1
 
 
 class Fetched(NamedTuple):
     """What MyDataset hands to its collate_fn."""
 
-    sequences: Sequences
-    seen: Sequences | None  # whole histories without the target, for valid and test
+    sequences: Sequences  # of all ranks: their targets are negatives of each
+    seen: Sequences | None  # whole histories without the target, for valid and test; own ones
     seed: tuple[int, ...]
+    own: np.ndarray | None = None  # (B,) bool, True: one of this rank's sequences; None: all are
 
 
 class Batch(NamedTuple):
-    """A packed batch, sequences ordered by falling length. Letters as in simplified_hstu.py."""
+    """A packed batch, sequences ordered by falling length. Letters as in simplified_hstu.py.
+
+    Of several ranks each has its share of the sequences, which may be none, and all have the same
+    distinct items and negatives, those of the whole batch.
+    """
 
     distinct_ids: Tensor  # (R,) int64 in 1..X, rising: the items of the batch, each once
     item_index: Tensor  # (T,) int64, row of distinct_ids of the seen event
     target_index: Tensor  # (T,) int64, row of the event to be predicted; -1 none
     negative_index: Tensor | None  # (M,) int64, distinct rows; None: every row is a negative
     negative_log_q: Tensor | None  # (M,) float32 to subtract from the negatives' logits
+    num_targets: Tensor  # () int64, on the CPU: of all ranks
     action_types: Tensor  # (T,) int64, -1 unknown
     timestamps: Tensor  # (T,) int64 seconds, 0 none
     target_action_types: Tensor  # (T,) int64, of the events to be predicted; -1 unknown
@@ -72,14 +80,15 @@ class Batch(NamedTuple):
     seen_offsets: Tensor | None  # (B + 1,) int64 into seen_ids
 
     def to(self, device: torch.device | str) -> Batch:
-        """Everything but `offsets` on the device; asynchronous from pinned memory."""
+        """Everything but what is said to stay on the device; asynchronous from pinned memory."""
 
         def move(value: Any) -> Any:
             if isinstance(value, dict):
                 return {name: tuple(map(move, pair)) for name, pair in value.items()}
             return None if value is None else value.to(device, non_blocking=True)
 
-        moved = {name: move(value) for name, value in self._asdict().items() if name != "offsets"}
+        stay = ("num_targets", "offsets")
+        moved = {name: move(value) for name, value in self._asdict().items() if name not in stay}
         return self._replace(**moved)
 
     def target_ids(self) -> Tensor:
@@ -210,14 +219,16 @@ class MyDataset(Dataset):
         starts = np.maximum(offsets[rows], ends - (self.maxlen + has_target))
         order = np.argsort(starts - ends, kind="stable")
         rows, starts, ends = rows[order], starts[order], ends[order]
+        own = deal(len(rows), draw.rank, draw.num_ranks) if draw.num_ranks > 1 else None
         user_ids = (rows + 1 if users is None else users[rows]).astype(USER_DTYPE)
         kept = self._gather(starts, ends, user_ids)
         self._check(kept, rows, starts - offsets[rows])
         seen = None
         if self.split != "train":
+            rows, user_ids = (rows, user_ids) if own is None else (rows[own], user_ids[own])
             seen = self._gather(offsets[rows], offsets[rows + 1] - has_target, user_ids)
             self._check(seen, rows, np.zeros_like(rows))
-        return Fetched(kept, seen, draw.seed)
+        return Fetched(kept, seen, draw.seed, own)
 
     def _gather(self, starts: np.ndarray, ends: np.ndarray, user_ids: np.ndarray) -> Sequences:
         events = self._open()[0]
@@ -233,7 +244,7 @@ class MyDataset(Dataset):
         """A Batch of what `__getitems__` returned, or of a list of `self[i]`."""
         if not isinstance(fetched, Fetched):
             fetched = _concatenate(fetched)
-        sequences, seen, seed = fetched
+        sequences, seen, seed, own = fetched
         has_target = self.target != "none"
         lengths = np.diff(sequences.offsets) - has_target
         offsets = np.concatenate([[0], lengths.cumsum()])
@@ -261,6 +272,11 @@ class MyDataset(Dataset):
             "target_timestamps": target_times,
             "offsets": offsets,
             "user_ids": sequences.user_ids.astype(np.int64),
+        }
+        if own is not None:
+            arrays |= _share(arrays, own)
+        arrays |= {
+            "num_targets": np.asarray(has_next.sum()),
             "seen_ids": None if seen is None else seen.events["item_id"].astype(np.int64),
             "seen_offsets": None if seen is None else seen.offsets,
         }
@@ -485,6 +501,26 @@ def count_items(data_dir: str | Path, split: str, num_items: int) -> np.ndarray:
     return counts
 
 
+def deal(count: int, rank: int, num_ranks: int) -> np.ndarray:
+    """(B,) bool: which of `count` sequences, ordered by length, are a rank's.
+
+    Dealt there and back again, so that all ranks get about as many events.
+    """
+    lap, place = np.divmod(np.arange(count), num_ranks)
+    return np.where(lap % 2, num_ranks - 1 - place, place) == rank
+
+
+def _share(arrays: Mapping[str, np.ndarray], own: np.ndarray) -> dict[str, np.ndarray]:
+    """What a batch holds per event and per sequence, of the sequences `own` alone."""
+    lengths = np.diff(arrays["offsets"])
+    events = np.repeat(own, lengths)
+    names = ("item_index", "target_index", "action_types", "timestamps")
+    names += ("target_action_types", "target_timestamps")
+    share = {name: arrays[name][events] for name in names}
+    share["offsets"] = np.concatenate([[0], lengths[own].cumsum()])
+    return share | {"user_ids": arrays["user_ids"][own]}
+
+
 def _concatenate(fetched: Sequence[Fetched]) -> Fetched:
     """Single sequences as one batch, ordered by falling length."""
     order = sorted(fetched, key=lambda one: -len(one.sequences.events))
@@ -507,11 +543,21 @@ class BatchSampler(Sampler[Draw]):
         batch_size: sequences in a batch; the last batch may be smaller.
         seed: of order and negatives.
         is_shuffled: False keeps the order of the file.
+        rank, num_ranks: batches are dealt to ranks; which batches there are does not depend on it.
     """
 
-    def __init__(self, num_sequences: int, batch_size: int, seed: int, is_shuffled: bool):
+    def __init__(
+        self,
+        num_sequences: int,
+        batch_size: int,
+        seed: int,
+        is_shuffled: bool,
+        rank: int = 0,
+        num_ranks: int = 1,
+    ):
         self.num_sequences, self.batch_size = num_sequences, batch_size
         self.seed, self.is_shuffled = seed, is_shuffled
+        self.rank, self.num_ranks = rank, num_ranks
         self.epoch, self.first_batch = 0, 0
 
     def __iter__(self):
@@ -521,7 +567,7 @@ class BatchSampler(Sampler[Draw]):
         for batch in range(self.first_batch, self.num_batches):
             part = order[batch * self.batch_size : (batch + 1) * self.batch_size]
             # From 1: numpy takes (seed, epoch) and (seed, epoch, 0) for one seed.
-            yield Draw(part, (self.seed, self.epoch, batch + 1))
+            yield Draw(part, (self.seed, self.epoch, batch + 1), self.rank, self.num_ranks)
 
     def __len__(self) -> int:
         return self.num_batches - self.first_batch

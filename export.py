@@ -16,14 +16,14 @@ import torch
 from atomic_io import DataError, atomic_write, sweep_temporaries, write_hashed, write_json
 from checkpoint import differences, load_checkpoint, load_weights
 from data_folder import Manifest, original_ids, read_candidates, read_manifest
-from dataset import BatchSampler, MyDataset, emb_pieces
+from dataset import Batch, BatchSampler, MyDataset, emb_pieces
 from features import load_features
 from hstu_components import FeatureTables
 from interrupts import stop_signals
 from item_vectors import find_vectors, load_vectors
 from model import HSTUConfig, HSTUModel
 from run_log import progress_bar
-from run_setup import make_loader, pick_device, read_features, seen_rows, vectors_on_host
+from run_setup import make_loader, pick_device, read_features, vectors_on_host
 
 log = logging.getLogger("hstu")
 
@@ -196,6 +196,14 @@ def recommend(
         rows.append(top[1])
         users.append(batch.user_ids)
     return tuple(torch.cat(parts).cpu().numpy() for parts in (queries, users, rows))
+
+
+def seen_rows(batch: Batch, row_of_item: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The histories' items as rows of a catalogue, and where each sequence's begin."""
+    rows = row_of_item[batch.seen_ids]
+    is_there = rows >= 0
+    offsets = torch.nn.functional.pad(is_there.cumsum(0), (1, 0))[batch.seen_offsets]
+    return rows[is_there], offsets
 
 
 def publish(

@@ -18,6 +18,7 @@ FREE_FLAGS = {
     "output_dir",
     "log_dir",
     "num_workers",
+    "shard_items",
     "device",
     "resume",
     "overwrite",
@@ -177,6 +178,12 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     run("--output_dir", default="./outputs", help="checkpoints, metrics and exports")
     run("--log_dir", default="./logs", help="TensorBoard files")
     run("--device", type=device_name, default="cuda", help="cuda, cuda:1, cpu; without CUDA: cpu")
+    run(
+        "--shard_items",
+        action="store_true",
+        help="under torchrun each process holds a part of the item table; for more than "
+        "20,000 items and sampled negatives",
+    )
     run("--seed", type=at_least(0), default=42, help="of weights, order, dropout and negatives")
     run(
         "--resume",

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection, Mapping
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+
+from distributed import ShardedEmbedding
 
 INIT_STD = 0.02  # of item table, positions and everything added to them: see docs/log.md
 L2_EPS = 1e-6
@@ -43,10 +46,15 @@ class Dropout(nn.Dropout):
 class LocalEmbeddingModule(nn.Module):
     """The item table: a learnt vector per item id; row 0 (padding, or an unknown item) is zero."""
 
-    def __init__(self, num_items: int, hidden_units: int):
+    def __init__(self, num_items: int, hidden_units: int, is_sharded: bool = False):
+        """`is_sharded`: over the ranks; from the same random numbers, and updated by rows."""
         super().__init__()
-        self.item_emb = nn.Embedding(num_items + 1, hidden_units, padding_idx=0)
-        init_embedding(self.item_emb)
+        if is_sharded:
+            self.item_emb = ShardedEmbedding(num_items + 1, hidden_units)
+            self.item_emb.draw(partial(nn.init.trunc_normal_, std=INIT_STD))
+        else:
+            self.item_emb = nn.Embedding(num_items + 1, hidden_units, padding_idx=0)
+            init_embedding(self.item_emb)
 
     def forward(self, item_ids: Tensor) -> Tensor:
         """(...,) int64 in 0..X -> (..., D)."""
@@ -87,7 +95,9 @@ def give_sparse_gradients(model: nn.Module) -> None:
         if isinstance(module, SparseEncoder | ArrayEncoder):
             module.sparse = module.num_embeddings > DENSE_ROWS
         elif isinstance(module, LocalEmbeddingModule):
-            module.item_emb.sparse = module.item_emb.num_embeddings > DENSE_ROWS
+            table = module.item_emb  # a shard's are sparse whatever its size
+            is_whole = not isinstance(table, ShardedEmbedding)
+            table.sparse = is_whole and table.num_embeddings > DENSE_ROWS
 
 
 class ContinualEncoder(nn.Linear):

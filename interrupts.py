@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from types import FrameType
 from typing import Any, TypeVar
 
@@ -54,30 +54,40 @@ class StopSignals:
             signal.signal(number, handler or signal.SIG_DFL)  # None: not Python's, and lost
         self._number, self._handlers = None, {}
 
+    @property
+    def number(self) -> int:
+        """The signal that has come; 0: none."""
+        return self._number or 0
+
     def check(self) -> None:
         """Raise Stopped if a signal has come."""
         if self._number is not None:
             raise Stopped(self._number)
 
-    def between(self, batches: Iterable[T]) -> Iterator[T]:
-        """The batches; raises Stopped before or behind one, or where one takes too long."""
+    def between(self, batches: Iterable[T], check: Callable[[], Any] | None = None) -> Iterator[T]:
+        """The batches; raises Stopped before or behind one, or where one takes too long.
+
+        `check`: raises it instead of this object's own, for ranks that have to agree.
+        """
+        check = check or self.check
         try:
-            self.check()
+            check()
             batches = iter(batches)  # loader processes start here, and must not inherit a wait
-            while (batch := self._next(batches)) is not None:
+            while (batch := self._next(batches, check)) is not None:
                 yield batch
         except (EOFError, OSError, RuntimeError):
-            self.check()  # a signal to the process group has ended the loaders too
+            if self._number is not None:
+                check()  # a signal to the process group has ended the loaders too
             raise
 
-    def _next(self, batches: Iterator[T]) -> T | None:
-        self.check()
-        self._is_waiting = True
+    def _next(self, batches: Iterator[T], check: Callable[[], Any]) -> T | None:
+        check()
+        self._is_waiting = check == self.check  # other ranks may be in the middle of something
         try:
             batch = next(batches, None)
         finally:
             self._is_waiting = False
-        self.check()
+        check()
         return batch
 
     def _receive(self, number: int, _: FrameType | None) -> None:

@@ -8,13 +8,12 @@ import re
 import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm.contrib.logging import logging_redirect_tqdm
 
@@ -30,21 +29,33 @@ from checkpoint import (
     set_random_states,
 )
 from data_folder import Manifest, fingerprint, read_item_names, read_manifest
-from dataset import Batch, BatchSampler, MyDataset, count_items
+from dataset import Batch, MyDataset, count_items
+from distributed import (
+    LostRankError,
+    first_goes_ahead,
+    is_first_to_fail,
+    join,
+    leave,
+    num_ranks,
+    rank,
+    tell,
+    wait_for_all,
+)
+from evaluation import evaluate
 from export import exported_ids, infer
 from features import Feature
 from flags import ALL_NEGATIVES_UP_TO, FREE_FLAGS, get_args
-from hstu_components import encoder_arguments
+from hstu_components import DENSE_ROWS, encoder_arguments
 from interrupts import Stopped, stop_signals
-from metrics import ranking_metrics
 from model import HSTUConfig, HSTUModel
 from run_log import RunLog, summary
 from run_setup import (
     keep_freed_memory,
+    make_eval_loader,
     make_loader,
+    make_sampler,
     pick_device,
     read_features,
-    seen_rows,
     vectors_on_host,
 )
 from updates import Updater
@@ -84,30 +95,47 @@ class Run:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Train or infer as the command line says; the exit code."""
+    """Train or infer as the command line says; the exit code.
+
+    Of several ranks the first one to fail says why, and rank 0 alone says anything else.
+    """
     args = get_args(argv)
     handler = logging.StreamHandler(sys.stdout)
     log.addHandler(handler)
     log.setLevel(logging.INFO)
     keep_freed_memory()
     try:
+        join(args.device.startswith("cuda") and torch.cuda.is_available())
+        if rank() > 0:
+            log.setLevel(logging.ERROR)
+        check_ranks(args)
         check_folders(args)
         if args.trust_pickle:
             log.warning("--trust_pickle: .pkl files are loaded unchecked and can run any code")
         with stop_signals, logging_redirect_tqdm(loggers=[log]):
             infer(args, HSTUModel) if args.inference_only else train(args)
+        leave()
     except Stopped as stop:
         log.info("%s", stop)
+        leave()
         return stop.exit_code
     except (DataError, OSError, MemoryError, RuntimeError) as error:
         line = one_line(error)
         if args.debug or not line:
             raise
-        print(f"error: {line}", file=sys.stderr)
+        if is_first_to_fail():
+            print(f"error: {line}", file=sys.stderr)
         return 1
     finally:
         log.removeHandler(handler)
     return 0
+
+
+def check_ranks(args: argparse.Namespace) -> None:
+    if num_ranks() > 1 and args.inference_only:
+        raise DataError("--inference_only exports in one process: start python, not torchrun")
+    if num_ranks() > 1 and ":" in args.device:
+        raise DataError(f"--device {args.device}: ranks take a device each; write --device cuda")
 
 
 def check_folders(args: argparse.Namespace) -> None:
@@ -126,7 +154,7 @@ def one_line(error: Exception) -> str:
         text = text.rstrip().rpartition("Error: ")[2]
     if isinstance(error, OSError) and error.filename:
         return f"{error.filename}: {error.strerror}"
-    if isinstance(error, DataError | OSError):
+    if isinstance(error, DataError | OSError | LostRankError):
         return text
     if re.search("out of memory|allocate memory|not enough memory|Unable to allocate", text):
         first = text.splitlines()[0]
@@ -141,13 +169,16 @@ def train(args: argparse.Namespace) -> None:
     """Train, validate after each epoch, test the best epoch once; everything ends in output_dir."""
     output_dir = Path(args.output_dir)
     output_dir.mkdir(parents=True, exist_ok=True)
-    with hold_folder(output_dir):
-        sweep_temporaries(output_dir)
+    with hold_folder(output_dir) if rank() == 0 else nullcontext():
+        if rank() == 0:
+            sweep_temporaries(output_dir)
         manifest = read_manifest(args.data_dir)
-        features = read_features(args, manifest)
+        with first_goes_ahead():  # and writes what it made of feature files beside them
+            features = read_features(args, manifest)
         datasets = open_datasets(args, manifest, vectors_on_host(args, features[0]))
         run = prepare_run(args, manifest, features, datasets["train"])
         resume(run)
+        check_same_step(run)
         if not run.progress.is_finished:
             announce(run, datasets)
             first_step = run.progress.step + 1
@@ -191,7 +222,8 @@ def prepare_run(
     device = pick_device(args.device)
     config = make_config(args, manifest, features, train_set.has_timestamps)
     torch.manual_seed(args.seed)
-    model = HSTUModel(config, *features, on_host=train_set.host_vectors).to(device)
+    shards = {"shards_items": True} if shards_items(args, train_set) else {}
+    model = HSTUModel(config, *features, on_host=train_set.host_vectors, **shards).to(device)
     model.hstu.gradient_checkpointing = args.gradient_checkpointing
     if args.compile:
         model.hstu.compile_blocks()
@@ -210,6 +242,24 @@ def prepare_run(
             "data files": fingerprint(args.data_dir),
         },
     )
+
+
+def shards_items(args: argparse.Namespace, train_set: MyDataset) -> bool:
+    """Whether each rank is to hold a part of the item table.
+
+    Raises:
+        DataError: the table would not be trained by rows, or not in the same steps on all ranks.
+    """
+    if not args.shard_items or num_ranks() == 1:
+        return False
+    is_by_rows = train_set.negatives != "all" and train_set.num_items >= DENSE_ROWS
+    if not is_by_rows or args.precision == "fp16":
+        raise DataError(
+            f"--shard_items with {train_set.num_items:,} items, {train_set.negatives} negatives, "
+            f"{args.precision}: it needs {DENSE_ROWS:,} items, sampled negatives (--negatives "
+            "mixed), and fp32 or bf16"
+        )
+    return True
 
 
 def make_config(
@@ -254,7 +304,7 @@ def resume(run: Run) -> None:
                 f"{output_dir}: holds checkpoints; choose an empty --output_dir, or add --overwrite"
             )
         for pattern in ("model_*.pt", "resume_*.pt", "checkpoints.json", "metrics.json"):
-            for old in output_dir.glob(pattern):
+            for old in output_dir.glob(pattern) if rank() == 0 else ():
                 old.unlink()
         return
     is_auto = args.resume == "auto"
@@ -278,6 +328,15 @@ def resume(run: Run) -> None:
         log.info("resuming at epoch %d, step %d", run.progress.epoch + 1, run.progress.step)
 
 
+def check_same_step(run: Run) -> None:
+    steps = [step for (step,) in tell([run.progress.step])]
+    if len(set(steps)) > 1:
+        raise DataError(
+            f"{run.args.output_dir}: ranks find states of steps {steps}; it has to be one folder "
+            "that all of them see"
+        )
+
+
 def train_epochs(run: Run, datasets: dict[str, MyDataset], run_log: RunLog) -> None:
     """The epochs that are left, each followed by validation and checkpoints.
 
@@ -285,16 +344,18 @@ def train_epochs(run: Run, datasets: dict[str, MyDataset], run_log: RunLog) -> N
         Stopped: by a signal; a state of the last step is saved.
     """
     args, progress = run.args, run.progress
-    sampler = BatchSampler(len(datasets["train"]), args.batch_size, args.seed, is_shuffled=True)
+    sampler = make_sampler(datasets["train"], args, is_shuffled=True)
     train_loader = make_loader(datasets["train"], sampler, run.device, args.num_workers)
-    valid_loader = make_eval_loader(datasets.get("valid"), run)
+    valid_loader = make_eval_loader(datasets.get("valid"), args, run.device)
     while not progress.is_finished:
         sampler.epoch, sampler.first_batch = progress.epoch, progress.batch
         started = time.perf_counter()
         try:
             train_one_epoch(run, train_loader, run_log)
             seconds = time.perf_counter() - started
-            ranking = None if valid_loader is None else evaluate(run, valid_loader)
+            ranking = None
+            if valid_loader is not None:
+                ranking = evaluate(run.updater, valid_loader, args.remove_seen)
         except Stopped as stop:
             run_log.flush()
             save_run(run)  # after the epoch's last batch too: it goes on with the validation
@@ -331,9 +392,10 @@ def save_epoch(run: Run) -> None:
     """Write model_epoch_X.pt, model_best.pt where it is the best, and the state to resume from."""
     progress, output_dir = run.progress, Path(run.args.output_dir)
     content = {"config": asdict(run.model.config), "weights": run.model.state_dict()}
-    save_checkpoint(output_dir / f"model_epoch_{progress.epoch}.pt", content, progress.step)
-    if progress.best_epoch == progress.epoch:
-        save_checkpoint(output_dir / "model_best.pt", content, progress.step)
+    names = [f"model_epoch_{progress.epoch}.pt"]
+    names += ["model_best.pt"] if progress.best_epoch == progress.epoch else []
+    for name in names if rank() == 0 else ():
+        save_checkpoint(output_dir / name, content, progress.step)
     save_run(run)
 
 
@@ -355,7 +417,9 @@ def save_run(run: Run) -> None:
         "progress": asdict(run.progress),
         "binding": run.binding,
     }
-    save_state(run.args.output_dir, content, run.progress.step)
+    if rank() == 0:
+        save_state(run.args.output_dir, content, run.progress.step)
+    wait_for_all()
 
 
 def train_one_epoch(run: Run, loader: DataLoader, run_log: RunLog) -> None:
@@ -386,7 +450,7 @@ def train_one_epoch(run: Run, loader: DataLoader, run_log: RunLog) -> None:
                 save_run(run)
     progress.loss_sum = loss_sum.item()
     run.updater.check_finite(progress.epoch + 1, progress.step)
-    stop_signals.check()
+    run.updater.agree()
 
 
 def groups_of(loader: Iterable[Batch], size: int) -> Iterator[list[Batch]]:
@@ -400,60 +464,14 @@ def groups_of(loader: Iterable[Batch], size: int) -> Iterator[list[Batch]]:
         yield group
 
 
-class Ranking(NamedTuple):
-    """Where the targets of a split's S sequences stand among all items, in the loader's order."""
-
-    ranks: Tensor  # (S,) int64 in 1..X, 1 is best
-    target_ids: Tensor  # (S,) int64 in 1..X
-    num_seen: Tensor  # (S,) int64, events of the whole history
-    of_targets: Tensor  # (S,) float32 cosine of the query with its target
-    of_others: Tensor  # (S,) float32, with another item drawn uniformly
-    loss: float  # mean InfoNCE
-
-    def metrics(self) -> dict[str, float]:
-        return ranking_metrics(self.ranks) | {"loss": self.loss}
-
-
-@torch.no_grad()
-def evaluate(run: Run, loader: DataLoader) -> Ranking:
-    """Rank the whole catalogue for every sequence's target."""
-    loader.dataset.check_unchanged()
-    model = run.model.eval()
-    num_items = model.config.num_items
-    chunks = model.item_embedding_chunks(torch.arange(1, num_items + 1, device=run.device))
-    items = torch.cat(list(stop_signals.between(chunks)))
-    row_of_item = torch.arange(-1, num_items, device=run.device)
-    parts, loss_sum = [], 0.0
-    for batch in stop_signals.between(loader):
-        batch = batch.to(run.device)
-        with run.updater.autocast():
-            queries, loss = model.predict_with_loss(batch)
-        seen = seen_rows(batch, row_of_item) if run.args.remove_seen else None
-        targets = batch.target_ids()
-        ranks = model.similarity.target_ranks(queries, items, targets - 1, seen)
-        cosines = model.similarity.sample_scores(queries, items, targets - 1)
-        parts.append((ranks, targets, batch.seen_offsets.diff(), *cosines))
-        loss_sum += loss.item() * len(queries)
-    model.train()
-    columns = [torch.cat(column).cpu() for column in zip(*parts, strict=True)]
-    return Ranking(*columns, loss=loss_sum / len(columns[0]))
-
-
-def make_eval_loader(dataset: MyDataset | None, run: Run) -> DataLoader | None:
-    """None where the split is absent, empty, or does not tell its targets."""
-    if dataset is None or dataset.target == "none" or not len(dataset):
-        return None
-    sampler = BatchSampler(len(dataset), run.args.batch_size, run.args.seed, is_shuffled=False)
-    return make_loader(dataset, sampler, run.device, run.args.num_workers)
-
-
 def announce(run: Run, datasets: Mapping[str, MyDataset]) -> None:
     """One line that says what will happen."""
     train_set, args = datasets["train"], run.args
+    place = run.device if num_ranks() == 1 else f"{num_ranks()} x {run.device.type}"
     num_weights = sum(p.numel() for p in run.model.parameters())
     first_entry = (run.progress.step // args.log_every + 1) * args.log_every
     log.info(
-        f"train on {run.device} in {args.precision}: {len(train_set):,} sequences, "
+        f"train on {place} in {args.precision}: {len(train_set):,} sequences, "
         f"{train_set.num_items:,} items, {train_set.item_counts.sum():,} events of "
         f"{args.data_dir}; {num_weights:,} weights, {train_set.negatives} negatives; "
         f"{args.num_epochs} epochs, {run.updater.total_steps:,} steps, "
@@ -491,11 +509,14 @@ def report(run: Run, datasets: Mapping[str, MyDataset]) -> None:
     best = output_dir / "model_best.pt"
     if not path.exists():
         result = {"best_epoch": progress.best_epoch, "valid": progress.best_metrics}
-        loader = make_eval_loader(datasets.get("test"), run)
+        loader = make_eval_loader(datasets.get("test"), run.args, run.device)
         if loader is not None:
             load_best(run)
-            result["test"] = evaluate(run, loader).metrics()
-        write_json(path, result)
+            result["test"] = evaluate(run.updater, loader, run.args.remove_seen).metrics()
+        if rank() == 0:
+            write_json(path, result)
+    if rank() > 0:
+        return
     result = read_json(path)
     log.info("finished: %d epochs, best epoch %d", progress.epoch, result["best_epoch"])
     for split in ("valid", "test"):

@@ -69,6 +69,7 @@ class HSTUModel(nn.Module):
             config.item_features; data, not weights.
         user_features: the same for users.
         on_host: item vectors that stay on the host; batches bring theirs in `item_vectors`.
+        shards_items: each rank holds a part of the item table.
     """
 
     def __init__(
@@ -77,11 +78,12 @@ class HSTUModel(nn.Module):
         item_features: Mapping[str, Any],
         user_features: Mapping[str, Any],
         on_host: Collection[str] = (),
+        shards_items: bool = False,
     ):
         super().__init__()
         self.config = config
         width = config.hidden_units
-        self.embedding_module = LocalEmbeddingModule(config.num_items, width)
+        self.embedding_module = LocalEmbeddingModule(config.num_items, width, shards_items)
         self.sparse_emb, self.emb_transform = nn.ModuleDict(), nn.ModuleDict()
         for feature_id, spec in (config.item_features | config.user_features).items():
             self._add_encoder(feature_id, **spec)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, MutableMapping
+from collections.abc import Collection, Iterable, MutableMapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from distributed import sum_over_ranks
 
 
 class RowAdamW(torch.optim.AdamW):
@@ -81,7 +83,9 @@ def _step_rows(
 
 
 @torch.no_grad()
-def clip_gradients(parameters: Iterable[nn.Parameter], limit: float) -> Tensor:
+def clip_gradients(
+    parameters: Iterable[nn.Parameter], limit: float, shards: Collection[nn.Parameter] = ()
+) -> Tensor:
     """Scale all gradients in place so that their joint L2 norm is at most `limit`; the norm before.
 
     As torch.nn.utils.clip_grad_norm_, and for sparse gradients too, which are coalesced first.
@@ -89,15 +93,22 @@ def clip_gradients(parameters: Iterable[nn.Parameter], limit: float) -> Tensor:
     Args:
         parameters: those without a gradient count nothing.
         limit: 0 leaves gradients as they are.
+        shards: those of `parameters` that hold other rows on each rank; all rows count.
     """
-    values = []
+    values, shard_values = [], []
+    shard_ids = set(map(id, shards))
     for parameter in parameters:
         if parameter.grad is None:
             continue
         if parameter.grad.is_sparse:
             parameter.grad = parameter.grad.coalesce()
-        values.append(parameter.grad.values() if parameter.grad.is_sparse else parameter.grad)
+        part = shard_values if id(parameter) in shard_ids else values
+        part.append(parameter.grad.values() if parameter.grad.is_sparse else parameter.grad)
     norm = nn.utils.get_total_norm(values)
+    if shards:
+        square = nn.utils.get_total_norm(shard_values).square()
+        sum_over_ranks([square])
+        norm = (norm.square() + square).sqrt()
     if limit:
-        torch._foreach_mul_(values, (limit / (norm + 1e-6)).clamp(max=1.0))
+        torch._foreach_mul_(values + shard_values, (limit / (norm + 1e-6)).clamp(max=1.0))
     return norm

@@ -16,6 +16,8 @@ from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import hparams
 from tqdm import tqdm
 
+from distributed import num_ranks, rank
+
 log = logging.getLogger("hstu")
 
 # TensorBoard's "custom scalars" page: what belongs together in one chart. A name is a pattern that
@@ -41,7 +43,7 @@ COSINE_BINS = torch.linspace(-1, 1, 81).tolist()
 
 
 class RunLog:
-    """The log of one run; the x axis of every curve is the optimiser step.
+    """The log of one run, written by rank 0; the x axis of every curve is the optimiser step.
 
     A log folder that is full, read-only or gone never stops a training: the log ends there, with
     one warning.
@@ -64,8 +66,9 @@ class RunLog:
 
     def __enter__(self) -> RunLog:
         self._excepthook, threading.excepthook = threading.excepthook, self._hide_from_stderr
-        with self._survive():
-            self._writer = SummaryWriter(self.log_dir, purge_step=self.first_step)
+        if rank() == 0:
+            with self._survive():
+                self._writer = SummaryWriter(self.log_dir, purge_step=self.first_step)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
@@ -114,8 +117,9 @@ class RunLog:
     ) -> None:
         """Count a step; every `log_every` steps write `values` (tag -> number) and the rates."""
         self._steps += 1
-        self._users += sum(len(batch.user_ids) for batch in batches)
-        self._events += sum(len(batch.item_index) for batch in batches)
+        # Ranks have equal shares, or one less.
+        self._users += num_ranks() * sum(len(batch.user_ids) for batch in batches)
+        self._events += sum(int(batch.num_targets) for batch in batches)
         if step % self.log_every:
             return
         values = {tag: float(value) for tag, value in values.items()}  # waits for a GPU
@@ -231,14 +235,14 @@ def summary(metrics: Mapping[str, float]) -> str:
 
 
 def progress_bar(batches: Iterable[Any] | None = None, **options: Any) -> tqdm:
-    """One that leaves no trace; off with TQDM_DISABLE, and where there is no terminal."""
+    """One that leaves no trace; off with TQDM_DISABLE, without a terminal, and but on rank 0."""
     return tqdm(
         batches,
         unit="batch",
         leave=False,
         dynamic_ncols=True,
         smoothing=0.1,
-        disable=bool(os.environ.get("TQDM_DISABLE")) or None,
+        disable=bool(os.environ.get("TQDM_DISABLE")) or rank() > 0 or None,
         **options,
     )
 

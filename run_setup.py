@@ -15,7 +15,8 @@ from torch.utils.data import DataLoader
 
 from atomic_io import DataError
 from data_folder import Manifest, check_re_ids, read_indexer
-from dataset import Batch, BatchSampler, MyDataset
+from dataset import BatchSampler, MyDataset
+from distributed import num_ranks, rank
 from features import Feature, load_features
 from flags import DEFAULT_MM_EMB_ID, MODEL_VECTORS_UP_TO
 from interrupts import leave_signals_to_parent
@@ -47,6 +48,8 @@ def pick_device(name: str) -> torch.device:
     if name.startswith("cuda") and not torch.cuda.is_available():
         log.info("no CUDA device here: running on the CPU")
         return torch.device("cpu")
+    if name == "cuda" and num_ranks() > 1:
+        return torch.device("cuda", torch.cuda.current_device())
     device, count = torch.device(name), torch.cuda.device_count()
     if device.type == "cuda" and (device.index or 0) >= count:
         raise DataError(f"--device {name}: there are cuda:0 to cuda:{count - 1}; name one of them")
@@ -107,9 +110,15 @@ def make_loader(
     )
 
 
-def seen_rows(batch: Batch, row_of_item: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The histories' items as rows of a catalogue, and where each sequence's begin."""
-    rows = row_of_item[batch.seen_ids]
-    is_there = rows >= 0
-    offsets = torch.nn.functional.pad(is_there.cumsum(0), (1, 0))[batch.seen_offsets]
-    return rows[is_there], offsets
+def make_sampler(dataset: MyDataset, args: argparse.Namespace, is_shuffled: bool) -> BatchSampler:
+    place = rank(), num_ranks()
+    return BatchSampler(len(dataset), args.batch_size, args.seed, is_shuffled, *place)
+
+
+def make_eval_loader(
+    dataset: MyDataset | None, args: argparse.Namespace, device: torch.device
+) -> DataLoader | None:
+    """None where the split is absent, empty, or does not tell its targets."""
+    if dataset is None or dataset.target == "none" or not len(dataset):
+        return None
+    return make_loader(dataset, make_sampler(dataset, args, False), device, args.num_workers)

@@ -436,6 +436,8 @@ class HSTU(nn.Module):
         Returns:
             (T, D) float.
         """
+        if not len(x):  # a rank's share of a small batch
+            return x
         query_times = {"request": target_timestamps, "event": timestamps, "off": None}
         rectangles, rows = cut_rectangles(offsets, timestamps, query_times[self.time_bias])
         x = x.new_zeros(rectangles[-1].rows.stop, x.shape[1]).index_copy(0, rows, x)  # (T', D)

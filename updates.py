@@ -7,11 +7,23 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from atomic_io import DataError
+from distributed import (
+    ShardedEmbedding,
+    gather_table,
+    num_ranks,
+    own_rows,
+    rank,
+    sum_over_ranks,
+    sum_row_gradients,
+    tell,
+)
 from hstu_components import give_sparse_gradients
+from interrupts import Stopped, stop_signals
 from model import HSTUModel
 from optimizer import RowAdamW, clip_gradients
 
@@ -21,7 +33,11 @@ NAMED = 5  # of what is not finite
 
 
 class Updater:
-    """A model and what trains it.
+    """A model and what trains it, on this rank.
+
+    Each rank computes the gradients of its share of a batch; their sum is the whole batch's, and
+    all ranks make the same update from it. Not torch's DistributedDataParallel: it takes the mean
+    of ranks that each have something, and knows no sparse gradients.
 
     Args:
         model: on its device.
@@ -42,17 +58,40 @@ class Updater:
         # Loss and gradients were finite so far; on the device, which is not asked in every step.
         self._is_sound = torch.ones((), dtype=torch.bool, device=self.device)
         self._newest: tuple[Sequence[Any], Tensor, Tensor] | None = None
+        shards = [m for m in model.modules() if isinstance(m, ShardedEmbedding)]
+        self.shards = {m.weight: m.num_rows for m in shards}  # gradients come summed over ranks
+        self._tables = [m.weight for m in model.modules() if getattr(m, "sparse", False)]
+        self._stop = 0  # the signal that the ranks have agreed to stop for
 
     def state_dict(self) -> dict[str, Any]:
-        """What goes on from here needs, besides the model's own."""
-        return {"optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict()}
+        """What goes on from here needs, besides the model's own; of sharded tables on rank 0."""
+        optimizer = self.optimizer.state_dict()
+        for place, num_rows in self._places_of_shards():
+            if place in optimizer["state"]:
+                optimizer["state"][place] = {
+                    name: gather_table(value, num_rows) if value.dim() else value
+                    for name, value in optimizer["state"][place].items()
+                }
+        return {"optimizer": optimizer, "scaler": self.scaler.state_dict()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self.optimizer.load_state_dict(state["optimizer"])
+        values = dict(state["optimizer"]["state"])
+        for place, _ in self._places_of_shards():
+            if place in values:
+                values[place] = {
+                    name: own_rows(value).clone() if value.dim() else value
+                    for name, value in values[place].items()
+                }
+        self.optimizer.load_state_dict(state["optimizer"] | {"state": values})
         self.scaler.load_state_dict(state["scaler"])
 
+    def _places_of_shards(self) -> list[tuple[int, int]]:
+        """Where sharded tables stand in the optimiser's state, and their rows on all ranks."""
+        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+        return [(k, self.shards[p]) for k, p in enumerate(parameters) if p in self.shards]
+
     def step(self, batches: Sequence[Any], epoch: int, step: int) -> dict[str, Tensor | float]:
-        """One update from one or several dataset.Batch, as if they were one.
+        """One update from one or several dataset.Batch, as if they and all ranks' were one.
 
         The host does not wait for a GPU here, but where a log or a state is due.
 
@@ -65,16 +104,25 @@ class Updater:
 
         Raises:
             DataError: loss or gradient are not finite; the weights are those of the step before.
+            Stopped: another rank is to stop; so they are then.
         """
+        if self.shards:
+            self.agree()  # or a rank that is to stop would not come to the lookups
+        if num_ranks() > 1:  # each its own dropout, and that of the step whatever was before
+            seeds = np.random.SeedSequence((self.args.seed, step, rank()))
+            torch.manual_seed(int(seeds.generate_state(1, np.uint64)[0]))
         counts = [int((batch.target_index >= 0).sum()) for batch in batches]
+        total = max(1, sum(int(batch.num_targets) for batch in batches))
         loss = torch.zeros((), device=self.device)
         for batch, count in zip(batches, counts, strict=True):
             with self.autocast():
-                part = self.model(batch.to(self.device)) * (count / max(1, sum(counts)))
+                part = self.model(batch.to(self.device)) * (count / total)
             self.scaler.scale(part).backward()
             loss += part.detach()
+        if num_ranks() > 1:
+            self._sum_over_ranks(loss)
         self.scaler.unscale_(self.optimizer)
-        grad_norm = clip_gradients(self.model.parameters(), self.args.clip_grad)
+        grad_norm = clip_gradients(self.model.parameters(), self.args.clip_grad, self.shards)
         # A scaler skips the steps that overflow by itself.
         self._is_sound &= torch.isfinite(loss if self.scaler.is_enabled() else loss + grad_norm)
         self._newest = batches, loss, grad_norm
@@ -88,6 +136,36 @@ class Updater:
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
         return {"Loss/train": loss, "Train/grad_norm": grad_norm, "Train/lr": lr}
+
+    def _sum_over_ranks(self, loss: Tensor) -> None:
+        """Loss and gradients of this rank's share to those of the whole batch, in place."""
+        for table in self._tables:
+            table.grad = table.grad.coalesce()
+        counts = self.agree([len(table.grad.values()) for table in self._tables])
+        for table, column in zip(self._tables, zip(*counts, strict=True), strict=True):
+            table.grad = sum_row_gradients(table.grad, column)
+        apart = {*self._tables, *self.shards}
+        others = [p for p in self.model.parameters() if p.requires_grad and p not in apart]
+        for parameter in others:
+            if parameter.grad is None:  # a share may be empty, and not come to the blocks
+                parameter.grad = torch.zeros_like(parameter)
+        sum_over_ranks([loss, *(parameter.grad for parameter in others)])
+
+    def agree(self, row_counts: Sequence[int] = ()) -> list[list[int]]:
+        """Raise Stopped on all ranks if a signal has come to one; else all ranks' `row_counts`.
+
+        They travel in one message: where all call this, some may be in a step and some behind it.
+        """
+        if num_ranks() == 1:
+            stop_signals.check()
+            return [list(row_counts)]
+        if not self._stop:
+            row_counts = row_counts or [0] * len(self._tables)
+            told = tell([stop_signals.number, *row_counts])
+            self._stop = max(number for number, *_ in told)
+        if self._stop:
+            raise Stopped(self._stop)
+        return [counts for _, *counts in told]
 
     def check_finite(self, epoch: int, step: int) -> None:
         """Raise DataError if any loss or gradient so far was not finite; waits for a GPU."""

@@ -24,18 +24,11 @@ from torch import Tensor
 from atomic_io import DataError, atomic_write
 from checkpoint import load_newest_state
 from data_folder import open_split, read_manifest
+from evaluation import Ranking, evaluate
 from flags import get_args
-from main import (
-    Ranking,
-    Run,
-    evaluate,
-    load_best,
-    make_eval_loader,
-    open_datasets,
-    prepare_run,
-)
+from main import Run, load_best, open_datasets, prepare_run
 from metrics import hit
-from run_setup import read_features, vectors_on_host
+from run_setup import make_eval_loader, read_features, vectors_on_host
 from simplified_hstu import time_buckets
 
 with suppress(ImportError):  # said in main
@@ -90,10 +83,11 @@ def draw_all(args: argparse.Namespace) -> Iterator[tuple[str, Figure]]:
     """Name and figure of all that there is to see."""
     run, datasets = load_run(args.output_dir, args.data_dir)
     yield "learning_curves", draw_learning(read_curves(args.log_dir))
-    loader = make_eval_loader(datasets.get("test"), run)
+    loader = make_eval_loader(datasets.get("test"), run.args, run.device)
     if loader is not None:
         counts = torch.from_numpy(datasets["train"].item_counts)
-        yield "hit_rate", draw_hit_rate(evaluate(run, loader), counts)
+        ranking = evaluate(run.updater, loader, run.args.remove_seen)
+        yield "hit_rate", draw_hit_rate(ranking, counts)
     weights = run.model.state_dict()
     if biases := weights_named(weights, "time_weight"):
         yield "time_bias", draw_time_bias(biases, longest_span(args.data_dir))

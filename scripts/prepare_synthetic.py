@@ -232,7 +232,7 @@ def best_hit_rates(process: Process, state: State, targets: np.ndarray) -> dict[
     """HR@10 of whoever knows the process, and of the same without one effect.
 
     "optimum" is measured on these targets, "optimum, expected" is its mean over all that could
-    have been drawn. Items already met are left out, as in main.evaluate.
+    have been drawn. Items already met are left out, as in evaluation.py.
     """
     chances = item_probabilities(process, state, is_test=True)
     rates = {

@@ -21,28 +21,34 @@ ALLOWED = {
     "data_folder": {"atomic_io", "safe_pickle"},
     "data_writer": {"atomic_io", "data_folder"},
     "dataset": {"atomic_io", "data_folder"},
-    "hstu_components": set(),
+    "distributed": set(),
+    "hstu_components": {"distributed"},
     "simplified_hstu": {"hstu_components"},
     "dot_product_similarity": set(),
     "model": {"hstu_components", "simplified_hstu", "dot_product_similarity"},
-    "optimizer": set(),
+    "optimizer": {"distributed"},
     "metrics": set(),
     "flags": set(),
     "interrupts": set(),
-    "run_log": set(),
+    "run_log": {"distributed"},
     "run_setup": {
         "atomic_io",
         "data_folder",
         "dataset",
+        "distributed",
         "features",
         "flags",
         "interrupts",
         "item_vectors",
     },
 }
-ALLOWED["updates"] = {"atomic_io", "hstu_components", "model", "optimizer"}
+ALLOWED["updates"] = {
+    "atomic_io", "distributed", "hstu_components", "interrupts", "model", "optimizer"
+}  # fmt: skip
+ALLOWED["evaluation"] = {"distributed", "interrupts", "metrics", "updates"}
 ALLOWED["export"] = set(ALLOWED) - {
     "updates",
+    "evaluation",
     "metrics",
     "safe_pickle",
     "data_writer",

@@ -106,8 +106,7 @@ def test_every_flag_is_tested_for_its_effect():
         "data_dir", "output_dir", "log_dir", "num_workers", "device", "trust_pickle", "patience",
         "early_stop_on", "gradient_checkpointing", "compile", "resume", "overwrite",
         "save_every_steps", "log_every", "remove_seen", "inference_only", "state_dict_path",
-        "top_k", "request_time", "debug", "mm_emb_device", "candidates",
-        "projector",
+        "top_k", "request_time", "debug", "mm_emb_device", "candidates", "projector", "shard_items",
     }  # fmt: skip
     assert set(vars(get_args([]))) == others | set(TRAINING_FLAGS)
 

@@ -17,7 +17,9 @@ import plot_run
 
 from checkpoint import load_checkpoint
 from data_folder import EVENT_DTYPE
-from main import Ranking, evaluate, main, make_eval_loader
+from evaluation import Ranking, evaluate
+from main import main
+from run_setup import make_eval_loader
 
 FLAGS = [
     "--device=cpu", "--num_workers=0", "--num_epochs=3", "--batch_size=4", "--maxlen=6",
@@ -54,7 +56,8 @@ def test_one_command_draws_every_picture(trained, tmp_path, capsys):
 def test_what_is_drawn_was_evaluated_as_in_the_training(trained):
     """With the flags of the training, --no-remove_seen among them, and the best epoch."""
     run, datasets = plot_run.load_run(trained / "o", str(trained / "data"))
-    found = evaluate(run, make_eval_loader(datasets["test"], run)).metrics()
+    loader = make_eval_loader(datasets["test"], run.args, run.device)
+    found = evaluate(run.updater, loader, run.args.remove_seen).metrics()
     assert found == json.loads((trained / "o" / "metrics.json").read_text())["test"]
 
 
