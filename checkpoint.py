@@ -175,6 +175,13 @@ def differences(saved: Mapping[str, Any], current: Mapping[str, Any]) -> list[st
     ]
 
 
+def seed_random(seed: int) -> None:
+    """Seed all generators in this process: their states are saved, and must not be by chance."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)  # takes no more bits
+    torch.manual_seed(seed)
+
+
 def random_states() -> dict[str, Any]:
     """The states of all generators in this process, in types that weights_only=True loads."""
     name, keys, *rest = np.random.get_state()

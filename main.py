@@ -26,6 +26,7 @@ from checkpoint import (
     random_states,
     save_checkpoint,
     save_state,
+    seed_random,
     set_random_states,
 )
 from data_folder import Manifest, fingerprint, read_manifest
@@ -184,7 +185,7 @@ def prepare_run(
     """A fresh model and what trains it."""
     device = pick_device(args.device)
     config = make_config(args, manifest, features, train_set.has_timestamps)
-    torch.manual_seed(args.seed)
+    seed_random(args.seed)
     model = HSTUModel(config, *features, on_host=train_set.host_vectors).to(device)
     model.hstu.gradient_checkpointing = args.gradient_checkpointing
     if args.compile:
@@ -290,6 +291,7 @@ def train_epochs(run: Run, datasets: dict[str, MyDataset], run_log: RunLog) -> N
             seconds = time.perf_counter() - started
             metrics = {} if valid_loader is None else evaluate(run, valid_loader)
         except Stopped as stop:
+            run_log.flush()
             save_run(run)  # after the epoch's last batch too: it goes on with the validation
             raise Stopped(stop.number, where_to_go_on(run)) from None
         count_epoch(progress, metrics, args)
@@ -312,7 +314,8 @@ def count_epoch(progress: Progress, metrics: Mapping[str, float], args: argparse
     """The epoch is over: whether it is the best, and whether it is the last."""
     progress.epoch, progress.batch = progress.epoch + 1, 0
     if is_better(metrics, progress.best_metrics, args.early_stop_on):
-        progress.best_epoch, progress.best_metrics = progress.epoch, dict(metrics)
+        # In the order in which a saved state gives them back.
+        progress.best_epoch, progress.best_metrics = progress.epoch, dict(sorted(metrics.items()))
     is_out_of_patience = 0 < args.patience <= progress.epoch - progress.best_epoch
     progress.is_finished = progress.epoch >= args.num_epochs or is_out_of_patience
 
@@ -372,6 +375,7 @@ def train_one_epoch(run: Run, loader: DataLoader, run_log: RunLog) -> None:
             run_log.step(progress.epoch + 1, progress.step, batches, values)
             if args.save_every_steps and progress.step % args.save_every_steps == 0:
                 progress.loss_sum = loss_sum.item()
+                run_log.flush()  # a resumed run logs what comes after the state
                 save_run(run)
     progress.loss_sum = loss_sum.item()
     run.updater.check_finite(progress.epoch + 1, progress.step)

@@ -134,6 +134,10 @@ class RunLog:
             epoch, self.num_epochs, train_loss, valid, best, seconds,
         )  # fmt: skip
 
+    def flush(self) -> None:
+        """What was logged so far is in the file, and survives a kill."""
+        self.writer.flush()
+
     def _write(self, values: Mapping[str, float], step: int) -> None:
         for tag, value in values.items():
             self.writer.add_scalar(tag, value, step)
