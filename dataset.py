@@ -520,8 +520,13 @@ def save_emb(emb: np.ndarray, save_path: str | Path) -> None:
         ValueError: another suffix, or more than 2^31 - 1 rows or columns.
     """
     path = Path(save_path)
-    with atomic_write(path) as file:
+    with atomic_write(path, emb.nbytes) as file:
         file.writelines(emb_pieces(path, emb.shape, [emb]))
+
+
+def emb_size(path: Path, shape: tuple[int, ...]) -> int:
+    """Bytes of a file of that suffix with a matrix of that shape."""
+    return 8 + math.prod(shape) * EMB_DTYPES[path.suffix].itemsize
 
 
 def emb_pieces(
@@ -560,7 +565,7 @@ def load_emb(path: str | Path) -> np.ndarray:
     dtype = EMB_DTYPES[path.suffix]
     header = np.fromfile(path, "<u4", 2)
     shape = tuple(int(size) for size in header)
-    expected = 8 + math.prod(shape) * dtype.itemsize if len(shape) == 2 else 8
+    expected = emb_size(path, shape) if len(shape) == 2 else 8
     if path.stat().st_size != expected:
         raise DataError(
             f"{path}: {path.stat().st_size} bytes, but its header makes {expected}; "

@@ -17,7 +17,7 @@ from tqdm import tqdm
 from atomic_io import DataError, atomic_write, sweep_temporaries, write_hashed, write_json
 from checkpoint import differences, load_checkpoint, load_weights
 from data_folder import Manifest, original_ids, read_candidates, read_manifest
-from dataset import BatchSampler, MyDataset, emb_pieces
+from dataset import BatchSampler, MyDataset, emb_pieces, emb_size
 from features import find_vectors, load_features, load_vectors
 from hstu_components import FeatureTables
 from interrupts import stop_signals
@@ -212,14 +212,13 @@ def publish(
     folder.mkdir(parents=True, exist_ok=True)
     sweep_temporaries(folder)
     chunks = checked_rows(folder, embeddings, arrays["id.u64bin"])
-    contents = {"embedding.fbin": emb_pieces(folder / "embedding.fbin", shape, chunks)}
-    for name, array in arrays.items():
-        contents[name] = emb_pieces(folder / name, array.shape, [array])
+    contents = {name: (array.shape, [array]) for name, array in arrays.items()}
+    files = {}
     with ExitStack() as complete:  # at its end all files are renamed, and not before
-        files = {
-            name: write_hashed(complete.enter_context(atomic_write(folder / name)), pieces)
-            for name, pieces in contents.items()
-        }
+        for name, (size, rows) in {"embedding.fbin": (shape, chunks), **contents}.items():
+            path = folder / name
+            file = complete.enter_context(atomic_write(path, emb_size(path, size)))
+            files[name] = write_hashed(file, emb_pieces(path, size, rows))
         (folder / "manifest.json").unlink(missing_ok=True)
     n, d = shape
     write_json(folder / "manifest.json", {"n": n, "d": d, **origin, "files": files})
