@@ -42,13 +42,14 @@ class Catalogue(NamedTuple):
 def infer(args: argparse.Namespace, model_class: type[HSTUModel]) -> None:
     """Export the items' embeddings, and the test users' queries and top-k items."""
     path, output_dir = Path(args.state_dict_path), Path(args.output_dir)
-    config, weights = read_model(path)
-    manifest = read_manifest(args.data_dir)
-    features = read_config_features(args, config, manifest)
-    model = model_class(config, *features, on_host=vectors_on_host(args, features[0]))
-    model = model.to(pick_device(args.device)).eval()
-    load_weights(model, weights, path)
-    catalogue = candidates_of(args, model) if args.candidates else all_items(args, model)
+    with stop_signals.waiting():
+        config, weights = read_model(path)
+        manifest = read_manifest(args.data_dir)
+        features = read_config_features(args, config, manifest)
+        model = model_class(config, *features, on_host=vectors_on_host(args, features[0]))
+        model = model.to(pick_device(args.device)).eval()
+        load_weights(model, weights, path)
+        catalogue = candidates_of(args, model) if args.candidates else all_items(args, model)
     origin = {"checkpoint": path.name, "item_ids": catalogue.id_kind}
     folder, shape = output_dir / "item_embeddings", (len(catalogue.ids), config.hidden_units)
     publish(folder, shape, embed(model, catalogue), {"id.u64bin": catalogue.ids}, origin)

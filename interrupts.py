@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import signal
+import sys
 import threading
 from collections.abc import Iterable, Iterator
-from types import FrameType
+from contextlib import contextmanager
+from types import FrameType, TracebackType
 from typing import Any, TypeVar
 
 T = TypeVar("T")
@@ -40,7 +43,7 @@ class StopSignals:
 
     def __init__(self) -> None:
         self._number: int | None = None
-        self._is_waiting = False  # for a batch: nothing that an exception would leave half done
+        self._is_waiting = False  # nothing that an exception would leave half done
         self._handlers: dict[int, Any] = {}  # those of before
 
     def __enter__(self) -> None:
@@ -48,8 +51,11 @@ class StopSignals:
             self._handlers = {number: signal.signal(number, self._receive) for number in SIGNALS}
 
     def __exit__(self, *_: object) -> None:
-        if self._number is not None and os.name == "posix":
-            signal.alarm(0)
+        if self._number is not None:
+            for loader in multiprocessing.active_children():
+                loader.kill()  # torch gives each that hangs 5 s, one after the other
+            if os.name == "posix":
+                signal.alarm(0)
         for number, handler in self._handlers.items():
             signal.signal(number, handler or signal.SIG_DFL)  # None: not Python's, and lost
         self._number, self._handlers = None, {}
@@ -59,26 +65,31 @@ class StopSignals:
         if self._number is not None:
             raise Stopped(self._number)
 
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        """What runs in here leaves nothing half done: a signal ends it within PATIENCE seconds."""
+        self.check()
+        self._is_waiting = True
+        try:
+            yield
+        finally:
+            self._is_waiting = False
+        self.check()
+
     def between(self, batches: Iterable[T]) -> Iterator[T]:
         """The batches; raises Stopped before or behind one, or where one takes too long."""
         try:
             self.check()
             batches = iter(batches)  # loader processes start here, and must not inherit a wait
-            while (batch := self._next(batches)) is not None:
+            while True:
+                with self.waiting():
+                    batch = next(batches, None)
+                if batch is None:
+                    return
                 yield batch
         except (EOFError, OSError, RuntimeError):
             self.check()  # a signal to the process group has ended the loaders too
             raise
-
-    def _next(self, batches: Iterator[T]) -> T | None:
-        self.check()
-        self._is_waiting = True
-        try:
-            batch = next(batches, None)
-        finally:
-            self._is_waiting = False
-        self.check()
-        return batch
 
     def _receive(self, number: int, _: FrameType | None) -> None:
         self._number = self._number or number
@@ -106,6 +117,15 @@ def leave_signals_to_parent(_: int) -> None:
     for number in SIGNALS:
         if number != signal.SIGTERM:  # torch's own, by which the parent ends a loader that hangs
             signal.signal(number, signal.SIG_IGN)
+    sys.excepthook = _hide_lost_parent
+
+
+def _hide_lost_parent(
+    kind: type[BaseException], error: BaseException, trace: TracebackType | None
+) -> None:
+    """Of multiprocessing's thread, whose parent leaves while it is handed a batch."""
+    if not issubclass(kind, ConnectionError | EOFError):
+        sys.__excepthook__(kind, error, trace)
 
 
 stop_signals = StopSignals()  # the process's, as signals are

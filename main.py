@@ -97,7 +97,7 @@ def main(argv: list[str] | None = None) -> int:
     except Stopped as stop:
         log.info("%s", stop)
         return stop.exit_code
-    except (DataError, OSError, MemoryError, RuntimeError) as error:
+    except (DataError, OSError, EOFError, MemoryError, RuntimeError) as error:
         line = one_line(error)
         if args.debug or not line:
             raise
@@ -122,6 +122,13 @@ def one_line(error: Exception) -> str:
     text = str(error)
     if text.startswith("Caught "):  # in a loader process, whose traceback comes before the message
         text = text.rstrip().rpartition("Error: ")[2]
+    # What torch raises for a dead loader: the last one anywhere, from a signal handler.
+    is_of_pipe = isinstance(error, ConnectionResetError | EOFError)
+    if is_of_pipe or text.startswith("DataLoader worker (pid"):
+        return (
+            "a loader process was killed, most often for want of memory: lower --num_workers "
+            f"({text.strip() or type(error).__name__})"
+        )
     if isinstance(error, OSError) and error.filename:
         return f"{error.filename}: {error.strerror}"
     if isinstance(error, DataError | OSError):
@@ -141,11 +148,12 @@ def train(args: argparse.Namespace) -> None:
     output_dir.mkdir(parents=True, exist_ok=True)
     with hold_folder(output_dir):
         sweep_temporaries(output_dir)
-        manifest = read_manifest(args.data_dir)
-        features = read_features(args, manifest)
-        datasets = open_datasets(args, manifest, vectors_on_host(args, features[0]))
-        run = prepare_run(args, manifest, features, datasets["train"])
-        resume(run)
+        with stop_signals.waiting():
+            manifest = read_manifest(args.data_dir)
+            features = read_features(args, manifest)
+            datasets = open_datasets(args, manifest, vectors_on_host(args, features[0]))
+            run = prepare_run(args, manifest, features, datasets["train"])
+            resume(run)
         if not run.progress.is_finished:
             announce(run, datasets)
             first_step = run.progress.step + 1
