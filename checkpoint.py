@@ -40,11 +40,12 @@ def save_checkpoint(path: str | Path, content: Mapping[str, Any], step: int) -> 
         content: tensors, numbers, strings and containers of them, what weights_only=True loads.
         step: optimiser steps done; the newest checkpoint is the one with the highest.
     """
-    path, canonical = Path(path), _canonical(content, set())
+    path, sizes = Path(path), {}
+    canonical = _canonical(content, sizes)
     register = read_register(path.parent)
     if register.pop(path.name, None):
         write_json(path.parent / REGISTER, register)
-    with atomic_write(path) as file:
+    with atomic_write(path, sum(sizes.values())) as file:
         _save(canonical, file)
     entry = file_entry(path) | {"step": step, "config": _hash(content.get("config"))}
     register[path.name] = entry
@@ -175,6 +176,13 @@ def differences(saved: Mapping[str, Any], current: Mapping[str, Any]) -> list[st
     ]
 
 
+def seed_random(seed: int) -> None:
+    """Seed all generators in this process: their states are saved, and must not be by chance."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)  # takes no more bits
+    torch.manual_seed(seed)
+
+
 def random_states() -> dict[str, Any]:
     """The states of all generators in this process, in types that weights_only=True loads."""
     name, keys, *rest = np.random.get_state()
@@ -195,24 +203,24 @@ def set_random_states(states: Mapping[str, Any]) -> None:
         torch.cuda.set_rng_state_all(states["cuda"])
 
 
-def _canonical(value: Any, storages: set[int]) -> Any:
+def _canonical(value: Any, sizes: dict[int, int]) -> Any:
     """What equals `value`, and whose pickle depends on values alone, not on what is shared.
 
-    `storages`: addresses of the tensors so far. A tensor is copied only where it is not on the CPU,
-    or not the whole and only user of its memory: a table and its moments may fill most of it.
+    `sizes`: address -> bytes of the tensors so far. A tensor is copied only where it is not on the
+    CPU, or not the whole and only user of its memory: a table and its moments may fill most of it.
     """
     if isinstance(value, Tensor):
         tensor = value.detach().cpu().contiguous()
         storage = tensor.untyped_storage()
-        if storage.nbytes() != tensor.nbytes or storage.data_ptr() in storages:
+        if storage.nbytes() != tensor.nbytes or storage.data_ptr() in sizes:
             tensor = tensor.clone()
-        storages.add(tensor.untyped_storage().data_ptr())
+        sizes[tensor.untyped_storage().data_ptr()] = tensor.nbytes
         return tensor
     if isinstance(value, Mapping):
         items = sorted(value.items(), key=lambda item: (str(type(item[0])), item[0]))
-        return {_canonical(key, storages): _canonical(item, storages) for key, item in items}
+        return {_canonical(key, sizes): _canonical(item, sizes) for key, item in items}
     if isinstance(value, list | tuple):
-        return type(value)(_canonical(item, storages) for item in value)
+        return type(value)(_canonical(item, sizes) for item in value)
     if type(value) is str:
         return sys.intern(value)
     if value is None or type(value) in (bool, int, float):

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset, Sampler, get_worker_info
+from torch.utils.data import Dataset, Sampler
 
 from atomic_io import DataError, atomic_write
 from data_folder import (
@@ -231,12 +231,7 @@ class MyDataset(Dataset):
         return Fetched(kept, seen, draw.seed, own)
 
     def _gather(self, starts: np.ndarray, ends: np.ndarray, user_ids: np.ndarray) -> Sequences:
-        events = self._open()[0]
-        if get_worker_info() is None:
-            return gather(events, starts, ends, user_ids)
-        events = _read_rows(self._files[""], events, starts, ends)
-        if len(events) < (ends - starts).sum():
-            self.check_unchanged()
+        events = _read_rows(self._files[""], self._open()[0], starts, ends)
         offsets = np.concatenate([[0], (ends - starts).cumsum()])
         return gather(events, offsets[:-1], offsets[1:], user_ids)
 
@@ -289,7 +284,7 @@ class MyDataset(Dataset):
         picked = {}
         for name, vectors in self.host_vectors.items():
             file = self._files.get(name)
-            if get_worker_info() is None or file is None:
+            if file is None:
                 values = vectors.values[item_ids]
             else:
                 values = _read_rows(file, vectors.values, item_ids, item_ids + 1)
@@ -350,7 +345,9 @@ class MyDataset(Dataset):
 
     def _open(self) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
         if self._maps is None:
-            self._maps = open_split(self.data_dir, self.split)
+            events, offsets, users = open_split(self.data_dir, self.split)
+            # In memory: a map of a file that is cut short ends the process.
+            self._maps = events, np.array(offsets), None if users is None else np.array(users)
             tables = {"": self._maps[0]} | {k: v.values for k, v in self.host_vectors.items()}
             self._files = {name: _open_map(table) for name, table in tables.items()}
             for file in self._files.values():
@@ -365,17 +362,14 @@ class MyDataset(Dataset):
         return {path: stat and (stat.st_size, stat.st_mtime_ns) for path, stat in stats.items()}
 
     def check_unchanged(self) -> None:
-        """Refuse to go on over files that were written to: a truncated map would end the process.
+        """Refuse to go on over files that were written to.
 
         Raises:
             DataError: a file has another size or time of change than when it was opened.
         """
         for path, stamp in self._read_stamps().items():
             if stamp != self._stamps[path]:
-                raise DataError(
-                    f"{path}: changed since this run opened it; write new data into a folder of "
-                    "their own, and start again"
-                )
+                raise _changed(path)
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_maps": None, "_files": {}}
@@ -417,14 +411,25 @@ def _read_rows(file: int, table: np.memmap, starts: np.ndarray, ends: np.ndarray
     """Rows starts[k]..ends[k]-1 of every k, joined, read from the file that `table` maps.
 
     Through the map a worker would come to own the file: each page it touches counts as its memory,
-    with up to 2 MB around it. Of a file that was cut short, fewer rows come.
+    with up to 2 MB around it. And a map of a file that is cut short ends the process.
+
+    Raises:
+        DataError: the file was cut short.
     """
     width = table.strides[0]
     places, sizes = table.offset + starts * width, (ends - starts) * width
     parts = [os.pread(file, *part) for part in zip(sizes.tolist(), places.tolist(), strict=True)]
     data = bytearray().join(parts)
-    del data[len(data) // width * width :]  # of a file cut short inside a row
+    if len(data) < sizes.sum():
+        raise _changed(table.filename)
     return np.frombuffer(data, table.dtype).reshape(-1, *table.shape[1:])
+
+
+def _changed(path: str | Path) -> DataError:
+    return DataError(
+        f"{path}: changed since this run opened it; write new data into a folder of their own, and "
+        "start again"
+    )
 
 
 def _bad_item(path: Path, place: str, item_id: int, num_items: int) -> DataError:
@@ -593,8 +598,13 @@ def save_emb(emb: np.ndarray, save_path: str | Path) -> None:
         ValueError: another suffix, or more than 2^31 - 1 rows or columns.
     """
     path = Path(save_path)
-    with atomic_write(path) as file:
+    with atomic_write(path, emb.nbytes) as file:
         file.writelines(emb_pieces(path, emb.shape, [emb]))
+
+
+def emb_size(path: Path, shape: tuple[int, ...]) -> int:
+    """Bytes of a file of that suffix with a matrix of that shape."""
+    return 8 + math.prod(shape) * EMB_DTYPES[path.suffix].itemsize
 
 
 def emb_pieces(
@@ -633,7 +643,7 @@ def load_emb(path: str | Path) -> np.ndarray:
     dtype = EMB_DTYPES[path.suffix]
     header = np.fromfile(path, "<u4", 2)
     shape = tuple(int(size) for size in header)
-    expected = 8 + math.prod(shape) * dtype.itemsize if len(shape) == 2 else 8
+    expected = emb_size(path, shape) if len(shape) == 2 else 8
     if path.stat().st_size != expected:
         raise DataError(
             f"{path}: {path.stat().st_size} bytes, but its header makes {expected}; "

@@ -46,8 +46,7 @@ def evaluate(updater: Updater, loader: DataLoader, removes_seen: bool) -> Rankin
     """
     loader.dataset.check_unchanged()
     model = updater.model.eval()
-    # Of several ranks all stop or none.
-    check = updater.agree if num_ranks() > 1 else stop_signals.check
+    check = updater.agree if num_ranks() > 1 else None  # of several ranks all stop or none
     item_ids = torch.arange(1, model.config.num_items + 1, device=updater.device)
     chunks = stop_signals.between(model.item_embedding_chunks(item_ids), check)
     items = keep_own_items(chunks) if updater.shards else torch.cat(list(chunks))

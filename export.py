@@ -16,7 +16,7 @@ import torch
 from atomic_io import DataError, atomic_write, sweep_temporaries, write_hashed, write_json
 from checkpoint import differences, load_checkpoint, load_weights
 from data_folder import Manifest, original_ids, read_candidates, read_manifest
-from dataset import Batch, BatchSampler, MyDataset, emb_pieces
+from dataset import Batch, BatchSampler, MyDataset, emb_pieces, emb_size
 from features import load_features
 from hstu_components import FeatureTables
 from interrupts import stop_signals
@@ -43,10 +43,11 @@ class Catalogue(NamedTuple):
 def infer(args: argparse.Namespace, model_class: type[HSTUModel]) -> None:
     """Export the items' embeddings, and the test users' queries and top-k items."""
     path, output_dir = Path(args.state_dict_path), Path(args.output_dir)
-    manifest = read_manifest(args.data_dir)
-    model = load_model(args, model_class, manifest)
+    with stop_signals.waiting():
+        manifest = read_manifest(args.data_dir)
+        model = load_model(args, model_class, manifest)
+        catalogue = candidates_of(args, model) if args.candidates else all_items(args, model)
     config = model.config
-    catalogue = candidates_of(args, model) if args.candidates else all_items(args, model)
     origin = {"checkpoint": path.name, "item_ids": catalogue.id_kind}
     folder, shape = output_dir / "item_embeddings", (len(catalogue.ids), config.hidden_units)
     publish(folder, shape, embed(model, catalogue), {"id.u64bin": catalogue.ids}, origin)
@@ -230,14 +231,13 @@ def publish(
     folder.mkdir(parents=True, exist_ok=True)
     sweep_temporaries(folder)
     chunks = checked_rows(folder, embeddings, arrays["id.u64bin"])
-    contents = {"embedding.fbin": emb_pieces(folder / "embedding.fbin", shape, chunks)}
-    for name, array in arrays.items():
-        contents[name] = emb_pieces(folder / name, array.shape, [array])
+    contents = {name: (array.shape, [array]) for name, array in arrays.items()}
+    files = {}
     with ExitStack() as complete:  # at its end all files are renamed, and not before
-        files = {
-            name: write_hashed(complete.enter_context(atomic_write(folder / name)), pieces)
-            for name, pieces in contents.items()
-        }
+        for name, (size, rows) in {"embedding.fbin": (shape, chunks), **contents}.items():
+            path = folder / name
+            file = complete.enter_context(atomic_write(path, emb_size(path, size)))
+            files[name] = write_hashed(file, emb_pieces(path, size, rows))
         (folder / "manifest.json").unlink(missing_ok=True)
     n, d = shape
     write_json(folder / "manifest.json", {"n": n, "d": d, **origin, "files": files})

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import signal
+import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator
-from types import FrameType
+from contextlib import contextmanager
+from types import FrameType, TracebackType
 from typing import Any, TypeVar
 
 T = TypeVar("T")
@@ -40,7 +43,7 @@ class StopSignals:
 
     def __init__(self) -> None:
         self._number: int | None = None
-        self._is_waiting = False  # for a batch: nothing that an exception would leave half done
+        self._is_waiting = False  # nothing that an exception would leave half done
         self._handlers: dict[int, Any] = {}  # those of before
 
     def __enter__(self) -> None:
@@ -48,8 +51,11 @@ class StopSignals:
             self._handlers = {number: signal.signal(number, self._receive) for number in SIGNALS}
 
     def __exit__(self, *_: object) -> None:
-        if self._number is not None and os.name == "posix":
-            signal.alarm(0)
+        if self._number is not None:
+            for loader in multiprocessing.active_children():
+                loader.kill()  # torch gives each that hangs 5 s, one after the other
+            if os.name == "posix":
+                signal.alarm(0)
         for number, handler in self._handlers.items():
             signal.signal(number, handler or signal.SIG_DFL)  # None: not Python's, and lost
         self._number, self._handlers = None, {}
@@ -64,31 +70,39 @@ class StopSignals:
         if self._number is not None:
             raise Stopped(self._number)
 
+    @contextmanager
+    def waiting(self, check: Callable[[], Any] | None = None) -> Iterator[None]:
+        """What runs in here leaves nothing half done: a signal ends it within PATIENCE seconds.
+
+        `check`: raises Stopped instead of this object's own, for ranks that have to agree; what
+        runs is not broken off then, since other ranks may be in the middle of something.
+        """
+        (check or self.check)()
+        self._is_waiting = check is None
+        try:
+            yield
+        finally:
+            self._is_waiting = False
+        (check or self.check)()
+
     def between(self, batches: Iterable[T], check: Callable[[], Any] | None = None) -> Iterator[T]:
         """The batches; raises Stopped before or behind one, or where one takes too long.
 
-        `check`: raises it instead of this object's own, for ranks that have to agree.
+        `check`: as in `waiting`.
         """
-        check = check or self.check
         try:
-            check()
+            (check or self.check)()
             batches = iter(batches)  # loader processes start here, and must not inherit a wait
-            while (batch := self._next(batches, check)) is not None:
+            while True:
+                with self.waiting(check):
+                    batch = next(batches, None)
+                if batch is None:
+                    return
                 yield batch
         except (EOFError, OSError, RuntimeError):
             if self._number is not None:
-                check()  # a signal to the process group has ended the loaders too
+                (check or self.check)()  # a signal to the process group has ended the loaders too
             raise
-
-    def _next(self, batches: Iterator[T], check: Callable[[], Any]) -> T | None:
-        check()
-        self._is_waiting = check == self.check  # other ranks may be in the middle of something
-        try:
-            batch = next(batches, None)
-        finally:
-            self._is_waiting = False
-        check()
-        return batch
 
     def _receive(self, number: int, _: FrameType | None) -> None:
         self._number = self._number or number
@@ -116,6 +130,15 @@ def leave_signals_to_parent(_: int) -> None:
     for number in SIGNALS:
         if number != signal.SIGTERM:  # torch's own, by which the parent ends a loader that hangs
             signal.signal(number, signal.SIG_IGN)
+    sys.excepthook = _hide_lost_parent
+
+
+def _hide_lost_parent(
+    kind: type[BaseException], error: BaseException, trace: TracebackType | None
+) -> None:
+    """Of multiprocessing's thread, whose parent leaves while it is handed a batch."""
+    if not issubclass(kind, ConnectionError | EOFError):
+        sys.__excepthook__(kind, error, trace)
 
 
 stop_signals = StopSignals()  # the process's, as signals are

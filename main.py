@@ -8,7 +8,7 @@ import re
 import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import nullcontext, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ from checkpoint import (
     random_states,
     save_checkpoint,
     save_state,
+    seed_random,
     set_random_states,
 )
 from data_folder import Manifest, fingerprint, read_item_names, read_manifest
@@ -99,36 +100,43 @@ def main(argv: list[str] | None = None) -> int:
 
     Of several ranks the first one to fail says why, and rank 0 alone says anything else.
     """
-    args = get_args(argv)
+    with stop_signals, log_to_stdout():
+        args = get_args(argv)
+        keep_freed_memory()
+        try:
+            join(args.device.startswith("cuda") and torch.cuda.is_available())
+            if rank() > 0:
+                log.setLevel(logging.ERROR)
+            check_ranks(args)
+            check_folders(args)
+            if args.trust_pickle:
+                log.warning("--trust_pickle: .pkl files are loaded unchecked and can run any code")
+            infer(args, HSTUModel) if args.inference_only else train(args)
+            leave()
+        except Stopped as stop:
+            log.info("%s", stop)
+            leave()
+            return stop.exit_code
+        except (DataError, OSError, EOFError, MemoryError, RuntimeError) as error:
+            line = one_line(error)
+            if args.debug or not line:
+                raise
+            if is_first_to_fail():
+                print(f"error: {line}", file=sys.stderr)
+            return 1
+    return 0
+
+
+@contextmanager
+def log_to_stdout() -> Iterator[None]:
     handler = logging.StreamHandler(sys.stdout)
     log.addHandler(handler)
     log.setLevel(logging.INFO)
-    keep_freed_memory()
     try:
-        join(args.device.startswith("cuda") and torch.cuda.is_available())
-        if rank() > 0:
-            log.setLevel(logging.ERROR)
-        check_ranks(args)
-        check_folders(args)
-        if args.trust_pickle:
-            log.warning("--trust_pickle: .pkl files are loaded unchecked and can run any code")
-        with stop_signals, logging_redirect_tqdm(loggers=[log]):
-            infer(args, HSTUModel) if args.inference_only else train(args)
-        leave()
-    except Stopped as stop:
-        log.info("%s", stop)
-        leave()
-        return stop.exit_code
-    except (DataError, OSError, MemoryError, RuntimeError) as error:
-        line = one_line(error)
-        if args.debug or not line:
-            raise
-        if is_first_to_fail():
-            print(f"error: {line}", file=sys.stderr)
-        return 1
+        with logging_redirect_tqdm(loggers=[log]):
+            yield
     finally:
         log.removeHandler(handler)
-    return 0
 
 
 def check_ranks(args: argparse.Namespace) -> None:
@@ -143,8 +151,8 @@ def check_folders(args: argparse.Namespace) -> None:
         raise DataError(f"{args.output_dir}: --output_dir is the data folder; name another one")
     for flag in ("output_dir", "log_dir"):
         path = Path(vars(args)[flag])
-        if path.exists() and not path.is_dir():
-            raise DataError(f"{path}: --{flag} is not a folder; name another one")
+        if any(place.exists() and not place.is_dir() for place in (path, *path.parents)):
+            raise DataError(f"{path}: --{flag} is not a folder, or below a file; name another one")
 
 
 def one_line(error: Exception) -> str:
@@ -152,6 +160,13 @@ def one_line(error: Exception) -> str:
     text = str(error)
     if text.startswith("Caught "):  # in a loader process, whose traceback comes before the message
         text = text.rstrip().rpartition("Error: ")[2]
+    # What torch raises for a dead loader: the last one anywhere, from a signal handler.
+    is_of_pipe = isinstance(error, ConnectionResetError | EOFError)
+    if is_of_pipe or text.startswith("DataLoader worker (pid"):
+        return (
+            "a loader process was killed, most often for want of memory: lower --num_workers "
+            f"({text.strip() or type(error).__name__})"
+        )
     if isinstance(error, OSError) and error.filename:
         return f"{error.filename}: {error.strerror}"
     if isinstance(error, DataError | OSError | LostRankError):
@@ -172,13 +187,14 @@ def train(args: argparse.Namespace) -> None:
     with hold_folder(output_dir) if rank() == 0 else nullcontext():
         if rank() == 0:
             sweep_temporaries(output_dir)
-        manifest = read_manifest(args.data_dir)
-        with first_goes_ahead():  # and writes what it made of feature files beside them
-            features = read_features(args, manifest)
-        datasets = open_datasets(args, manifest, vectors_on_host(args, features[0]))
-        run = prepare_run(args, manifest, features, datasets["train"])
-        resume(run)
-        check_same_step(run)
+        with stop_signals.waiting():
+            manifest = read_manifest(args.data_dir)
+            with first_goes_ahead():  # and writes what it made of feature files beside them
+                features = read_features(args, manifest)
+            datasets = open_datasets(args, manifest, vectors_on_host(args, features[0]))
+            run = prepare_run(args, manifest, features, datasets["train"])
+            resume(run)
+            check_same_step(run)
         if not run.progress.is_finished:
             announce(run, datasets)
             first_step = run.progress.step + 1
@@ -221,7 +237,7 @@ def prepare_run(
     """A fresh model and what trains it."""
     device = pick_device(args.device)
     config = make_config(args, manifest, features, train_set.has_timestamps)
-    torch.manual_seed(args.seed)
+    seed_random(args.seed)
     shards = {"shards_items": True} if shards_items(args, train_set) else {}
     model = HSTUModel(config, *features, on_host=train_set.host_vectors, **shards).to(device)
     model.hstu.gradient_checkpointing = args.gradient_checkpointing
@@ -383,7 +399,8 @@ def count_epoch(progress: Progress, metrics: Mapping[str, float], args: argparse
     """The epoch is over: whether it is the best, and whether it is the last."""
     progress.epoch, progress.batch = progress.epoch + 1, 0
     if is_better(metrics, progress.best_metrics, args.early_stop_on):
-        progress.best_epoch, progress.best_metrics = progress.epoch, dict(metrics)
+        # In the order in which a saved state gives them back.
+        progress.best_epoch, progress.best_metrics = progress.epoch, dict(sorted(metrics.items()))
     is_out_of_patience = 0 < args.patience <= progress.epoch - progress.best_epoch
     progress.is_finished = progress.epoch >= args.num_epochs or is_out_of_patience
 
@@ -446,7 +463,7 @@ def train_one_epoch(run: Run, loader: DataLoader, run_log: RunLog) -> None:
             run_log.step(progress.epoch + 1, progress.step, batches, values)
             if args.save_every_steps and progress.step % args.save_every_steps == 0:
                 progress.loss_sum = loss_sum.item()
-                run_log.flush()
+                run_log.flush()  # a resumed run logs what comes after the state
                 save_run(run)
     progress.loss_sum = loss_sum.item()
     run.updater.check_finite(progress.epoch + 1, progress.step)

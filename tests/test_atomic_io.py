@@ -103,6 +103,22 @@ def test_an_error_of_the_disk_leaves_the_old_file(target, monkeypatch, function,
     assert names_in(target.parent) == [target.name]
 
 
+def test_what_a_full_disk_lacks_is_said(target, monkeypatch):
+    def fail(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", fail)
+    for size, needed in ((0, "0.7"), (812_345_678, "812.3")):
+        with (
+            pytest.raises(
+                OSError, match=rf"device: it needs {needed} MB, and \d+\.\d MB are"
+            ) as caught,
+            atomic_write(target, size) as file,
+        ):
+            file.write(bytes(700_000))
+        assert caught.value.filename == str(target)
+
+
 def test_the_file_is_synced_before_its_rename_and_the_folder_after(target, monkeypatch):
     calls = []
     fsync, replace = os.fsync, os.replace

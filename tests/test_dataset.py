@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import logging
+import os
 import pickle
 import re
+import shutil
 import struct
 from itertools import chain, pairwise
 from pathlib import Path
@@ -648,14 +650,32 @@ def test_the_data_does_not_become_a_workers_memory(tmp_path):
         assert mapped_kb(worker.pid, tmp_path / "81.npy") == 0
 
 
+@pytest.mark.parametrize("num_workers", [0, 1])
 @pytest.mark.parametrize("size", [0, 40, 41])
-def test_a_file_cut_short_under_a_worker_is_refused(tmp_path, size):
+def test_a_file_cut_short_under_a_loader_is_refused(tmp_path, size, num_workers):
+    """And does not end the process, as a map of it would."""
     dataset = MyDataset(write_plain(tmp_path, "<i4"), "train", MAXLEN)
-    with open(tmp_path / "train_data.bin", "r+b") as file:
-        file.truncate(size)
-    loader = make_loader(dataset, BatchSampler(len(dataset), 7, 5, is_shuffled=False), 1)
+    os.truncate(tmp_path / "train_data.bin", size)
+    sampler = BatchSampler(len(dataset), 7, 5, is_shuffled=False)
     with pytest.raises(DataError, match=r"train_data\.bin: changed since this run opened it"):
-        list(loader)
+        list(make_loader(dataset, sampler, num_workers))
+
+
+def test_offsets_and_users_cut_short_are_in_memory(folder, tmp_path):
+    data = shutil.copytree(folder, tmp_path / "data")
+    dataset = MyDataset(data, "train", MAXLEN)
+    before = make_batch(dataset, range(3))
+    for name in ("train_offsets.bin", "train_users.bin"):
+        os.truncate(data / name, 0)
+    assert_equal_batches(make_batch(dataset, range(3)), before)
+
+
+def test_vectors_cut_short_are_refused(folder, tmp_path):
+    vectors = vectors_in(tmp_path / "81.npy")
+    dataset = MyDataset(folder, "train", MAXLEN, "batch", host_vectors={"81": vectors})
+    os.truncate(tmp_path / "81.npy", 200)
+    with pytest.raises(DataError, match=r"81\.npy: changed since this run opened it"):
+        make_batch(dataset, range(3))
 
 
 def test_the_counts_are_summed_once_however_many_batches(popular):

@@ -15,7 +15,6 @@ import prepare_synthetic
 import pytest
 import torch
 
-import main as main_module
 from atomic_io import read_json
 from checkpoint import load_checkpoint
 from dataset import MyDataset
@@ -63,7 +62,8 @@ def handlers() -> Iterator[None]:
 
 def assert_goes_on(data: Path, output: Path, whole: Path, capsys) -> None:
     """The same command ends where the whole run did; it repeats no step."""
-    step = max(int(path.stem.split("_")[1]) for path in output.glob("resume_*.pt"))
+    steps = [int(path.stem.split("_")[1]) for path in output.glob("resume_*.pt")]
+    step = max(steps, default=0)
     torch.manual_seed(999)
     capsys.readouterr()
     assert main(flags_of(data, output)) == 0
@@ -143,9 +143,22 @@ def test_a_stop_in_a_step_or_a_validation_repeats_no_step(
 
 def test_a_stop_before_the_first_step_is_no_loss(data, whole, tmp_path, monkeypatch, capsys):
     with monkeypatch.context() as patch:
-        signal_in(patch, main_module, "open_datasets", 1, signal.SIGUSR1)
+        signal_in(patch, HSTUModel, "to", 1, signal.SIGUSR1)
         assert main(flags_of(data, tmp_path)) == 143
     assert_goes_on(data, tmp_path, whole, capsys)
+
+
+@pytest.mark.parametrize("module", ["main", "export"])
+def test_a_stop_does_not_wait_for_the_data_to_open(module, data, whole, tmp_path, monkeypatch):
+    def opening(*_):
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(60)
+
+    flags = [*flags_of(data, tmp_path), f"--state_dict_path={whole}/model_best.pt"]
+    monkeypatch.setattr(f"{module}.read_manifest", opening)
+    started = time.perf_counter()
+    assert main([*flags, "--inference_only"] if module == "export" else flags) == 143
+    assert time.perf_counter() - started < 10
 
 
 def test_a_stop_in_the_final_test_leaves_the_rest_to_the_same_command(
