@@ -3,8 +3,7 @@
 benchmarks/faults.py has the scenarios, and numbers them as its table does. What it does not have is
 tested elsewhere:
 
-    6, 9, 16, 18, 20   the tests that it names
-    11                 a log folder that is full, read-only or gone: tests/test_run_log.py
+    6, 9, 11, 16, 18, 20   the tests that it names
 """
 
 from __future__ import annotations
