@@ -44,7 +44,7 @@ LARGE = (
     "--maxlen=200 --num_blocks=8 --num_heads=2 --hidden_units=50 --attention_dim=25 --linear_dim=25"
 )
 ML_1M = "--infonce_temp=0.05 --early_stop_on=ndcg"
-ML_1M_SMALL = f"{SMALL} {ML_1M} --lr=0.003 --num_epochs=40"
+ML_1M_SMALL = f"{SMALL} {ML_1M} --lr=0.003 --num_epochs=30"
 KUAIRAND = "--lr=0.003 --maxlen=50 --num_epochs=8 --early_stop_on=ndcg"
 # Name -> (data set, flags of main.py).
 SETTINGS = {
