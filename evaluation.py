@@ -30,6 +30,14 @@ class Ranking(NamedTuple):
     def metrics(self) -> dict[str, float]:
         return ranking_metrics(self.ranks) | {"loss": self.loss}
 
+    def cold_metrics(self, item_counts: Tensor) -> dict[str, float]:
+        """Of the targets that no training event has, and their number; empty if there are none.
+
+        `item_counts`: (X + 1,), training events of each item.
+        """
+        ranks = self.ranks[item_counts[self.target_ids] == 0]
+        return ranking_metrics(ranks) | {"targets": len(ranks)} if len(ranks) else {}
+
 
 @torch.no_grad()
 def evaluate(updater: Updater, loader: DataLoader, removes_seen: bool) -> Ranking:

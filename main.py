@@ -529,7 +529,11 @@ def report(run: Run, datasets: Mapping[str, MyDataset]) -> None:
         loader = make_eval_loader(datasets.get("test"), run.args, run.device)
         if loader is not None:
             load_best(run)
-            result["test"] = evaluate(run.updater, loader, run.args.remove_seen).metrics()
+            ranking = evaluate(run.updater, loader, run.args.remove_seen)
+            counts = torch.from_numpy(datasets["train"].item_counts)
+            result["test"] = ranking.metrics()
+            if cold := ranking.cold_metrics(counts):
+                result["test_cold"] = cold
         if rank() == 0:
             write_json(path, result)
     if rank() > 0:
@@ -539,6 +543,8 @@ def report(run: Run, datasets: Mapping[str, MyDataset]) -> None:
     for split in ("valid", "test"):
         if result.get(split):
             log.info("  %-6s %s", split, summary(result[split]))
+    if cold := result.get("test_cold"):
+        log.info("  cold   %s: %d targets without a training event", summary(cold), cold["targets"])
     log.info("  wrote  %s, model_epoch_*.pt, %s", best, path)
     folders = f"--data_dir {run.args.data_dir} --output_dir {output_dir}"
     log.info("  next   python main.py --inference_only --state_dict_path %s %s", best, folders)

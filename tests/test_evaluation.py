@@ -1,0 +1,47 @@
+"""Ranking of a split; tests/test_main.py and tests/test_distributed.py have it in a training."""
+
+from __future__ import annotations
+
+import torch
+from conftest import write_tiny
+
+from data_folder import read_manifest
+from evaluation import Ranking, evaluate
+from flags import get_args
+from main import open_datasets, prepare_run
+from run_setup import make_eval_loader, read_features
+
+
+def test_targets_that_were_never_trained_on_are_counted_apart():
+    ranks, target_ids = torch.tensor([1, 30, 4, 2]), torch.tensor([5, 2, 5, 3])
+    ranking = Ranking(ranks, target_ids, ranks, ranks * 0.0, ranks * 0.0, 0.5)
+    cold = ranking.cold_metrics(torch.tensor([0, 9, 1, 0, 4, 0]))
+    assert cold["targets"] == 3
+    assert cold["HR@10"] == 1.0
+    assert cold["MRR"] == (1 + 1 / 4 + 1 / 2) / 3
+    assert ranking.cold_metrics(torch.ones(6)) == {}
+
+
+def test_ranks_are_those_of_every_item_by_hand(tmp_path):
+    data = write_tiny(tmp_path)
+    args = get_args([f"--data_dir={data}", "--device=cpu", "--num_workers=0", "--batch_size=4"])
+    manifest = read_manifest(data)
+    features = read_features(args, manifest)
+    datasets = open_datasets(args, manifest, {})
+    run = prepare_run(args, manifest, features, datasets["train"])
+    loader = make_eval_loader(datasets["test"], args, run.device)
+    ranking = evaluate(run.updater, loader, removes_seen=True)
+    model, place = run.model.eval(), 0
+    items = model.item_embeddings(torch.arange(1, manifest.num_items + 1))
+    for batch in loader:
+        queries = model.predict(batch)
+        for b, (query, target) in enumerate(zip(queries, batch.target_ids(), strict=True)):
+            seen = batch.seen_ids[batch.seen_offsets[b] : batch.seen_offsets[b + 1]]
+            scores = items @ query
+            others = set(range(1, manifest.num_items + 1)) - set(seen.tolist()) - {target.item()}
+            rank = 1 + sum(bool(scores[k - 1] >= scores[target - 1]) for k in others)
+            assert (ranking.ranks[place], ranking.target_ids[place]) == (rank, target)
+            assert ranking.num_seen[place] == len(seen)
+            torch.testing.assert_close(ranking.of_targets[place], scores[target - 1])
+            place += 1
+    assert place == len(ranking.ranks) == len(datasets["test"])
