@@ -9,9 +9,8 @@ import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext, suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch.utils.data import DataLoader
@@ -19,15 +18,7 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 
 from atomic_io import DataError, hold_folder, read_json, sweep_temporaries, write_json
 from checkpoint import (
-    differences,
-    load_checkpoint,
-    load_newest_state,
-    load_weights,
-    random_states,
-    save_checkpoint,
-    save_state,
     seed_random,
-    set_random_states,
 )
 from data_folder import Manifest, fingerprint, read_item_names, read_manifest
 from dataset import Batch, MyDataset, count_items
@@ -39,8 +30,6 @@ from distributed import (
     leave,
     num_ranks,
     rank,
-    tell,
-    wait_for_all,
 )
 from evaluation import evaluate
 from export import exported_ids, infer
@@ -59,40 +48,22 @@ from run_setup import (
     read_features,
     vectors_on_host,
 )
+from run_state import (
+    STATE_FORMAT,
+    Progress,
+    Run,
+    check_same_step,
+    load_best,
+    resume,
+    save_epoch,
+    save_run,
+)
 from updates import Updater
 
 log = logging.getLogger("hstu")
 
-# Of resume_*.pt; another one trained with other random numbers or another optimiser's state.
-STATE_FORMAT = 2
 # Of the projector, whose page gets slow with more.
 MOST_PROJECTED = 5_000
-
-
-@dataclass
-class Progress:
-    """Where a run stands; a part of every saved state."""
-
-    epoch: int = 0  # epochs finished
-    batch: int = 0  # loader batches used of the epoch under way
-    step: int = 0  # optimiser steps
-    loss_sum: float = 0.0  # over the steps of the epoch under way
-    loss_steps: int = 0
-    best_epoch: int = 0
-    best_metrics: dict[str, float] = field(default_factory=dict)
-    is_finished: bool = False
-
-
-@dataclass
-class Run:
-    """The collaborators of the training loop."""
-
-    args: argparse.Namespace
-    device: torch.device
-    model: HSTUModel
-    updater: Updater
-    binding: dict[str, Any]  # flags and data that a resumed run must share
-    progress: Progress = field(default_factory=Progress)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -306,53 +277,6 @@ def make_config(
     )
 
 
-def resume(run: Run) -> None:
-    """Put the newest state of output_dir, or the one that --resume names, into the run.
-
-    Raises:
-        DataError: the state belongs to other flags or other data, or output_dir holds a run that
-            --resume none would overwrite.
-    """
-    args, output_dir = run.args, Path(run.args.output_dir)
-    if args.resume == "none":
-        if list(output_dir.glob("*.pt")) and not args.overwrite:
-            raise DataError(
-                f"{output_dir}: holds checkpoints; choose an empty --output_dir, or add --overwrite"
-            )
-        for pattern in ("model_*.pt", "resume_*.pt", "checkpoints.json", "metrics.json"):
-            for old in output_dir.glob(pattern) if rank() == 0 else ():
-                old.unlink()
-        return
-    is_auto = args.resume == "auto"
-    state = load_newest_state(output_dir) if is_auto else load_checkpoint(args.resume)
-    if state is None:
-        return
-    if "progress" not in state:
-        raise DataError(f"{args.resume}: holds weights only; resume from a resume_*.pt file")
-    changed = differences(state["binding"], run.binding)
-    if changed:
-        raise DataError(
-            f"{output_dir if is_auto else args.resume}: was trained with other settings: "
-            + "; ".join(changed)
-            + ". Use the same ones, or another --output_dir"
-        )
-    load_weights(run.model, state["weights"], args.resume)
-    run.updater.load_state_dict(state)
-    set_random_states(state["random"])
-    run.progress = Progress(**state["progress"])
-    if not run.progress.is_finished:
-        log.info("resuming at epoch %d, step %d", run.progress.epoch + 1, run.progress.step)
-
-
-def check_same_step(run: Run) -> None:
-    steps = [step for (step,) in tell([run.progress.step])]
-    if len(set(steps)) > 1:
-        raise DataError(
-            f"{run.args.output_dir}: ranks find states of steps {steps}; it has to be one folder "
-            "that all of them see"
-        )
-
-
 def train_epochs(run: Run, datasets: dict[str, MyDataset], run_log: RunLog) -> None:
     """The epochs that are left, each followed by validation and checkpoints.
 
@@ -405,17 +329,6 @@ def count_epoch(progress: Progress, metrics: Mapping[str, float], args: argparse
     progress.is_finished = progress.epoch >= args.num_epochs or is_out_of_patience
 
 
-def save_epoch(run: Run) -> None:
-    """Write model_epoch_X.pt, model_best.pt where it is the best, and the state to resume from."""
-    progress, output_dir = run.progress, Path(run.args.output_dir)
-    content = {"config": asdict(run.model.config), "weights": run.model.state_dict()}
-    names = [f"model_epoch_{progress.epoch}.pt"]
-    names += ["model_best.pt"] if progress.best_epoch == progress.epoch else []
-    for name in names if rank() == 0 else ():
-        save_checkpoint(output_dir / name, content, progress.step)
-    save_run(run)
-
-
 def is_better(metrics: Mapping[str, float], best: Mapping[str, float], criterion: str) -> bool:
     """Whether these validation metrics beat the best; without validation the newest is best."""
     if not metrics or not best:
@@ -423,20 +336,6 @@ def is_better(metrics: Mapping[str, float], best: Mapping[str, float], criterion
     if criterion == "loss":
         return metrics["loss"] < best["loss"]
     return metrics["NDCG@10"] > best["NDCG@10"]
-
-
-def save_run(run: Run) -> None:
-    content = {
-        "config": asdict(run.model.config),
-        "weights": run.model.state_dict(),
-        **run.updater.state_dict(),
-        "random": random_states(),
-        "progress": asdict(run.progress),
-        "binding": run.binding,
-    }
-    if rank() == 0:
-        save_state(run.args.output_dir, content, run.progress.step)
-    wait_for_all()
 
 
 def train_one_epoch(run: Run, loader: DataLoader, run_log: RunLog) -> None:
@@ -512,11 +411,6 @@ def project_items(run: Run, train_set: MyDataset, run_log: RunLog) -> None:
     }
     embeddings = run.model.item_embeddings(item_ids.to(run.device))
     run_log.items(run.progress.step, embeddings, labels)
-
-
-def load_best(run: Run) -> None:
-    path = Path(run.args.output_dir) / "model_best.pt"
-    load_weights(run.model, load_checkpoint(path)["weights"], path)
 
 
 def report(run: Run, datasets: Mapping[str, MyDataset]) -> None:

@@ -45,10 +45,12 @@ ALLOWED = {
 ALLOWED["updates"] = {
     "atomic_io", "distributed", "hstu_components", "interrupts", "model", "optimizer"
 }  # fmt: skip
+ALLOWED["run_state"] = {"atomic_io", "checkpoint", "distributed", "model", "updates"}
 ALLOWED["evaluation"] = {"distributed", "interrupts", "metrics", "updates"}
 ALLOWED["export"] = set(ALLOWED) - {
     "updates",
     "evaluation",
+    "run_state",
     "metrics",
     "safe_pickle",
     "data_writer",

@@ -13,6 +13,7 @@ from conftest import NUM_ITEMS, write_tiny
 
 import flags as flags_module
 import main as main_module
+from checkpoint import load_checkpoint
 from data_writer import Column
 from features import PARSERS
 from flags import get_args
@@ -106,7 +107,7 @@ def test_the_custom_feature_of_the_readme_trains(small_run):
     write_tiny(data, opened=Column("hour", [k % 24 for k in range(NUM_ITEMS)]))
     exec(extension("A feature type"), {})
     assert main_module.main(flags) == 0
-    weights = main_module.load_checkpoint(Path(flags[1].split("=")[1]) / "model_best.pt")["weights"]
+    weights = load_checkpoint(Path(flags[1].split("=")[1]) / "model_best.pt")["weights"]
     assert any("feature_opened" in name for name in weights)
 
 

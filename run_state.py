@@ -1,0 +1,134 @@
+"""A run: its parts, what is saved of it, and how it goes on from there."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from atomic_io import DataError
+from checkpoint import (
+    differences,
+    load_checkpoint,
+    load_newest_state,
+    load_weights,
+    random_states,
+    save_checkpoint,
+    save_state,
+    set_random_states,
+)
+from distributed import rank, tell, wait_for_all
+from model import HSTUModel
+from updates import Updater
+
+log = logging.getLogger("hstu")
+
+# Of resume_*.pt; another one trained with other random numbers or another optimiser's state.
+STATE_FORMAT = 2
+
+
+@dataclass
+class Progress:
+    """Where a run stands; a part of every saved state."""
+
+    epoch: int = 0  # epochs finished
+    batch: int = 0  # loader batches used of the epoch under way
+    step: int = 0  # optimiser steps
+    loss_sum: float = 0.0  # over the steps of the epoch under way
+    loss_steps: int = 0
+    best_epoch: int = 0
+    best_metrics: dict[str, float] = field(default_factory=dict)
+    is_finished: bool = False
+
+
+@dataclass
+class Run:
+    """The collaborators of the training loop."""
+
+    args: argparse.Namespace
+    device: torch.device
+    model: HSTUModel
+    updater: Updater
+    binding: dict[str, Any]  # flags and data that a resumed run must share
+    progress: Progress = field(default_factory=Progress)
+
+
+def resume(run: Run) -> None:
+    """Put the newest state of output_dir, or the one that --resume names, into the run.
+
+    Raises:
+        DataError: the state belongs to other flags or other data, or output_dir holds a run that
+            --resume none would overwrite.
+    """
+    args, output_dir = run.args, Path(run.args.output_dir)
+    if args.resume == "none":
+        if list(output_dir.glob("*.pt")) and not args.overwrite:
+            raise DataError(
+                f"{output_dir}: holds checkpoints; choose an empty --output_dir, or add --overwrite"
+            )
+        for pattern in ("model_*.pt", "resume_*.pt", "checkpoints.json", "metrics.json"):
+            for old in output_dir.glob(pattern) if rank() == 0 else ():
+                old.unlink()
+        return
+    is_auto = args.resume == "auto"
+    state = load_newest_state(output_dir) if is_auto else load_checkpoint(args.resume)
+    if state is None:
+        return
+    if "progress" not in state:
+        raise DataError(f"{args.resume}: holds weights only; resume from a resume_*.pt file")
+    changed = differences(state["binding"], run.binding)
+    if changed:
+        raise DataError(
+            f"{output_dir if is_auto else args.resume}: was trained with other settings: "
+            + "; ".join(changed)
+            + ". Use the same ones, or another --output_dir"
+        )
+    load_weights(run.model, state["weights"], args.resume)
+    run.updater.load_state_dict(state)
+    set_random_states(state["random"])
+    run.progress = Progress(**state["progress"])
+    if not run.progress.is_finished:
+        log.info("resuming at epoch %d, step %d", run.progress.epoch + 1, run.progress.step)
+
+
+def check_same_step(run: Run) -> None:
+    steps = [step for (step,) in tell([run.progress.step])]
+    if len(set(steps)) > 1:
+        raise DataError(
+            f"{run.args.output_dir}: ranks find states of steps {steps}; it has to be one folder "
+            "that all of them see"
+        )
+
+
+def save_epoch(run: Run) -> None:
+    """Write model_epoch_X.pt, model_best.pt where it is the best, and the state to resume from."""
+    progress, output_dir = run.progress, Path(run.args.output_dir)
+    content = {"config": asdict(run.model.config), "weights": run.model.state_dict()}
+    names = [f"model_epoch_{progress.epoch}.pt"]
+    names += ["model_best.pt"] if progress.best_epoch == progress.epoch else []
+    for name in names if rank() == 0 else ():
+        save_checkpoint(output_dir / name, content, progress.step)
+    save_run(run)
+
+
+def save_run(run: Run) -> None:
+    content = {
+        "config": asdict(run.model.config),
+        "weights": run.model.state_dict(),
+        **run.updater.state_dict(),
+        "random": random_states(),
+        "progress": asdict(run.progress),
+        "binding": run.binding,
+    }
+    if rank() == 0:
+        save_state(run.args.output_dir, content, run.progress.step)
+    wait_for_all()
+
+
+def load_best(run: Run) -> None:
+    path = Path(run.args.output_dir) / "model_best.pt"
+    load_weights(run.model, load_checkpoint(path)["weights"], path)
