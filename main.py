@@ -71,19 +71,11 @@ def main(argv: list[str] | None = None) -> int:
 
     Of several ranks the first one to fail says why, and rank 0 alone says anything else.
     """
-    with stop_signals, log_to_stdout():
-        args = get_args(argv)
-        keep_freed_memory()
+    with log_to_stdout():
         try:
-            join(args.device.startswith("cuda") and torch.cuda.is_available())
-            if rank() > 0:
-                log.setLevel(logging.ERROR)
-            check_ranks(args)
-            check_folders(args)
-            if args.trust_pickle:
-                log.warning("--trust_pickle: .pkl files are loaded unchecked and can run any code")
-            infer(args, HSTUModel) if args.inference_only else train(args)
-            leave()
+            with stop_signals:  # which ends loaders that hang, before their owners wait for them
+                args = get_args(argv)
+                run_command(args)
         except Stopped as stop:
             log.info("%s", stop)
             leave()
@@ -96,6 +88,19 @@ def main(argv: list[str] | None = None) -> int:
                 print(f"error: {line}", file=sys.stderr)
             return 1
     return 0
+
+
+def run_command(args: argparse.Namespace) -> None:
+    keep_freed_memory()
+    join(args.device.startswith("cuda") and torch.cuda.is_available())
+    if rank() > 0:
+        log.setLevel(logging.ERROR)
+    check_ranks(args)
+    check_folders(args)
+    if args.trust_pickle:
+        log.warning("--trust_pickle: .pkl files are loaded unchecked and can run any code")
+    infer(args, HSTUModel) if args.inference_only else train(args)
+    leave()
 
 
 @contextmanager
