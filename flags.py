@@ -53,7 +53,8 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
         "--windows",
         action=flag,
         default=True,
-        help="train on all of a longer history, cut into windows, not on its newest events alone",
+        help="train on all of a history longer than --maxlen, cut into windows, "
+        "not on its newest events alone",
     )
     data("--item_features", nargs="+", default=["all"], metavar="ID", help="all, none, or ids")
     data("--user_features", nargs="+", default=["all"], metavar="ID", help="all, none, or ids")
@@ -82,7 +83,8 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
         "--mm_projection",
         choices=["learnt", "frozen"],
         default="learnt",
-        help="of multimodal vectors to the width; frozen: the random one of the start",
+        help="projection of multimodal vectors to the embedding width; "
+        "frozen: stays as it was drawn",
     )
     data(
         "--trust_pickle",
@@ -93,7 +95,7 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
         "--num_workers",
         type=at_least(0),
         default=4,
-        help="loader processes, at most one per core; 0: load in line",
+        help="loader processes, at most one per core; 0: load in the main process",
     )
 
     model = parser.add_argument_group("model").add_argument
