@@ -45,6 +45,10 @@ LARGE = (
 )
 ML_1M = "--infonce_temp=0.05 --early_stop_on=ndcg"
 ML_1M_SMALL = f"{SMALL} {ML_1M} --lr=0.003 --num_epochs=30"
+BEAUTY = (
+    "--maxlen=20 --lr=0.004 --dropout_rate=0.4 --infonce_temp=0.08 --num_epochs=12 "
+    "--early_stop_on=ndcg"
+)
 KUAIRAND = "--lr=0.003 --maxlen=50 --num_epochs=8 --early_stop_on=ndcg"
 # Name -> (data set, flags of main.py).
 SETTINGS = {
@@ -54,6 +58,10 @@ SETTINGS = {
     "ml-1m-small-positions": ("ml-1m", f"{IDS} {ML_1M_SMALL}"),
     "ml-1m-small-none": ("ml-1m", f"{IDS} {ML_1M_SMALL} --no-position_bias"),
     "ml-1m-large": ("ml-1m", f"{IDS_AND_TIMES} {LARGE} {ML_1M} --lr=0.002 --num_epochs=25"),
+    "beauty-ids": ("beauty", f"{IDS} {BEAUTY}"),
+    "beauty-event": ("beauty", f"{IDS_AND_TIMES} --time_bias=event {BEAUTY}"),
+    "beauty-request": ("beauty", f"{IDS_AND_TIMES} {BEAUTY}"),
+    "beauty-features": ("beauty", f"--mm_emb_id --time_bias=off {BEAUTY}"),
     "kuairand-ids": ("kuairand", f"{IDS} {KUAIRAND}"),
     "kuairand-actions": (
         "kuairand",
