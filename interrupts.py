@@ -52,10 +52,11 @@ class StopSignals:
 
     def __exit__(self, *_: object) -> None:
         if self._number is not None:
-            for loader in multiprocessing.active_children():
-                loader.kill()  # torch gives each that hangs 5 s, one after the other
             if os.name == "posix":
                 signal.alarm(0)
+                signal.signal(signal.SIGCHLD, _do_nothing)  # torch's, if loaders came after ours
+            for loader in multiprocessing.active_children():
+                loader.kill()  # torch gives each that hangs 5 s, one after the other
         for number, handler in self._handlers.items():
             signal.signal(number, handler or signal.SIG_DFL)  # None: not Python's, and lost
         self._number, self._handlers = None, {}
