@@ -159,7 +159,10 @@ def load_weights(model: torch.nn.Module, weights: Mapping[str, Tensor], path: st
     if lines:
         prefixes = [p for p in ("module.", "_orig_mod.") if all(k.startswith(p) for k in weights)]
         hint = "".join(f"all names begin with {prefix!r}, take it off: " for prefix in prefixes)
-        raise DataError(f"{path}: does not fit the model: {hint}" + "; ".join(lines[:20]))
+        raise DataError(
+            f"{path}: does not fit the model: {hint}" + "; ".join(lines[:20]) + ". A model of your "
+            "own is known to the script that trained it alone: start that one"
+        )
     model.load_state_dict(weights)
 
 
@@ -168,12 +171,17 @@ def _shape(tensor: Tensor | None) -> str:
 
 
 def differences(saved: Mapping[str, Any], current: Mapping[str, Any]) -> list[str]:
-    """One line per setting that is not the same in both."""
-    return [
-        f"{name}: {saved.get(name)!r} then, {current.get(name)!r} now"
-        for name in sorted(saved.keys() | current.keys())
-        if saved.get(name) != current.get(name)
-    ]
+    """One line per setting that is not the same in both; of nested ones that of the innermost."""
+    lines = []
+    for name in sorted(saved.keys() | current.keys()):
+        pair = saved.get(name), current.get(name)
+        if pair[0] == pair[1]:
+            continue
+        if all(isinstance(value, Mapping) for value in pair):
+            lines += [f"{name}.{line}" for line in differences(*pair)]
+        else:
+            lines.append(f"{name}: {pair[0]!r} then, {pair[1]!r} now")
+    return lines
 
 
 def seed_random(seed: int) -> None:

@@ -78,8 +78,8 @@ def read_manifest(data_dir: str | Path) -> Manifest:
     data_dir = Path(data_dir)
     if not split_path(data_dir, "train", "data").exists():
         raise DataError(
-            f"{data_dir}: no train_data.bin there; name a data folder with --data_dir or write one "
-            "with scripts/prepare_synthetic.py"
+            f"{data_dir}: no train_data.bin there; name a data folder with --data_dir, or write "
+            "one: of your events with scripts/prepare_table.py, to try with scripts/prepare_synthetic.py"
         )
     path = data_dir / "manifest.json"
     if not path.exists():

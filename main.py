@@ -395,8 +395,8 @@ def announce(run: Run, datasets: Mapping[str, MyDataset]) -> None:
         f"train on {place} in {args.precision}: {len(train_set):,} sequences, "
         f"{train_set.num_items:,} items, {train_set.item_counts.sum():,} events of "
         f"{args.data_dir}; {num_weights:,} weights, {train_set.negatives} negatives; "
-        f"{args.num_epochs} epochs, {run.updater.total_steps:,} steps, "
-        f"the time left from step {first_entry} on"
+        f"{args.num_epochs} epochs, {run.updater.total_steps:,} steps; "
+        f"from step {first_entry} on the time that is left is shown"
     )
     if not train_set.has_timestamps:
         log.info("the data holds plain item ids: time and actions are off")

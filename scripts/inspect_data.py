@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import signal
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -253,4 +254,5 @@ def split_problems(data_dir: Path, split: str, manifest: Manifest) -> Iterator[s
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # into `head`, say
     sys.exit(main())

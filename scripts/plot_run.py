@@ -102,7 +102,9 @@ def load_run(output_dir: Path, data_dir: str) -> tuple[Run, Mapping]:
         raise DataError(f"{output_dir}: no training has been there; name its --output_dir")
     args = get_args([f"--data_dir={data_dir}", f"--output_dir={output_dir}"])
     then = {flag: value for flag, value in state["binding"].items() if flag in vars(args)}
-    vars(args).update(then, compile=False)
+    specs = state["binding"]["config"]["item_features"]
+    vectors = [name for name, spec in specs.items() if spec["kind"] == "emb"]
+    vars(args).update(then, compile=False, mm_emb_id=vectors)
     manifest = read_manifest(data_dir)
     features = read_features(args, manifest)
     datasets = open_datasets(args, manifest, vectors_on_host(args, features[0]))

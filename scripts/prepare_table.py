@@ -91,6 +91,8 @@ def get_args(argv: list[str] | None) -> argparse.Namespace:
 
 
 def convert(args: argparse.Namespace) -> None:
+    if (args.data_dir / "manifest.json").exists():
+        print(f"{args.data_dir}: replacing the data that is there")
     log = read_log(args)
     kept = frequent(log.users.codes, log.items.codes, args.min_user_events, args.min_item_events)
     user_ids, users = number(log.users, kept)

@@ -21,7 +21,8 @@ Done. What there is now:
   $output/item_embeddings/   embedding.fbin and id.u64bin for a vector index
   $output/user_embeddings/   the test users' queries and their top-10 items
 Where to look next:
-  .venv/bin/tensorboard --logdir $logs    the curves
-  README.md, "See what it recommends"                beside an item, or for events of your own
+  source .venv/bin/activate                          makes python and tensorboard those of .venv
+  tensorboard --logdir $logs               the curves
+  README.md, "See what it recommends"                items near another, your own events
   README.md, "Your own data"                         MovieLens-1M and your own events
 END

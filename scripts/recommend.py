@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import shutil
+import signal
 import sys
 import tempfile
 import unicodedata
@@ -118,7 +119,7 @@ def get_args(argv: list[str] | None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     has_history = args.user is not None or args.events is not None
     if has_history == (args.item is not None):
-        parser.error("name a --user, a file of --events, or an --item")
+        parser.error("name a --user, a file of --events, or an --item and none of the others")
     if args.request_time is not None and args.events is None:
         parser.error("--request_time is of --events; in the test split it is the target's time")
     return args
@@ -214,7 +215,8 @@ def ask_export(args: argparse.Namespace, export: Export) -> Question:
     if len(indices) != 1:
         raise DataError(
             f"--user {args.user}: {len(indices)} sequences in the test split of {args.data_dir}, "
-            "expected one; give the history with --events"
+            "expected one (with fewer than 3 events a user is in train alone); give the history "
+            "with --events"
         )
     origin, queries, ids = read_folder(args, "user_embeddings")
     name = args.user if origin.get("user_ids") == "original" else str(user)
@@ -282,7 +284,7 @@ def read_events(args: argparse.Namespace, export: Export) -> np.ndarray:
     num_types = export.manifest.num_action_types
     items = f"one of the {len(known):,} items of {args.data_dir}: {examples(export.item_ids)}"
     types = f"a type in 0..{num_types - 1}, or nothing" if num_types else "nothing"
-    dates = "Unix seconds or an ISO date, or nothing"
+    dates = "Unix seconds, not milliseconds, or an ISO date, or nothing"
     parts = []
     for rows in read_rows(args.events, (), None):
         check_columns(rows)
@@ -422,4 +424,5 @@ def columns_of(letter: str) -> int:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # into `head`, say
     sys.exit(main())

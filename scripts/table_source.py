@@ -66,7 +66,10 @@ def check_columns(rows: Rows, columns: Sequence[str]) -> None:
     absent = [c for c in columns if not any(c in record for record in rows.records)]
     if absent:
         found = ", ".join(rows.records[0])
-        raise DataError(f"{rows.path}: no column {', '.join(absent)}; there are {found}")
+        raise DataError(
+            f"{rows.path}: no column {', '.join(absent)}; there are {found}. Say which it is with "
+            "--user, --item, --time"
+        )
 
 
 @contextmanager

@@ -16,7 +16,9 @@ torch.set_num_threads(1)  # the models are tiny: a second thread only waits
 NUM_ITEMS, NUM_USERS, NUM_ACTIONS, VECTOR_WIDTH = 23, 11, 3, 6
 
 
-def write_tiny(data_dir: Path, seed: int = 0, **more_item_features: Column) -> Path:
+def write_tiny(
+    data_dir: Path, seed: int = 0, has_vectors: bool = True, **more_item_features: Column
+) -> Path:
     """11 users with 4 to 9 events over 23 items, with every kind of feature on both sides."""
     rng = np.random.default_rng(seed)
     lengths = rng.integers(4, 10, NUM_USERS)
@@ -43,7 +45,7 @@ def write_tiny(data_dir: Path, seed: int = 0, **more_item_features: Column) -> P
             "106": Column("array", [rng.integers(1, 6, 2).tolist() for _ in range(NUM_USERS)]),
             "age": Column("continual", rng.normal(40, 9, NUM_USERS).tolist()),
         },
-        item_vectors={"81": vectors},
+        item_vectors={"81": vectors} if has_vectors else None,
         item_names=[f"item {k}" for k in range(1, NUM_ITEMS + 1)],
     )
     return data_dir

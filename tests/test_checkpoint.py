@@ -424,3 +424,12 @@ def test_the_register_is_plain_json(tmp_path, content):
     save_state(tmp_path, content, 5)
     register = json.loads((tmp_path / "checkpoints.json").read_text())
     assert set(register["resume_5.pt"]) == {"size", "sha256", "step", "config"}
+
+
+def test_differences_in_nested_settings_are_named_alone():
+    saved = {"config": {"hidden_units": 64, "features": {"100": {"kind": "sparse", "size": 4}}}}
+    current = {"config": {"hidden_units": 32, "features": {"100": {"kind": "sparse", "size": 5}}}}
+    assert differences(saved, current) == [
+        "config.features.100.size: 4 then, 5 now",
+        "config.hidden_units: 64 then, 32 now",
+    ]

@@ -155,3 +155,9 @@ def test_a_missing_matplotlib_is_one_line(trained, monkeypatch, capsys):
 def assert_one_line(text: str, message: str) -> None:
     assert text.startswith("error: ") and text.count("\n") == 1
     assert message in text
+
+
+def test_data_without_vectors_are_drawn_as_they_were_trained(tmp_path, capsys):
+    write_tiny(tmp_path / "data", has_vectors=False)
+    assert main([*folders_of(tmp_path), *FLAGS]) == 0
+    assert plot_run.main([*folders_of(tmp_path), f"--picture_dir={tmp_path}/new"]) == 0

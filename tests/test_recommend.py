@@ -475,7 +475,10 @@ def test_a_checkpoint_that_is_gone_or_was_trained_on_since_is_refused(copied, tm
         ("item,action\n1003,3\n", "line 2: action is '3', expected a type in 0..2, or nothing"),
         ("item,action\n1003,-1\n", "line 2: action is '-1', expected a type in 0..2, or nothing"),
         ("item,action\n1003,like\n", "line 2: action is 'like', expected a type in 0..2"),
-        ("item,timestamp\n1003,noon\n", "line 2: timestamp is 'noon', expected Unix seconds or an"),
+        (
+            "item,timestamp\n1003,noon\n",
+            "line 2: timestamp is 'noon', expected Unix seconds, not milli",
+        ),
         ("item,timestamp\n1003,1700000000000\n", "'1700000000000', expected Unix seconds"),
         ("item,timestamp\n1003,-5\n", "line 2: timestamp is '-5', expected Unix seconds"),
         ("item,timestamp\n1003,5\n1006,\n", "event 2 has no timestamp, but others have one; tell"),
