@@ -79,7 +79,8 @@ def read_manifest(data_dir: str | Path) -> Manifest:
     if not split_path(data_dir, "train", "data").exists():
         raise DataError(
             f"{data_dir}: no train_data.bin there; name a data folder with --data_dir, or write "
-            "one: of your events with scripts/prepare_table.py, to try with scripts/prepare_synthetic.py"
+            "one, of your events with scripts/prepare_table.py, to try things with "
+            "scripts/prepare_synthetic.py"
         )
     path = data_dir / "manifest.json"
     if not path.exists():
