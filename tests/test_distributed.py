@@ -234,6 +234,7 @@ def train(
     data: Path, output: Path, flags: list[str], steps: int | None = None, dense_rows: int = 99
 ) -> list[Any]:
     """Train, to the end or killed behind a step; the sequences of each batch, sorted."""
+    usual = hstu_components.DENSE_ROWS
     hstu_components.DENSE_ROWS = main_module.DENSE_ROWS = dense_rows
     folders = [f"--data_dir={data}", f"--output_dir={output}", f"--log_dir={output}/logs"]
     fetch, step, drawn, taken = MyDataset.__getitems__, Updater.step, [], []
@@ -256,6 +257,7 @@ def train(
         pass
     finally:
         MyDataset.__getitems__, Updater.step = fetch, step
+        hstu_components.DENSE_ROWS = main_module.DENSE_ROWS = usual
     return drawn[: len(taken)]
 
 
