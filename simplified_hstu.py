@@ -205,7 +205,7 @@ class GatedAttention(torch.autograd.Function):
                     if keeps_scores:
                         ctx.kept_scores.append(scores)  # (G * H, rows, keys)
                     weights = F.silu(scores, inplace=not keeps_scores)
-                    torch.bmm(weights, v[:, tile.keys], out=attended[:, tile.rows])
+                    attended[:, tile.rows] = torch.bmm(weights, v[:, tile.keys])
                 # The norm takes out N but for eps, which grows by its square.
                 normed, _, rstd = torch.native_layer_norm(
                     _by_event(attended, heads), out.shape[1:], None, None, NORM_EPS * maxlen**2
@@ -271,12 +271,12 @@ def _attention_grads(
         weight_grad = torch.bmm(attended_grad[:, rows], v[:, keys].mT)  # (G * H, rows, keys)
         score_grad = torch.ops.aten.silu_backward(weight_grad, scores)
         weights = F.silu(scores, inplace=True)
-        beta = (
-            0 if tile is rectangle.tiles[-1] else 1
-        )  # the last tile comes first and has every key
-        v_grad[:, keys].baddbmm_(weights.mT, attended_grad[:, rows], beta=beta)
-        k_grad[:, keys].baddbmm_(score_grad.mT, q[:, rows], beta=beta)
-        torch.bmm(score_grad, k[:, keys], out=q_grad[:, rows])
+        # Not with out= or baddbmm_: into a slice, torch makes one product after the other. The last
+        # tile comes first and has every key.
+        put = Tensor.copy_ if tile is rectangle.tiles[-1] else Tensor.add_
+        put(v_grad[:, keys], torch.bmm(weights.mT, attended_grad[:, rows]))
+        put(k_grad[:, keys], torch.bmm(score_grad.mT, q[:, rows]))
+        q_grad[:, rows] = torch.bmm(score_grad, k[:, keys])
         _add_bias_grads(
             *bias_grads, score_grad.unflatten(0, (rectangle.shape[0], -1)), tile, buckets
         )
