@@ -183,8 +183,8 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     run(
         "--shard_items",
         action="store_true",
-        help="under torchrun each process holds a part of the item table; for more than "
-        "20,000 items and sampled negatives",
+        help="under torchrun each process holds a part of the item table; for 20,000 items or "
+        "more and sampled negatives",
     )
     run("--seed", type=at_least(0), default=42, help="of weights, order, dropout and negatives")
     run(

@@ -214,8 +214,8 @@ def prepare_run(
     device = pick_device(args.device)
     config = make_config(args, manifest, features, train_set.has_timestamps)
     seed_random(args.seed)
-    shards = {"shards_items": True} if shards_items(args, train_set) else {}
-    model = HSTUModel(config, *features, on_host=train_set.host_vectors, **shards).to(device)
+    options = {"on_host": train_set.host_vectors, "shards_items": shards_items(args, train_set)}
+    model = HSTUModel(config, *features, **options).to(device)
     model.hstu.gradient_checkpointing = args.gradient_checkpointing
     if args.compile:
         model.hstu.compile_blocks()
