@@ -71,22 +71,23 @@ def main(argv: list[str] | None = None) -> int:
 
     Of several ranks the first one to fail says why, and rank 0 alone says anything else.
     """
-    with log_to_stdout():
-        try:
-            with stop_signals:  # which ends loaders that hang, before their owners wait for them
-                args = get_args(argv)
-                run_command(args)
-        except Stopped as stop:
-            log.info("%s", stop)
-            leave()
-            return stop.exit_code
-        except (DataError, OSError, EOFError, MemoryError, RuntimeError) as error:
-            line = one_line(error)
-            if args.debug or not line:
-                raise
-            if is_first_to_fail():
-                print(f"error: {line}", file=sys.stderr)
-            return 1
+    try:
+        # Signals inside the try: they end loaders that hang, before their owners wait for them.
+        with stop_signals, log_to_stdout():
+            args = get_args(argv)
+            run_command(args)
+    except Stopped as stop:
+        if rank() == 0:
+            print(stop)
+        leave()
+        return stop.exit_code
+    except (DataError, OSError, EOFError, MemoryError, RuntimeError) as error:
+        line = one_line(error)
+        if args.debug or not line:
+            raise
+        if is_first_to_fail():
+            print(f"error: {line}", file=sys.stderr)
+        return 1
     return 0
 
 

@@ -88,7 +88,9 @@ def start(work: Callable[[], int], text: Path) -> int:
     """
     sys.stdout.flush()
     text.touch()
+    ours = signal.signal(signal.SIGINT, signal.SIG_DFL)  # ends it before it has a handler
     if pid := os.fork():
+        signal.signal(signal.SIGINT, ours)
         return pid
     code = 70
     try:
