@@ -53,13 +53,16 @@ class StopSignals:
     def __exit__(self, *_: object) -> None:
         if self._number is not None:
             if os.name == "posix":
-                signal.alarm(0)
                 signal.signal(signal.SIGCHLD, _do_nothing)  # torch's, if loaders came after ours
             for loader in multiprocessing.active_children():
                 loader.kill()  # torch gives each that hangs 5 s, one after the other
-        for number, handler in self._handlers.items():
+        while self._handlers:  # a signal that comes meanwhile adds the alarm's, to the end
+            number = next(iter(self._handlers))
+            handler = self._handlers.pop(number)
             signal.signal(number, handler or signal.SIG_DFL)  # None: not Python's, and lost
-        self._number, self._handlers = None, {}
+            if number not in SIGNALS:
+                signal.alarm(0)
+        self._number = None
 
     @property
     def number(self) -> int:

@@ -18,7 +18,7 @@ import torch
 from atomic_io import read_json
 from checkpoint import load_checkpoint
 from dataset import MyDataset
-from interrupts import SIGNALS
+from interrupts import SIGNALS, stop_signals
 from main import main
 from model import HSTUModel
 
@@ -229,6 +229,20 @@ def test_a_second_sigint_leaves_at_once():
 
 
 # -------------------------------------------------------------------------- one training per folder
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+def test_a_signal_that_comes_when_all_is_done_changes_nothing(number, monkeypatch):
+    restore = signal.signal
+
+    def restore_late(of: int, handler: object) -> object:
+        monkeypatch.undo()
+        os.kill(os.getpid(), number)  # before the first one is restored
+        return restore(of, handler)
+
+    with stop_signals:
+        monkeypatch.setattr(signal, "signal", restore_late)
+    assert signal.alarm(0) == 0
 
 
 @pytest.fixture
