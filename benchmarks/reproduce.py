@@ -58,7 +58,10 @@ SETTINGS = {
     "ml-1m-small-event": ("ml-1m", f"{IDS_AND_TIMES} {ML_1M_SMALL} --time_bias=event"),
     "ml-1m-small-positions": ("ml-1m", f"{IDS} {ML_1M_SMALL}"),
     "ml-1m-small-none": ("ml-1m", f"{IDS} {ML_1M_SMALL} --no-position_bias"),
-    "ml-1m-large": ("ml-1m", f"{IDS_AND_TIMES} {LARGE} {ML_1M} --lr=0.002 --num_epochs=25"),
+    "ml-1m-large": (
+        "ml-1m",
+        f"{IDS_AND_TIMES} {LARGE} {ML_1M} --batch_size=32 --lr=0.002 --num_epochs=20",
+    ),
     "beauty-ids": ("beauty", f"{IDS} {BEAUTY}"),
     "beauty-event": ("beauty", f"{IDS_AND_TIMES} --time_bias=event {BEAUTY}"),
     "beauty-request": ("beauty", f"{IDS_AND_TIMES} {BEAUTY}"),

@@ -3,7 +3,7 @@
     python scripts/prepare_movielens.py ../shared/data/ml-1m data/ml-1m
     python benchmarks/step_time.py --data_dir data/ml-1m --peers_python PEERS/bin/python
 
-peer_step.py says what to install for the peers; without --peers_python they are left out. All
+peers.py says what to install for the peers; without --peers_python they are left out. All
 take turns of five steps, of which the first does not count (its caches are cold), so that a slow
 minute of the machine meets all alike. Two threads.
 """
@@ -13,9 +13,7 @@ from __future__ import annotations
 import argparse
 import collections
 import json
-import os
 import resource
-import subprocess
 import sys
 import tempfile
 import time
@@ -27,6 +25,7 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
+from peers import PEERS, Peer  # noqa: E402
 from reproduce import IDS_AND_TIMES, RESULTS, environment  # noqa: E402
 
 import main as program  # noqa: E402
@@ -43,13 +42,6 @@ LOSSES = {
     "InfoNCE, 1,024 shared": "--negatives uniform --num_negatives 1024",
     "InfoNCE, all items": "--negatives all",
     "InfoNCE, 1,024 shared, bf16": "--negatives uniform --num_negatives 1024 --precision bf16",
-}
-PEERS = {"rechub": "softmax, all items", "rectools": "softmax, 128 of each position's own"}
-# The allocator's settings that help the peers most.
-TUNED = {
-    "MALLOC_MMAP_MAX_": "0",
-    "MALLOC_TRIM_THRESHOLD_": "17179869184",
-    "MALLOC_TOP_PAD_": "268435456",
 }
 
 
@@ -98,29 +90,6 @@ class Ours:
             total["attention"] += scale * config.num_blocks * cells * H * (dqk + dv)
             total["loss"] += scale * T * M * D
         return total
-
-
-class Peer:
-    """A peer's step, in a process of its environment."""
-
-    def __init__(self, python: str, name: str, data_dir: str, maxlen: int, width: int):
-        command = [python, str(ROOT / "benchmarks" / "peer_step.py"), name, data_dir]
-        self.process = subprocess.Popen(
-            [*command, str(maxlen), str(width)], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL, text=True, env=os.environ | TUNED,
-        )  # fmt: skip
-        while (line := self.process.stdout.readline()) != "ready\n":
-            if not line:
-                raise SystemExit(f"{name} did not start: {' '.join(command)}")
-
-    def step(self) -> float:
-        self.process.stdin.write("\n")
-        self.process.stdin.flush()
-        return float(self.process.stdout.readline())
-
-    def close(self) -> None:
-        self.process.stdin.close()
-        self.process.wait()
 
 
 def product_rates(maxlen: int, width: int) -> dict[str, float]:

@@ -1,0 +1,108 @@
+"""Quality by seconds of training on MovieLens-1M, beside two peers: same data, shape, evaluator.
+
+    python scripts/prepare_movielens.py ../shared/data/ml-1m data/ml-1m
+    python benchmarks/time_to_quality.py --data_dir data/ml-1m --peers_python PEERS/bin/python
+
+Seconds count loading and training; evaluation is left out for all. Peers keep the learning rate
+that their examples have and train for --peer_seconds. Two threads.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
+
+from peers import PEERS, Peer  # noqa: E402
+from reproduce import IDS_AND_TIMES, RESULTS, SMALL, environment  # noqa: E402
+
+import main as program  # noqa: E402
+from data_folder import read_manifest  # noqa: E402
+from evaluation import evaluate  # noqa: E402
+from flags import get_args  # noqa: E402
+from run_setup import (  # noqa: E402
+    keep_freed_memory,
+    make_eval_loader,
+    make_loader,
+    make_sampler,
+    read_features,
+)
+
+FLAGS = (
+    f"{IDS_AND_TIMES} {SMALL} --no-windows --infonce_temp 0.05 --lr 0.003 --batch_size 64 "
+    "--num_epochs 16 --num_workers 1 --device cpu"
+)
+
+
+def train_ours(data_dir: str, folder: str) -> tuple[list[dict], dict[str, float]]:
+    """The curve, and the last epoch's test metrics."""
+    folders = f"--data_dir {data_dir} --output_dir {folder}/o --log_dir {folder}/l"
+    args = get_args(f"{folders} {FLAGS} --seed 1".split())
+    manifest = read_manifest(data_dir)
+    datasets = program.open_datasets(args, manifest, {})
+    run = program.prepare_run(args, manifest, read_features(args, manifest), datasets["train"])
+    run.model.train()
+    sampler = make_sampler(datasets["train"], args, is_shuffled=True)
+    loader = make_loader(datasets["train"], sampler, run.device, args.num_workers)
+    splits = {split: make_eval_loader(datasets[split], args, run.device) for split in datasets}
+    curve, seconds, step = [], 0.0, 0
+    for epoch in range(args.num_epochs):
+        sampler.epoch, start = epoch, time.perf_counter()
+        for batch in loader:
+            step += 1
+            run.updater.step([batch], epoch + 1, step)
+        seconds += time.perf_counter() - start
+        found = evaluate(run.updater, splits["valid"], removes_seen=True).metrics()
+        curve.append(point("ours", seconds, found["HR@10"], found["NDCG@10"]))
+    found = evaluate(run.updater, splits["test"], removes_seen=True).metrics()
+    return curve, {name: round(found[name], 4) for name in ("HR@10", "NDCG@10")}
+
+
+def train_peer(
+    name: str, data_dir: str, python: str, most: float
+) -> tuple[list[dict], dict[str, float]]:
+    """As train_ours, for so many seconds."""
+    peer = Peer(python, name, data_dir, 200, 50)
+    curve, seconds = [], 0.0
+    while seconds < most:
+        seconds += peer.ask("epoch")[0]
+        curve.append(point(name, seconds, *peer.ask("valid")))
+    hit_rate, gain = peer.ask("test")
+    peer.close()
+    return curve, {"HR@10": round(hit_rate, 4), "NDCG@10": round(gain, 4)}
+
+
+def point(name: str, seconds: float, hit_rate: float, gain: float) -> dict[str, float]:
+    print(f"{name} {seconds:.0f} s valid HR@10 {hit_rate:.4f} NDCG@10 {gain:.4f}", flush=True)
+    return {"seconds": round(seconds, 1), "HR@10": round(hit_rate, 4), "NDCG@10": round(gain, 4)}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--data_dir", required=True)
+    parser.add_argument("--peers_python", help="python of the peers' environment")
+    parser.add_argument("--peer_seconds", type=float, default=400)
+    args = parser.parse_args()
+    torch.set_num_threads(2)
+    keep_freed_memory()  # as main does
+    with tempfile.TemporaryDirectory() as folder:
+        found = {"ours": train_ours(args.data_dir, folder)}
+    for name in PEERS if args.peers_python else ():
+        found[name] = train_peer(name, args.data_dir, args.peers_python, args.peer_seconds)
+    result = {"flags": FLAGS, "peers": PEERS}
+    result |= {name: {"valid": curve, "test": test} for name, (curve, test) in found.items()}
+    result |= environment("cpu")
+    (RESULTS / "time_to_quality.json").write_text(json.dumps(result, indent=1) + "\n")
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()
