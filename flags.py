@@ -169,7 +169,7 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     optim(
         "--early_stop_on",
         choices=["loss", "ndcg"],
-        default="loss",
+        default="ndcg",
         help="what decides the best epoch: validation loss or NDCG@10",
     )
     optim("--precision", choices=["fp32", "bf16", "fp16"], default="fp32", help="autocast type")

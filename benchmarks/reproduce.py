@@ -43,14 +43,11 @@ SMALL = (
 LARGE = (
     "--maxlen=200 --num_blocks=8 --num_heads=2 --hidden_units=50 --attention_dim=25 --linear_dim=25"
 )
-ML_1M = "--infonce_temp=0.05 --early_stop_on=ndcg"
+ML_1M = "--infonce_temp=0.05"
 # As the published small rows: of each user the newest events alone.
-ML_1M_SMALL = f"{SMALL} {ML_1M} --no-windows --lr=0.003 --num_epochs=40"
-BEAUTY = (
-    "--maxlen=20 --lr=0.004 --dropout_rate=0.4 --infonce_temp=0.08 --num_epochs=12 "
-    "--early_stop_on=ndcg"
-)
-KUAIRAND = "--lr=0.003 --maxlen=50 --num_epochs=8 --early_stop_on=ndcg"
+ML_1M_SMALL = f"{SMALL} {ML_1M} --no-windows --batch_size=16 --lr=0.003 --num_epochs=24"
+BEAUTY = "--maxlen=20 --lr=0.004 --dropout_rate=0.4 --infonce_temp=0.08 --num_epochs=12"
+KUAIRAND = "--lr=0.003 --maxlen=50 --num_epochs=8"
 # Name -> (data set, flags of main.py).
 SETTINGS = {
     "quickstart": ("synthetic", "--num_epochs=30 --lr=0.003"),  # scripts/quickstart.sh

@@ -22,7 +22,7 @@ import main as main_module
 import updates
 
 FLAGS = (
-    f"{IDS_AND_TIMES} {SMALL} --lr=0.003 --infonce_temp=0.05 --num_epochs=20 --early_stop_on=ndcg "
+    f"{IDS_AND_TIMES} {SMALL} --lr=0.003 --infonce_temp=0.05 --num_epochs=20 "
     "--negatives=uniform --num_negatives=1024 --device=cpu --num_workers=1"
 )
 
