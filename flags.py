@@ -148,6 +148,12 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
         help="AdamW's, of matrices but not of tables; 0: off",
     )
     optim(
+        "--muon",
+        action=flag,
+        default=True,
+        help="Muon for the blocks' matrices, AdamW for the rest; off: AdamW for all",
+    )
+    optim(
         "--warmup_steps",
         type=at_least(0),
         default=100,

@@ -1,15 +1,22 @@
-"""AdamW whose step costs what a batch touches: a table with a sparse gradient moves by rows."""
+"""Muon for the blocks' matrices, AdamW for the rest; of a large table only a batch's rows move."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterable, MutableMapping
+from collections import defaultdict
+from collections.abc import Collection, Iterable, MutableMapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from distributed import sum_over_ranks
+
+MUON_MOMENTUM = 0.95
+# Of the polynomial that pulls singular values to about 1, and how often (Jordan's Muon).
+NEWTON_SCHULZ, NUM_ITERATIONS = (3.4445, -4.7750, 2.0315), 5
+# Root mean square of an update at learning rate 1, as AdamW's is (Moonlight, arXiv 2502.16982).
+MUON_RMS = 0.2
 
 
 class RowAdamW(torch.optim.AdamW):
@@ -80,6 +87,57 @@ def _step_rows(
     state["last_step"].index_fill_(0, rows, step)
     state["exp_avg"].index_copy_(0, rows, m)
     state["exp_avg_sq"].index_copy_(0, rows, v)
+
+
+class MuonAdamW(RowAdamW):
+    """RowAdamW; groups with muon=True, of matrices, move by Muon (Jordan 2024).
+
+    A matrix moves along its gradient's momentum, Nesterov's, with all singular values made about
+    equal: no direction of its space learns more slowly than another. Learning rate and weight decay
+    mean what they mean for AdamW.
+
+    A matrix's state: step; and momentum like the matrix.
+    """
+
+    @torch.no_grad()
+    def step(self) -> None:
+        """One update; gradients of the matrices are used up by it and None afterwards."""
+        for group in self.param_groups:
+            alike = defaultdict(list)
+            for matrix in group["params"] if group.get("muon") else ():
+                if matrix.grad is not None:
+                    alike[matrix.shape].append(matrix)
+            for matrices in alike.values():
+                self._step_matrices(matrices, group)
+        super().step()
+
+    def _step_matrices(self, matrices: Sequence[nn.Parameter], group: dict[str, Any]) -> None:
+        """Of one shape, so that all go through the same few products."""
+        directions = []
+        for matrix in matrices:
+            state = self.state[matrix]
+            if not state:
+                # torch.optim.AdamW looks for a step when it loads a state.
+                state["step"], state["momentum"] = matrix.new_zeros(()), torch.zeros_like(matrix)
+            state["step"] += 1
+            state["momentum"].lerp_(matrix.grad, 1 - MUON_MOMENTUM)
+            directions.append(matrix.grad.lerp(state["momentum"], MUON_MOMENTUM))
+            matrix.grad = None  # or AdamW would move it again
+        lr, size = group["lr"], MUON_RMS * math.sqrt(max(matrices[0].shape))
+        for matrix, direction in zip(matrices, orthogonal(torch.stack(directions)), strict=True):
+            matrix.mul_(1 - lr * group["weight_decay"]).add_(direction, alpha=-lr * size)
+
+
+def orthogonal(x: Tensor) -> Tensor:
+    """(n, a, b) matrices with the same singular vectors and singular values of about .7 to 1.2."""
+    a, b, c = NEWTON_SCHULZ
+    is_tall = x.shape[1] > x.shape[2]
+    x = x.mT if is_tall else x
+    x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
+    for _ in range(NUM_ITERATIONS):
+        gram = x @ x.mT
+        x = a * x + (b * gram + c * gram @ gram) @ x
+    return x.mT if is_tall else x
 
 
 @torch.no_grad()

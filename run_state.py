@@ -28,7 +28,7 @@ from updates import Updater
 log = logging.getLogger("hstu")
 
 # Of resume_*.pt; another one trained with other random numbers or another optimiser's state.
-STATE_FORMAT = 2
+STATE_FORMAT = 3
 
 
 @dataclass

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import math
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -25,7 +26,7 @@ from distributed import (
 from hstu_components import give_sparse_gradients
 from interrupts import Stopped, stop_signals
 from model import HSTUModel
-from optimizer import RowAdamW, clip_gradients
+from optimizer import MuonAdamW, clip_gradients
 
 ADAM_BETAS = (0.9, 0.98)  # the reference's
 AUTOCAST_DTYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -201,20 +202,22 @@ class Updater:
         return torch.autocast(self.device.type, dtype=dtype, enabled=dtype is not None)
 
 
-def make_optimizer(model: HSTUModel, args: argparse.Namespace) -> RowAdamW:
-    """AdamW; weight decay for matrices only: on a table it would shrink items that never occur."""
+def make_optimizer(model: HSTUModel, args: argparse.Namespace) -> MuonAdamW:
+    """Weight decay for matrices only: on a table it would shrink items that never occur."""
     tables = {
         id(module.weight)
         for module in model.modules()
         if isinstance(module, torch.nn.Embedding | torch.nn.EmbeddingBag)
     }
-    groups: dict[bool, list] = {True: [], False: []}
+    blocks = {id(parameter) for parameter in model.hstu.parameters()}
+    groups: dict[tuple[bool, bool], list] = defaultdict(list)
     for parameter in model.parameters():
-        groups[parameter.dim() == 2 and id(parameter) not in tables].append(parameter)
-    return RowAdamW(
+        is_matrix = parameter.dim() == 2 and id(parameter) not in tables
+        groups[is_matrix, args.muon and is_matrix and id(parameter) in blocks].append(parameter)
+    return MuonAdamW(
         [
-            {"params": groups[True], "weight_decay": args.weight_decay},
-            {"params": groups[False], "weight_decay": 0.0},
+            {"params": p, "weight_decay": args.weight_decay * is_matrix, "muon": has_muon}
+            for (is_matrix, has_muon), p in groups.items()
         ],
         lr=args.lr,
         betas=ADAM_BETAS,

@@ -4,7 +4,8 @@
     python benchmarks/time_to_quality.py --data_dir data/ml-1m --peers_python PEERS/bin/python
 
 Seconds count loading and training; evaluation is left out for all. Peers keep the learning rate
-that their examples have and train for --peer_seconds. Two threads.
+that their examples have and train for --peer_seconds. Two threads. With --picture alone it draws
+what was measured before.
 """
 
 from __future__ import annotations
@@ -36,9 +37,10 @@ from run_setup import (  # noqa: E402
     read_features,
 )
 
+RESULT = RESULTS / "time_to_quality.json"
 FLAGS = (
-    f"{IDS_AND_TIMES} {SMALL} --no-windows --infonce_temp 0.05 --lr 0.003 --batch_size 64 "
-    "--num_epochs 16 --num_workers 1 --device cpu"
+    f"{IDS_AND_TIMES} {SMALL} --no-windows --infonce_temp 0.05 --lr 0.003 --batch_size 16 "
+    "--num_epochs 10 --num_workers 1 --device cpu"
 )
 
 
@@ -80,17 +82,7 @@ def train_peer(
     return curve, {"HR@10": round(hit_rate, 4), "NDCG@10": round(gain, 4)}
 
 
-def point(name: str, seconds: float, hit_rate: float, gain: float) -> dict[str, float]:
-    print(f"{name} {seconds:.0f} s valid HR@10 {hit_rate:.4f} NDCG@10 {gain:.4f}", flush=True)
-    return {"seconds": round(seconds, 1), "HR@10": round(hit_rate, 4), "NDCG@10": round(gain, 4)}
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--data_dir", required=True)
-    parser.add_argument("--peers_python", help="python of the peers' environment")
-    parser.add_argument("--peer_seconds", type=float, default=400)
-    args = parser.parse_args()
+def measure(args: argparse.Namespace) -> None:
     torch.set_num_threads(2)
     keep_freed_memory()  # as main does
     with tempfile.TemporaryDirectory() as folder:
@@ -100,8 +92,41 @@ def main() -> None:
     result = {"flags": FLAGS, "peers": PEERS}
     result |= {name: {"valid": curve, "test": test} for name, (curve, test) in found.items()}
     result |= environment("cpu")
-    (RESULTS / "time_to_quality.json").write_text(json.dumps(result, indent=1) + "\n")
+    RESULT.write_text(json.dumps(result, indent=1) + "\n")
     print(json.dumps(result))
+
+
+def draw(result: dict, path: Path) -> None:
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(6, 4))
+    for name in ("ours", *PEERS):
+        curve = result[name]["valid"]
+        axes.plot([p["seconds"] for p in curve], [p["NDCG@10"] for p in curve], "o-", label=name)
+    axes.set(xlabel="seconds of training, 2 CPU cores", ylabel="validation NDCG@10")
+    axes.set_xlim(left=0)
+    axes.set_ylim(bottom=0)
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(path, dpi=100, bbox_inches="tight")
+
+
+def point(name: str, seconds: float, hit_rate: float, gain: float) -> dict[str, float]:
+    print(f"{name} {seconds:.0f} s valid HR@10 {hit_rate:.4f} NDCG@10 {gain:.4f}", flush=True)
+    return {"seconds": round(seconds, 1), "HR@10": round(hit_rate, 4), "NDCG@10": round(gain, 4)}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--data_dir", help="MovieLens-1M, converted")
+    parser.add_argument("--peers_python", help="python of the peers' environment")
+    parser.add_argument("--peer_seconds", type=float, default=240)
+    parser.add_argument("--picture", type=Path, help="PNG to draw; needs matplotlib")
+    args = parser.parse_args()
+    if args.data_dir:
+        measure(args)
+    if args.picture:
+        draw(json.loads(RESULT.read_text()), args.picture)
 
 
 if __name__ == "__main__":

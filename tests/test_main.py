@@ -86,6 +86,7 @@ TRAINING_FLAGS = {
     "num_epochs": ([], ["--num_epochs=3"]),
     "lr": ([], ["--lr=0.01"]),
     "weight_decay": ([], ["--weight_decay=0.5"]),
+    "muon": ([], ["--no-muon"]),
     "warmup_steps": ([], ["--warmup_steps=0"]),
     "clip_grad": (["--clip_grad=0"], ["--clip_grad=0.001"]),
     "accumulate_steps": ([], ["--accumulate_steps=2"]),

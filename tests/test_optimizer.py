@@ -1,4 +1,4 @@
-"""RowAdamW against AdamW on whole tables; what it may not touch; norms of sparse gradients."""
+"""RowAdamW against AdamW on whole tables, MuonAdamW against Muon; norms of sparse gradients."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from dataset import MyDataset
 from flags import get_args
 from hstu_components import ArrayEncoder, SparseEncoder, give_sparse_gradients
 from main import prepare_run
-from optimizer import RowAdamW, clip_gradients
+from optimizer import MuonAdamW, RowAdamW, clip_gradients, orthogonal
 from run_setup import read_features
 
 X, D = 11, 3
@@ -176,6 +176,65 @@ def test_state_that_was_saved_and_loaded_goes_on_to_equal_bits():
     assert torch.equal(table.weight, other.weight)
     for name, value in optimizer.state[table.weight].items():
         assert torch.equal(value, loaded.state[other.weight][name]), name
+
+
+@pytest.mark.parametrize("shape", [(5, 5), (4, 9), (9, 4)])
+def test_a_direction_keeps_its_singular_vectors_and_all_count_alike(shape):
+    x = torch.randn(3, *shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    u, _, vh = torch.linalg.svd(x, full_matrices=False)
+    inside = u.mT @ orthogonal(x) @ vh.mT
+    values = inside.diagonal(dim1=1, dim2=2)
+    assert (inside - torch.diag_embed(values)).abs().max() < 1e-8
+    assert values.min() > 0.5
+    assert values.max() < 1.3
+    assert torch.equal(orthogonal(torch.zeros(1, *shape)), torch.zeros(1, *shape))
+
+
+def matrices_of(seed: int) -> list[nn.Parameter]:
+    shapes = [(12, 4), (4, 4), (12, 4)]
+    return [nn.Parameter(weights_of(a, seed + k, b)) for k, (a, b) in enumerate(shapes)]
+
+
+def train_matrices(matrices: list[nn.Parameter], optimizer: torch.optim.Optimizer) -> None:
+    for step in range(6):
+        for matrix, grad in zip(matrices, matrices_of(10 * step), strict=True):
+            matrix.grad = grad.detach().clone()
+        optimizer.step()
+
+
+def test_matrices_move_as_by_torchs_muon():
+    ours, theirs = matrices_of(1), matrices_of(1)
+    options = {"lr": 0.1, "weight_decay": 0.5}
+    train_matrices(ours, MuonAdamW([{"params": ours, "muon": True, "weight_decay": 0.5}], lr=0.1))
+    muon = torch.optim.Muon(theirs, momentum=0.95, adjust_lr_fn="match_rms_adamw", **options)
+    train_matrices(theirs, muon)  # which multiplies in bfloat16
+    for start, one, other in zip(matrices_of(1), ours, theirs, strict=True):
+        assert (one - start).norm() > 1
+        assert (one - other).norm() < 0.02 * (one - start).norm()
+
+
+def test_what_is_no_matrix_of_muons_moves_as_by_adamw():
+    matrices, (plain, twin) = matrices_of(1), (matrices_of(5)[0], matrices_of(5)[0])
+    ours = MuonAdamW([{"params": matrices, "muon": True}, {"params": [plain]}], **OPTIONS)
+    adamw = torch.optim.AdamW([twin], fused=True, **OPTIONS)
+    for _ in range(3):
+        for parameter in (*matrices, plain, twin):
+            parameter.grad = torch.ones_like(parameter)
+        ours.step(), adamw.step()
+    assert torch.equal(plain, twin)
+
+
+def test_muons_state_goes_on_to_equal_bits():
+    one, other = matrices_of(1), matrices_of(2)
+    groups = [[{"params": matrices, "muon": True}] for matrices in (one, other)]
+    optimizer, loaded = (MuonAdamW(group, lr=0.1) for group in groups)
+    train_matrices(one, optimizer)
+    for source, target in zip(one, other, strict=True):
+        target.data.copy_(source.data)
+    loaded.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    train_matrices(one, optimizer), train_matrices(other, loaded)
+    for source, target in zip(one, other, strict=True):
+        assert torch.equal(source, target)
 
 
 def test_two_threads_give_equal_bits_every_time():
