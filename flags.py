@@ -145,7 +145,7 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
         "--weight_decay",
         type=between(0, math.inf, with_low=True),
         default=0.01,
-        help="AdamW's, of matrices but not of tables; 0: off",
+        help="of matrices but not of tables; 0: off",
     )
     optim(
         "--muon",

@@ -46,8 +46,8 @@ LARGE = (
 ML_1M = "--infonce_temp=0.05"
 # As the published small rows: of each user the newest events alone.
 ML_1M_SMALL = f"{SMALL} {ML_1M} --no-windows --batch_size=16 --lr=0.003 --num_epochs=24"
-BEAUTY = "--maxlen=20 --lr=0.004 --dropout_rate=0.4 --infonce_temp=0.08 --num_epochs=12"
-KUAIRAND = "--lr=0.003 --maxlen=50 --num_epochs=8"
+BEAUTY = "--maxlen=20 --lr=0.004 --dropout_rate=0.4 --infonce_temp=0.08 --num_epochs=12 --no-muon"
+KUAIRAND = "--lr=0.003 --maxlen=50 --num_epochs=8 --no-muon"
 # Name -> (data set, flags of main.py).
 SETTINGS = {
     "quickstart": ("synthetic", "--num_epochs=30 --lr=0.003"),  # scripts/quickstart.sh
