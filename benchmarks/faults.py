@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import argparse
 import errno
+import faulthandler
 import io
 import itertools
 import json
@@ -32,6 +33,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator
@@ -72,6 +74,8 @@ FLAGS = [
 ]  # fmt: skip
 TIMINGS = {"Train/users_per_s", "Train/tokens_per_s", "Train/data_wait_ms", "Train/gpu_mem_gb"}
 GRACE = 10  # seconds from a signal to the exit
+END = 4_000  # of what a process printed, characters that a failure shows
+HANG = 90  # seconds after which a process hangs
 logging.getLogger("tensorboard").setLevel(logging.ERROR)  # it warns of what it purges
 LOADER_DIED = "a loader process was killed, most often for want of memory: lower --num_workers"
 
@@ -98,6 +102,7 @@ def start(work: Callable[[], int], text: Path) -> int:
         with open(text, "wb") as file:
             os.dup2(file.fileno(), 1)
             os.dup2(file.fileno(), 2)
+        faulthandler.register(signal.SIGUSR2)  # for `end_hanging`
         torch.set_num_threads(1)
         code = work()
     except BaseException:
@@ -109,7 +114,19 @@ def start(work: Callable[[], int], text: Path) -> int:
 
 def wait(pid: int) -> int:
     """The exit code; minus the signal where one ended the process."""
-    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    timer = threading.Timer(HANG, end_hanging, [pid])
+    timer.start()
+    try:
+        return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    finally:
+        timer.cancel()
+
+
+def end_hanging(group: int) -> None:
+    """Kill a process and its loaders; they print first what each of their threads was doing."""
+    os.killpg(group, signal.SIGUSR2)
+    time.sleep(1)
+    os.killpg(group, signal.SIGKILL)
 
 
 def wait_until(is_so: Callable[[], object]) -> bool:
@@ -250,14 +267,14 @@ class Trial:
     def finish(self, *flags: str) -> str:
         """Run to the end; what is not as in the whole run, empty: nothing."""
         code, text = self.run(*flags)
-        return f"exit code {code}: {text[-500:]}" if code else self.difference()
+        return f"exit code {code}: {text[-END:]}" if code else self.difference()
 
     def finish_signalled(self, flags: list[str], text: str) -> str:
         """Run to the end; what is wrong, of steps too, after a first run that printed `text`."""
         code, rest = self.run(*flags)
         steps = [int(step) for step in re.findall(r"^epoch \d step (\d+)/", text + rest, re.M)]
         if code or steps != list(range(1, 2 * STEPS + 1)):
-            return f"exit code {code}, steps {steps}: {text[-500:]}{rest[-500:]}"
+            return f"exit code {code}, steps {steps}: {text[-END:]}{rest[-END:]}"
         return self.difference("model_|metrics")
 
     def files(self, pattern: str = "") -> dict[str, bytes]:
@@ -296,7 +313,7 @@ class Trial:
         is_good = code == 1 and len(lines) == 1 and all(word in lines[0] for word in words)
         if is_good and "Traceback" not in text and not self.temporaries():
             return ""
-        return f"exit code {code}, temporaries {self.temporaries()}: {text[-1000:]}"
+        return f"exit code {code}, temporaries {self.temporaries()}: {text[-END:]}"
 
 
 # --------------------------------------------------------------------------------------------- rows
@@ -320,7 +337,7 @@ def kill_at_every_call(lab: Lab, numbers: range) -> Iterator[str]:
             strays = trial.temporaries()
             problem = trial.finish()
             if code != -signal.SIGKILL or len(strays) > 1:
-                problem = f"exit code {code}, {strays}: {text[-500:]}"
+                problem = f"exit code {code}, {strays}: {text[-END:]}"
             yield problem and f"before {lab.train_calls[number - 1]}, call {number}: {problem}"
 
 
@@ -356,7 +373,7 @@ def resume_otherwise(lab: Lab, numbers: range) -> Iterator[str]:
             code, text = trial.run(
                 f"--num_workers={other}", fault=lambda n=threads: torch.set_num_threads(n)
             )
-            problem = trial.difference() if code == 0 else text[-500:]
+            problem = trial.difference() if code == 0 else text[-END:]
             yield problem and f"{one}, then {other} loaders, {threads} threads: {problem}"
 
 
@@ -462,7 +479,7 @@ def signal_anywhere(lab: Lab, numbers: range) -> Iterator[str]:
             # Before there was a handler, or when all was done and there was none any more.
             is_outside = code == -number and (not text or "  plots  " in text)
             if (code not in (expected, 0) and not is_outside) or "Traceback" in text:
-                problem = f"exit code {code}: {text[-500:]}"
+                problem = f"exit code {code}: {text[-END:]}"
             yield problem and f"signal {number} after {after:.3f} s: {problem}"
 
 
@@ -560,7 +577,7 @@ def run_elsewhere(lab: Lab, numbers: range) -> Iterator[str]:
                 )  # fmt: skip
                 if done.returncode:
                     break
-            yield trial.difference() if done.returncode == 0 else done.stderr[-500:]
+            yield trial.difference() if done.returncode == 0 else done.stderr[-END:]
 
 
 def kill_an_export(lab: Lab, numbers: range) -> Iterator[str]:
@@ -573,7 +590,7 @@ def kill_an_export(lab: Lab, numbers: range) -> Iterator[str]:
             trial.run(*older)
             number = spread(k, len(lab.export_calls))
             code, text = trial.run(*trial.export_flags, fault=kill_at(number))
-            problem = "" if code == -signal.SIGKILL else f"exit code {code}: {text[-500:]}"
+            problem = "" if code == -signal.SIGKILL else f"exit code {code}: {text[-END:]}"
             for path in trial.output.glob("*_embeddings/manifest.json"):
                 entries = read_json(path)["files"].items()
                 if any(file_entry(path.with_name(name)) != entry for name, entry in entries):
@@ -644,8 +661,8 @@ def run_test(name: str) -> list[str]:
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     num = {word: int(count) for count, word in re.findall(r"(\d+) (passed|failed)", done.stdout)}
     if done.returncode not in (0, 1):
-        return [done.stdout[-500:] + done.stderr[-500:]]
-    return [""] * num.get("passed", 0) + [done.stdout[-500:]] * num.get("failed", 0)
+        return [done.stdout[-END:] + done.stderr[-END:]]
+    return [""] * num.get("passed", 0) + [done.stdout[-END:]] * num.get("failed", 0)
 
 
 # --------------------------------------------------------------------------------------------- cost
