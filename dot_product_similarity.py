@@ -8,11 +8,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
-# Scores held at once, 4 MB of float32: each pass over them finds them in two cores' caches.
-CHUNK_SCORES = 1 << 20
+# Scores held at once, 8 MB of float32: each pass over them finds them in the last cache, and their
+# queries are enough to find the best on two cores.
+CHUNK_SCORES = 1 << 21
 TILE_ITEMS = 1 << 12
+# BLAS may round the last columns otherwise than the ones before, and then an item with the target's
+# embedding would not tie with it: tiles end at a multiple of the columns that it takes at a time.
+TILE_STEP = 64
 # A GPU wants few launches more than it wants cached scores: as many times longer tiles.
-CUDA_TILE_FACTOR = 64
+CUDA_TILE_FACTOR = 32
 # Columns that share a maximum; for the 10 best of 4,096, 4 and 12 were no faster.
 GROUP = 8
 
@@ -96,6 +100,7 @@ class DotProductSimilarity(nn.Module):
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Ranks (B,), and scores and rows (B, k); the ranks mean nothing without `target_rows`."""
         X, (size, width) = len(items), _tile_shape(items)
+        items = pad(items, (0, 0, 0, max(0, width - X)))
         num_below = torch.zeros(len(queries), dtype=torch.int64, device=queries.device)
         best_scores = queries.new_full((len(queries), k), -torch.inf)
         best_rows = torch.full((len(queries), k), -1, device=queries.device)
@@ -114,9 +119,9 @@ class DotProductSimilarity(nn.Module):
                 target_scores = _target_scores(block, items, targets) if width < X else None
             for index, first in enumerate(range(0, X, width)):
                 # The last tile reaches back, as all must have one shape: see _target_scores.
-                start = min(first, X - width)
+                start = min(first, len(items) - width)
                 torch.mm(block, items[start : start + width].T, out=tile)
-                scores = tile[:b, first - start :]
+                scores = tile[:b, first - start : X - start]
                 if targets is not None and target_scores is None:
                     target_scores = scores.gather(1, targets[:, None])  # (b, 1)
                 if seen:
@@ -141,7 +146,7 @@ class DotProductSimilarity(nn.Module):
 def _tile_shape(items: Tensor) -> tuple[int, int]:
     """Queries and items whose scores are held at once; fewer queries if the call has fewer."""
     factor = CUDA_TILE_FACTOR if items.is_cuda else 1
-    width = max(1, min(len(items), factor * TILE_ITEMS))
+    width = min(-(-len(items) // TILE_STEP) * TILE_STEP, factor * TILE_ITEMS)
     return max(1, factor * CHUNK_SCORES // width), width
 
 

@@ -27,6 +27,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from dot_product_similarity import DotProductSimilarity
+from run_setup import keep_freed_memory
 
 try:
     import faiss
@@ -42,6 +43,7 @@ CLOSE = 1e-5
 
 def main() -> None:
     torch.set_num_threads(THREADS)
+    keep_freed_memory()  # as main does
     result: dict[str, object] = {"threads": THREADS}
     for num_items, num_users in SIZES.items():
         row = result[str(num_items)] = figures(num_items, num_users)
