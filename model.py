@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from functools import reduce
@@ -26,9 +27,11 @@ from simplified_hstu import HSTU
 # cache; on a GPU 256 MB in few kernels.
 CHUNK_LOGITS = 1 << 21
 GPU_CHUNK_LOGITS = 1 << 26
-# exp of a logit up to this does not overflow, nor does a sum of millions. A cosine is at most 1, so
+# e to a logit up to this does not overflow, nor does a sum of millions. A cosine is at most 1, so
 # only temperatures below 1 / 60 need their largest logit taken off first.
 SAFE_LOGIT = 60.0
+# The loss counts logits in bits: on the CPU 2^x takes half as long as e^x.
+LN_2 = math.log(2)
 # Matrix products are fastest with rows that begin at a multiple of 64 bytes.
 COLUMN_STEP = 16
 # Items embedded at once when a whole catalogue is: 16 MB of 1024-wide vectors. With 16 times as
@@ -279,19 +282,21 @@ class InfoNCE(torch.autograd.Function):
         size = CHUNK_LOGITS if queries.device.type == "cpu" else GPU_CHUNK_LOGITS
         size = max(1, size // width)
         buffer = queries.new_empty(min(size, len(queries)), width)
+        log_q = None if log_q is None else log_q / LN_2
         for start in range(0, len(queries), size):
             part = slice(start, start + size)
-            q, positive, weight = queries[part] / temperature, rows[positives[part]], weights[part]
-            logits = torch.matmul(q, columns, out=buffer[: len(q)])  # (c, width)
+            q = queries[part] / (temperature * LN_2)
+            positive, weight = rows[positives[part]], weights[part]
+            logits = torch.matmul(q, columns, out=buffer[: len(q)])  # (c, width), in bits
             if log_q is not None:
                 logits[:, :M] -= log_q
             logits[:, M:] = -torch.inf
             logits.scatter_(1, own_column[part, None], -torch.inf)
             logits[:, M] = positive_logit = (q * positive).sum(1)
             peak = positive_logit.new_zeros(()) if is_safe else logits.amax(1)
-            exps = (logits if is_safe else logits.sub_(peak[:, None])).exp_()
+            exps = (logits if is_safe else logits.sub_(peak[:, None])).exp2_()
             total = exps.sum(1)
-            loss += weight @ (total.log() + peak - positive_logit)
+            loss += weight @ (total.log2() + peak - positive_logit)
             if not needs_grad:
                 continue
             scale = (weight / total)[:, None]  # exps * scale: gradient of the logits
@@ -305,8 +310,8 @@ class InfoNCE(torch.autograd.Function):
             row_grad += column_grad.T[:M]
         else:
             row_grad.index_add_(0, negative_index, column_grad.T[:M])
-        ctx.save_for_backward(query_grad, row_grad)
-        return loss
+        ctx.save_for_backward(query_grad, row_grad.mul_(LN_2))
+        return loss.mul_(LN_2)
 
     @staticmethod
     def backward(ctx, grad):
