@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import numpy as np
 import torch
-from reproduce import RESULTS, environment
+from reproduce import environment, write_by_cpu
 from torch import Tensor
 from torch.nn.functional import normalize
 
@@ -51,8 +51,7 @@ def main() -> None:
         for name, value in row.items():
             print(f"  {name:40} {value}", flush=True)
     result |= {"command": "python benchmarks/ranking_speed.py", **environment("cpu")}
-    RESULTS.mkdir(exist_ok=True)
-    (RESULTS / "ranking_speed.json").write_text(json.dumps(result, indent=1) + "\n")
+    write_by_cpu("ranking_speed", result)
     if faiss is None:
         print("faiss is not installed: pip install faiss-cpu to compare")
     print(json.dumps(result))

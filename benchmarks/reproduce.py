@@ -162,6 +162,13 @@ def read_curve(log_dir: Path) -> list[dict[str, float]]:
     ]
 
 
+def write_by_cpu(name: str, result: dict[str, object]) -> None:
+    """Into NAME.json, beside what other CPUs gave: each has its own ratios."""
+    path = RESULTS / f"{name}.json"
+    results = json.loads(path.read_text()) if path.exists() else {}
+    path.write_text(json.dumps(results | {result["cpu"]: result}, indent=1) + "\n")
+
+
 def environment(device: str) -> dict[str, object]:
     """What a figure depends on besides the code: commit, machine, versions, date."""
     commit = subprocess.run(

@@ -23,7 +23,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
 import torch  # noqa: E402
-from reproduce import RESULTS, environment  # noqa: E402
+from reproduce import environment, write_by_cpu  # noqa: E402
 from step_time import LOSSES, Ours  # noqa: E402
 
 import main as program  # noqa: E402
@@ -120,7 +120,7 @@ def main() -> None:
         for part, ms in parts.items():
             print(f"  {ms:7.2f} ms  {ms / step:6.1%}  {part}")
     result |= environment("cpu")
-    (RESULTS / "step_profile.json").write_text(json.dumps(result, indent=1) + "\n")
+    write_by_cpu("step_profile", result)
     print(json.dumps(result))
 
 

@@ -26,7 +26,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
 from peers import PEERS, Peer  # noqa: E402
-from reproduce import IDS_AND_TIMES, RESULTS, environment  # noqa: E402
+from reproduce import IDS_AND_TIMES, environment, write_by_cpu  # noqa: E402
 
 import main as program  # noqa: E402
 from data_folder import read_manifest  # noqa: E402
@@ -168,7 +168,7 @@ def main() -> None:
         "peak_rss_gb_all_ours": round(peak, 2),
     }
     result |= environment("cpu")
-    (RESULTS / "step_time.json").write_text(json.dumps(result, indent=1) + "\n")
+    write_by_cpu("step_time", result)
     print(json.dumps(result))
 
 
