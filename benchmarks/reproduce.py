@@ -47,7 +47,10 @@ ML_1M = "--infonce_temp=0.05"
 # As the published small rows: of each user the newest events alone.
 ML_1M_SMALL = f"{SMALL} {ML_1M} --no-windows --batch_size=16 --lr=0.003 --num_epochs=24"
 BEAUTY = "--maxlen=20 --lr=0.004 --dropout_rate=0.4 --infonce_temp=0.08 --num_epochs=12 --no-muon"
-KUAIRAND = "--lr=0.003 --maxlen=50 --num_epochs=8 --no-muon"
+KUAIRAND = (
+    "--maxlen=50 --batch_size=512 --lr=0.006 --dropout_rate=0.4 --infonce_temp=0.06 "
+    "--num_epochs=10 --no-muon"
+)
 # Name -> (data set, flags of main.py).
 SETTINGS = {
     "quickstart": ("synthetic", "--num_epochs=30 --lr=0.003"),  # scripts/quickstart.sh
