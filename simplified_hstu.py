@@ -231,8 +231,9 @@ class GatedAttention(torch.autograd.Function):
             for rectangle, kept in zip(ctx.rectangles[::-1], ctx.kept_norms[::-1], strict=True):
                 rows, heads = rectangle.rows, (rectangle.shape[0], num_heads)
                 projected = _by_head(x[rows] @ weight.T, heads)  # (G * H, L, sum of sizes)
-                u, *vqk = F.silu(projected).split(ctx.sizes, -1)  # (G * H, L, .)
-                grad = torch.empty_like(projected)
+                activated, slope = _silu_and_slope(projected)
+                u, *vqk = activated.split(ctx.sizes, -1)  # (G * H, L, .)
+                grad = torch.empty_like(activated)
                 u_grad, *vqk_grads = grad.split(ctx.sizes, -1)
                 normed, rstd = kept
                 torch.mul(_by_head(grad_out[rows], heads), _by_head(normed, heads), out=u_grad)
@@ -241,8 +242,7 @@ class GatedAttention(torch.autograd.Function):
                 _attention_grads(
                     attended_grad, vqk, vqk_grads, rectangle, ctx.kept_scores, biases, bias_grads
                 )
-                torch.ops.aten.silu_backward.grad_input(grad, projected, grad_input=grad)
-                grad = _by_event(grad, heads)  # (G * L, H * sum of sizes)
+                grad = _by_event(grad.mul_(slope), heads)  # (G * L, H * sum of sizes)
                 torch.mm(grad, weight, out=x_grad[rows])
                 weight_grad += x[rows].T @ grad  # faster than its transpose
         position_grad, time_grad = bias_grads
@@ -268,9 +268,8 @@ def _attention_grads(
     for tile in reversed(rectangle.tiles):
         rows, keys, buckets = tile.rows, tile.keys, tile.time_buckets()
         scores = kept_scores.pop() if kept_scores else _scores(q, k, tile, buckets, *biases)
-        weight_grad = torch.bmm(attended_grad[:, rows], v[:, keys].mT)  # (G * H, rows, keys)
-        score_grad = torch.ops.aten.silu_backward(weight_grad, scores)
-        weights = F.silu(scores, inplace=True)
+        weights, slope = _silu_and_slope(scores)
+        score_grad = torch.bmm(attended_grad[:, rows], v[:, keys].mT).mul_(slope)
         # Not with out= or baddbmm_: into a slice, torch makes one product after the other. The last
         # tile comes first and has every key.
         put = Tensor.copy_ if tile is rectangle.tiles[-1] else Tensor.add_
@@ -280,6 +279,16 @@ def _attention_grads(
         _add_bias_grads(
             *bias_grads, score_grad.unflatten(0, (rectangle.shape[0], -1)), tile, buckets
         )
+
+
+def _silu_and_slope(x: Tensor) -> tuple[Tensor, Tensor]:
+    """SiLU and its derivative; x may become the former."""
+    one = x.new_ones(())
+    if x.device.type != "cpu":
+        return F.silu(x), torch.ops.aten.silu_backward(one.expand_as(x), x)
+    gate = torch.sigmoid(x)  # once: half the time of either is its exponential
+    y = x.mul_(gate)
+    return y, torch.lerp(y, one, gate)  # y + gate (1 - y)
 
 
 def _by_head(x: Tensor, heads: tuple[int, int]) -> Tensor:
