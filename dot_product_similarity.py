@@ -100,7 +100,8 @@ class DotProductSimilarity(nn.Module):
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Ranks (B,), and scores and rows (B, k); the ranks mean nothing without `target_rows`."""
         X, (size, width) = len(items), _tile_shape(items)
-        items = pad(items, (0, 0, 0, max(0, width - X)))
+        if width > X:
+            items = pad(items, (0, 0, 0, width - X))
         num_below = torch.zeros(len(queries), dtype=torch.int64, device=queries.device)
         best_scores = queries.new_full((len(queries), k), -torch.inf)
         best_rows = torch.full((len(queries), k), -1, device=queries.device)
@@ -146,7 +147,7 @@ class DotProductSimilarity(nn.Module):
 def _tile_shape(items: Tensor) -> tuple[int, int]:
     """Queries and items whose scores are held at once; fewer queries if the call has fewer."""
     factor = CUDA_TILE_FACTOR if items.is_cuda else 1
-    width = min(-(-len(items) // TILE_STEP) * TILE_STEP, factor * TILE_ITEMS)
+    width = min(-(-max(1, len(items)) // TILE_STEP) * TILE_STEP, factor * TILE_ITEMS)
     return max(1, factor * CHUNK_SCORES // width), width
 
 
