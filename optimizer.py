@@ -129,7 +129,10 @@ class MuonAdamW(RowAdamW):
 
 
 def orthogonal(x: Tensor) -> Tensor:
-    """(n, a, b) matrices with the same singular vectors and singular values of about .7 to 1.2."""
+    """(n, a, b) matrices with the same singular vectors and about equal singular values.
+
+    Those from a hundredth of the norm on become .7 to 1.2; smaller ones stay behind.
+    """
     a, b, c = NEWTON_SCHULZ
     is_tall = x.shape[1] > x.shape[2]
     x = x.mT if is_tall else x

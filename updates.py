@@ -94,7 +94,8 @@ class Updater:
     def step(self, batches: Sequence[Any], epoch: int, step: int) -> dict[str, Tensor | float]:
         """One update from one or several dataset.Batch, as if they and all ranks' were one.
 
-        The host does not wait for a GPU here, but where a log or a state is due.
+        The host waits for a GPU where a log or a state is due, for fp16's scaler and for the rows
+        of sparse gradients; else not.
 
         Args:
             batches: on the CPU.
@@ -120,6 +121,7 @@ class Updater:
                 part = self.model(batch.to(self.device)) * (count / total)
             self.scaler.scale(part).backward()
             loss += part.detach()
+            del part  # or its graph would live beside the next one
         if num_ranks() > 1:
             self._sum_over_ranks(loss)
         self.scaler.unscale_(self.optimizer)
@@ -225,7 +227,7 @@ def make_optimizer(model: HSTUModel, args: argparse.Namespace) -> MuonAdamW:
 
 
 def learning_rate(step: int, total_steps: int, args: argparse.Namespace) -> float:
-    """Linear warm-up over --warmup_steps, then a cosine to zero at the last; `step` from 0."""
+    """Linear warm-up over --warmup_steps, then a cosine to zero after the last; `step` from 0."""
     if step < args.warmup_steps:
         return args.lr * (step + 1) / args.warmup_steps
     done = (step - args.warmup_steps) / max(1, total_steps - args.warmup_steps)
