@@ -194,7 +194,8 @@ class GatedAttention(torch.autograd.Function):
         out = x.new_empty(len(x), num_heads * sizes[0])
         keeps_scores = sum(r.num_cells for r in rectangles) * num_heads <= KEPT_SCORES
         ctx.kept_scores, ctx.kept_norms = [], []
-        with torch.inference_mode():
+        # Types are chosen by now; in CUDA's autocast the norm would give float32.
+        with torch.autocast(x.device.type, enabled=False), torch.inference_mode():
             for rectangle in rectangles:
                 rows, heads = rectangle.rows, (rectangle.shape[0], num_heads)
                 activated = F.silu(_by_head(x[rows] @ weight.T, heads), inplace=True)
