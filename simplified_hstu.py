@@ -35,8 +35,8 @@ from hstu_components import Dropout
 TILE = 128
 # Scores of a tile: on the CPU 2 MB, such that the passes over them stay in the cache; on a GPU few
 # large kernels are better, and this bounds a score tensor to 256 MB.
-CPU_CELLS = 1 << 19
-GPU_CELLS = 1 << 26
+CPU_SCORES = 1 << 19
+GPU_SCORES = 1 << 26
 # Least length in a rectangle, by its longest: leaves 6 to 9 % of gaps in MovieLens' batches.
 SHORTEST = 0.7
 # Cells of a batch up to which time buckets are kept for all blocks, a byte each, and scores for
@@ -85,7 +85,7 @@ class Rectangle(NamedTuple):
 
 
 def cut_rectangles(
-    offsets: Tensor, key_times: Tensor, query_times: Tensor | None
+    offsets: Tensor, key_times: Tensor, query_times: Tensor | None, num_heads: int
 ) -> tuple[list[Rectangle], Tensor]:
     """The batch's attention rectangles, with everything in them that all blocks share.
 
@@ -95,12 +95,14 @@ def cut_rectangles(
         offsets: (B + 1,) int64 on the CPU: the cuts need no wait for the device.
         key_times: (T,) int64 seconds.
         query_times: (T,) int64 seconds, or None for no time buckets.
+        num_heads: whose scores lie side by side.
 
     Returns:
         The rectangles, end to end over the batch with gaps, and each event's row there, (T,) int64.
     """
     lengths, device = offsets.diff(), key_times.device
-    bounds = _rectangle_bounds(lengths.tolist(), CPU_CELLS if device.type == "cpu" else GPU_CELLS)
+    num_scores = CPU_SCORES if device.type == "cpu" else GPU_SCORES
+    bounds = _rectangle_bounds(lengths.tolist(), num_scores // num_heads)
     longest = [int(lengths[a:b].max()) for a, b in bounds]
     strides = torch.tensor(longest).repeat_interleave(torch.tensor([b - a for a, b in bounds]))
     starts = F.pad(strides.cumsum(0), (1, 0))  # (B + 1,) of the batch with gaps
@@ -449,7 +451,9 @@ class HSTU(nn.Module):
         if not len(x):  # a rank's share of a small batch
             return x
         query_times = {"request": target_timestamps, "event": timestamps, "off": None}
-        rectangles, rows = cut_rectangles(offsets, timestamps, query_times[self.time_bias])
+        rectangles, rows = cut_rectangles(
+            offsets, timestamps, query_times[self.time_bias], self.blocks[0].num_heads
+        )
         x = x.new_zeros(rectangles[-1].rows.stop, x.shape[1]).index_copy(0, rows, x)  # (T', D)
         for block in self.blocks:
             if self.gradient_checkpointing and self.training:

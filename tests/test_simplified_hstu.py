@@ -50,7 +50,7 @@ def cuts(request, monkeypatch):
     if request.param == "small tiles":
         monkeypatch.setattr(simplified_hstu, "TILE", 4)
     if request.param == "one sequence at a time":
-        monkeypatch.setattr(simplified_hstu, "CPU_CELLS", 1)
+        monkeypatch.setattr(simplified_hstu, "CPU_SCORES", 1)
 
 
 def random_inputs(seed: int = 0) -> dict[str, Tensor]:
@@ -76,7 +76,7 @@ NAMES = ("x", "weight", "position_weight", "time_weight")
 
 
 def fast_attention(x: dict[str, Tensor], offsets: Tensor = OFFSETS) -> Tensor:
-    rectangles, rows = cut_rectangles(offsets, x["key_times"], x["query_times"])
+    rectangles, rows = cut_rectangles(offsets, x["key_times"], x["query_times"], num_heads=1)
     # The gaps hold anything: nothing may depend on them.
     filled = x["x"].new_full((rectangles[-1].rows.stop, D), 7.0).index_copy(0, rows, x["x"])
     weights, sizes = [x[name] for name in NAMES[1:]], [DV, DV, DQK, DQK]
@@ -103,10 +103,12 @@ def test_rectangles_are_right_in_any_order_of_lengths(cuts):
 
 
 def test_rectangles_hold_each_event_once_within_the_cell_limit(monkeypatch):
-    monkeypatch.setattr(simplified_hstu, "CPU_CELLS", 100)
+    monkeypatch.setattr(simplified_hstu, "CPU_SCORES", 100)
     lengths = torch.tensor([12, 7, 7, 4, 4, 4, 1, 1])
     offsets = torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)])
-    rectangles, rows = cut_rectangles(offsets, torch.zeros(40, dtype=torch.int64), None)
+    rectangles, rows = cut_rectangles(
+        offsets, torch.zeros(40, dtype=torch.int64), None, num_heads=1
+    )
     stops = [0, *(r.rows.stop for r in rectangles)]
     assert [r.rows.start for r in rectangles] == stops[:-1]
     assert rows.unique().tolist() == rows.tolist()
@@ -166,7 +168,7 @@ def test_a_block_gives_the_numbers_worked_out_by_hand():
         )
 
     times = torch.tensor([0, 60])
-    rectangles, _ = cut_rectangles(torch.tensor([0, 2]), times, times + 60)
+    rectangles, _ = cut_rectangles(torch.tensor([0, 2]), times, times + 60, num_heads=1)
     x = torch.tensor([[1.0, 0.0], [0.0, 1.0]], dtype=torch.float64)
     found = block(x, rectangles)
     # 1e-4: the hand computation leaves out LayerNorm's eps.
