@@ -457,7 +457,9 @@ class HSTU(nn.Module):
         x = x.new_zeros(rectangles[-1].rows.stop, x.shape[1]).index_copy(0, rows, x)  # (T', D)
         for block in self.blocks:
             if self.gradient_checkpointing and self.training:
-                x = checkpoint(block, x, rectangles, use_reentrant=False)
+                # Otherwise than reentrant it would keep what GatedAttention keeps apart from
+                # autograd; but so it sees nothing to do where only weights want a gradient.
+                x = checkpoint(block, x.requires_grad_(), rectangles, use_reentrant=True)
             else:
                 x = block(x, rectangles)
         return x.index_select(0, rows)  # (T, D)

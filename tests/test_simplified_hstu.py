@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import math
 import shutil
 
@@ -251,6 +252,15 @@ def test_gradient_checkpointing_changes_nothing_but_memory(events):
         grads.append([parameter.grad for parameter in hstu.parameters()])
     for plain, checkpointed in zip(*grads, strict=True):
         assert torch.equal(plain, checkpointed)
+
+
+def test_gradient_checkpointing_keeps_nothing_of_a_block(events):
+    hstu = make_hstu()
+    for hstu.gradient_checkpointing in (False, True):
+        output = run_hstu(hstu, events)
+        kept = [x for x in gc.get_objects() if torch.is_tensor(x) and x.is_inference()]
+        assert bool(kept) is not hstu.gradient_checkpointing
+        del output, kept
 
 
 @pytest.mark.slow
