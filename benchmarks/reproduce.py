@@ -29,7 +29,7 @@ DATA = {
     "synthetic": "prepare_synthetic.py {data}",
     "ml-1m": "prepare_movielens.py {source} {data}",
     "beauty": "prepare_table.py {source}/interactions.csv.gz {data} --order seq_pos "
-    "--item_features {source}/items.csv.gz --item_names text --drop n",
+    "--item_features {source}/items.csv.gz --item_names text --array text --drop n",
     "kuairand": "prepare_table.py {source}/interactions.csv.gz {data} --time time_ms "
     "--action is_follow is_like long_view is_click --item_features {source}/items.csv.gz "
     "--user_features {source}/users.csv.gz --sparse author_id --continual video_duration "
@@ -46,7 +46,10 @@ LARGE = (
 ML_1M = "--infonce_temp=0.05"
 # As the published small rows: of each user the newest events alone.
 ML_1M_SMALL = f"{SMALL} {ML_1M} --no-windows --batch_size=16 --lr=0.003 --num_epochs=24"
-BEAUTY = "--maxlen=20 --lr=0.004 --dropout_rate=0.4 --infonce_temp=0.08 --num_epochs=12 --no-muon"
+BEAUTY = (
+    "--maxlen=20 --hidden_units=128 --attention_dim=128 --linear_dim=128 --batch_size=1024 "
+    "--lr=0.008 --dropout_rate=0.5 --infonce_temp=0.08 --num_epochs=14 --no-muon"
+)
 KUAIRAND = (
     "--maxlen=50 --batch_size=512 --lr=0.006 --dropout_rate=0.4 --infonce_temp=0.06 "
     "--num_epochs=10 --no-muon"
