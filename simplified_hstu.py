@@ -202,18 +202,18 @@ class GatedAttention(torch.autograd.Function):
                 rows, heads = rectangle.rows, (rectangle.shape[0], num_heads)
                 activated = F.silu(_by_head(x[rows] @ weight.T, heads), inplace=True)
                 u, v, q, k = activated.split(sizes, -1)  # (G * H, L, .)
-                attended = torch.empty_like(v)  # N times A V
+                shares = v / maxlen  # before the sum, which would leave the range of float16
+                attended = torch.empty_like(v)  # A V
                 for tile in rectangle.tiles:
                     scores = _scores(q, k, tile, tile.time_buckets(), *biases)
                     if keeps_scores:
                         ctx.kept_scores.append(scores)  # (G * H, rows, keys)
                     weights = F.silu(scores, inplace=not keeps_scores)
-                    attended[:, tile.rows] = torch.bmm(weights, v[:, tile.keys])
-                # The norm takes out N but for eps, which grows by its square.
+                    attended[:, tile.rows] = torch.bmm(weights, shares[:, tile.keys])
                 normed, _, rstd = torch.native_layer_norm(
-                    _by_event(attended, heads), out.shape[1:], None, None, NORM_EPS * maxlen**2
+                    _by_event(attended, heads), out.shape[1:], None, None, NORM_EPS
                 )  # (G * L, H * dv), (G * L, 1)
-                ctx.kept_norms.append((normed, rstd))
+                ctx.kept_norms.append((normed, rstd / maxlen))  # the way back is of N A V
                 torch.mul(_by_event(u, heads), normed, out=out[rows])
         ctx.save_for_backward(x, weight, position_weight, time_weight)
         ctx.rectangles, ctx.sizes, ctx.maxlen = rectangles, sizes, maxlen
@@ -263,7 +263,7 @@ def _attention_grads(
     biases: tuple[Tensor, Tensor | None],
     bias_grads: tuple[Tensor | None, Tensor | None],
 ) -> None:
-    """From the gradient of N times A V, (G * H, L, dv), to those of v, q and k, (G * H, L, .).
+    """From the gradient of N A V, (G * H, L, dv), to those of v, q and k, (G * H, L, .).
 
     They are filled in, and those of the biases added to.
     """

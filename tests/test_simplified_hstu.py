@@ -199,6 +199,19 @@ def events() -> Tensor:
     return torch.randn(sum(LENGTHS), D, generator=torch.Generator().manual_seed(5)).double()
 
 
+def test_a_long_history_stays_within_the_range_of_float16():
+    length = 1000
+    generator = torch.Generator().manual_seed(0)
+    block = HSTUAttention(64, 1, 64, 64, 0.0, length, has_time_bias=False, has_position_bias=False)
+    with torch.no_grad():
+        block.qkv_proj.weight.normal_(std=0.4, generator=generator)
+    x = torch.randn(length, 64, generator=generator)
+    times = torch.arange(length)
+    rectangles, _ = cut_rectangles(torch.tensor([0, length]), times, None, num_heads=1)
+    found, expected = block.half()(x.half(), rectangles), block.float()(x, rectangles)
+    torch.testing.assert_close(found.float(), expected, rtol=0.02, atol=0.02)
+
+
 def test_future_events_cannot_change_past_outputs(events, cuts):
     hstu, changed = make_hstu(), events.clone()
     changed[6] = changed[6].flip(0)  # a plain shift is lost in the LayerNorm
