@@ -128,7 +128,9 @@ class DotProductSimilarity(nn.Module):
                 if seen:
                     tile.view(-1).index_fill_(0, seen_places[index], -torch.inf)
                 if k:
-                    _keep_best(*best, scores, first)
+                    # All columns, for whole groups; no item is found twice, or where none is.
+                    tile[:b, : first - start] = tile[:b, X - start :] = -torch.inf
+                    _keep_best(*best, tile[:b], start)
                 if targets is not None:
                     tile.view(-1).index_fill_(0, target_places[index], -torch.inf)
                     # In place, and floats: a bool mask and its sum take longer than the product.
@@ -188,17 +190,24 @@ def _target_scores(block: Tensor, items: Tensor, target_rows: Tensor) -> Tensor:
 
 def _keep_best(best_scores: Tensor, best_rows: Tensor, scores: Tensor, first: int) -> None:
     """Update (b, k) in place by a tile's scores (b, n), whose first item is row `first`."""
-    K = best_scores.shape[1]
-    k = min(K, scores.shape[1])
+    K, n = best_scores.shape[1], scores.shape[1]
+    k = min(K, n)
     if not first:
         best_scores[:, :k], best_rows[:, :k] = _top_columns(scores, k)
         return
-    lines = slice(None)
+    # Few lines have something better here: maxima of groups say which, and where.
+    size = TILE_STEP if n % TILE_STEP == 0 and n >= 2 * k * TILE_STEP else 1
+    groups = scores.unflatten(1, (-1, size))  # (b, n / size, size)
+    maxima = groups.amax(2)
+    lines = torch.arange(len(scores), device=scores.device)
     if not scores.is_cuda:  # A GPU would have to wait for their number.
-        lines = (~(scores.amax(1) <= best_scores[:, -1])).nonzero()[:, 0]
-    values, columns = _top_columns(scores[lines], k)
+        lines = lines[~(maxima.amax(1) <= best_scores[:, -1])]
+    best = _top_columns(maxima[lines], k)[1]  # (b', k) groups
+    values = groups.flatten(0, 1)[best + lines[:, None] * (n // size)].flatten(1)  # (b', k * size)
+    values, columns = _top_columns(values, k)
+    rows = first + best.gather(1, columns // size) * size + columns % size
     values = torch.cat([best_scores[lines], values], 1)
-    rows = torch.cat([best_rows[lines], columns + first], 1)
+    rows = torch.cat([best_rows[lines], rows], 1)
     best_scores[lines], best = values.topk(K, 1)
     best_rows[lines] = rows.gather(1, best)
 

@@ -111,9 +111,9 @@ def test_the_seen_items_of_one_query_are_left_to_the_others():
 def test_chunks_do_not_change_results(monkeypatch, chunk):
     queries, items, targets, seen = make_case(7)
     similarity = DotProductSimilarity()
+    monkeypatch.setattr(dot_product_similarity, "TILE_STEP", 1)
     ranks = similarity.target_ranks(queries, items, targets, seen)
     scores, rows = similarity.top_k(queries, items, K, seen)
-    monkeypatch.setattr(dot_product_similarity, "TILE_STEP", 1)
     monkeypatch.setattr(dot_product_similarity, "CHUNK_SCORES", chunk)
     sizes = [len(part) for _, part in similarity._chunks(queries, items)]
     assert sum(sizes) == B and max(sizes) == min(B, max(1, chunk // X))
@@ -220,6 +220,21 @@ def test_the_top_by_groups_is_the_top(monkeypatch, length, k, group):
     torch.testing.assert_close(values, scores.topk(k, 1).values, rtol=0, atol=0, equal_nan=True)
     torch.testing.assert_close(values, scores.gather(1, columns), rtol=0, atol=0, equal_nan=True)
     assert all(len(set(row)) == k for row in columns.tolist())
+
+
+@pytest.mark.parametrize("num_items", [896, 1000, 1805, 2000])
+def test_the_top_of_whole_groups_of_columns_is_the_top(monkeypatch, num_items):
+    make_tiles_small(monkeypatch, 896, 4 * 896)
+    generator = torch.Generator().manual_seed(num_items)
+    queries, items = (torch.randn(n, D, generator=generator) for n in (9, num_items))
+    items[num_items - 3] = torch.nan
+    rows = torch.randint(0, num_items, (9 * 50,), generator=generator)
+    scores, found = DotProductSimilarity().top_k(queries, items, K, (rows, 50 * torch.arange(10)))
+    expected = queries @ items.T
+    expected[torch.arange(9).repeat_interleave(50), rows] = -torch.inf
+    torch.testing.assert_close(scores, expected.topk(K, 1).values, equal_nan=True)
+    torch.testing.assert_close(scores, expected.gather(1, found), equal_nan=True)
+    assert all(len(set(line)) == K for line in found.tolist())
 
 
 def test_sampled_scores_are_the_targets_and_any_other_items():
