@@ -113,7 +113,7 @@ def start(work: Callable[[], int], text: Path) -> int:
 
 
 def wait(pid: int) -> int:
-    """The exit code; minus the signal where one ended the process."""
+    """The exit code; minus the signal where one ended the process, as one that hangs is here."""
     timer = threading.Timer(HANG, end_hanging, [pid])
     timer.start()
     try:

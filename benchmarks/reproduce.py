@@ -78,7 +78,7 @@ SETTINGS = {
     "kuairand-users": ("kuairand", f"--time_bias=off {KUAIRAND}"),
     "kuairand-time": ("kuairand", KUAIRAND),
 }
-# What the defaults reach, and what the same inputs and shape reach at best.
+# The defaults, and the same inputs and shape with other flags of optimisation.
 SETTINGS |= {
     "ml-1m-default": ("ml-1m", "--num_epochs=12"),
     "ml-1m-default-tuned": (
