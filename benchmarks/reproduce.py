@@ -85,6 +85,12 @@ SETTINGS |= {
         "ml-1m",
         f"{ML_1M} --num_epochs=12 --batch_size=16 --lr=0.003",
     ),
+    "beauty-default": ("beauty", "--num_epochs=12"),
+    "beauty-default-tuned": (
+        "beauty",
+        "--batch_size=1024 --lr=0.008 --dropout_rate=0.5 "
+        "--infonce_temp=0.08 --num_epochs=14 --no-muon",
+    ),
     "kuairand-default": ("kuairand", "--num_epochs=8"),
     "kuairand-default-tuned": ("kuairand", KUAIRAND.replace("--maxlen=50 ", "")),
 }
