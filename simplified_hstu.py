@@ -178,9 +178,9 @@ class GatedAttention(torch.autograd.Function):
         U, V, Q, K = SiLU(x W)
         A V = (1 / N) sum over j <= i of SiLU(q_i k_j + position_bias + time_bias) v_j
 
-    Without a softmax a tile needs nothing from its neighbours. So projections live for one
-    rectangle only and scores for one tile; the backward pass computes both again (but for scores
-    that are few), and memory grows with T. tests/test_simplified_hstu.py has the plain form.
+    Without a softmax a tile needs nothing from its neighbours. So scores live for one tile only,
+    the backward pass computes them again unless they are few, and memory grows with T. What is kept
+    is used up on the way back. tests/test_simplified_hstu.py has the plain form.
 
     inference_mode: the many small operations inside need none of autograd's bookkeeping.
     """
@@ -195,12 +195,13 @@ class GatedAttention(torch.autograd.Function):
         num_heads = len(weight) // sum(sizes)
         out = x.new_empty(len(x), num_heads * sizes[0])
         keeps_scores = sum(r.num_cells for r in rectangles) * num_heads <= KEPT_SCORES
-        ctx.kept_scores, ctx.kept_norms = [], []
+        ctx.kept_scores, ctx.kept = [], []
         # Types are chosen by now; in CUDA's autocast the norm would give float32.
         with torch.autocast(x.device.type, enabled=False), torch.inference_mode():
             for rectangle in rectangles:
                 rows, heads = rectangle.rows, (rectangle.shape[0], num_heads)
-                activated = F.silu(_by_head(x[rows] @ weight.T, heads), inplace=True)
+                projected = _by_head(x[rows] @ weight.T, heads)
+                activated = F.silu(projected)
                 u, v, q, k = activated.split(sizes, -1)  # (G * H, L, .)
                 shares = v / maxlen  # before the sum, which would leave the range of float16
                 attended = torch.empty_like(v)  # A V
@@ -213,7 +214,7 @@ class GatedAttention(torch.autograd.Function):
                 normed, _, rstd = torch.native_layer_norm(
                     _by_event(attended, heads), out.shape[1:], None, None, NORM_EPS
                 )  # (G * L, H * dv), (G * L, 1)
-                ctx.kept_norms.append((normed, rstd / maxlen))  # the way back is of N A V
+                ctx.kept.append((projected, normed, rstd / maxlen))  # the way back is of N A V
                 torch.mul(_by_event(u, heads), normed, out=out[rows])
         ctx.save_for_backward(x, weight, position_weight, time_weight)
         ctx.rectangles, ctx.sizes, ctx.maxlen = rectangles, sizes, maxlen
@@ -231,14 +232,13 @@ class GatedAttention(torch.autograd.Function):
             for weight, table in zip((position_weight, time_weight), biases, strict=True)
         )
         with torch.inference_mode():
-            for rectangle, kept in zip(ctx.rectangles[::-1], ctx.kept_norms[::-1], strict=True):
+            for rectangle in reversed(ctx.rectangles):
                 rows, heads = rectangle.rows, (rectangle.shape[0], num_heads)
-                projected = _by_head(x[rows] @ weight.T, heads)  # (G * H, L, sum of sizes)
+                projected, normed, rstd = ctx.kept.pop()
                 activated, slope = _silu_and_slope(projected)
                 u, *vqk = activated.split(ctx.sizes, -1)  # (G * H, L, .)
                 grad = torch.empty_like(activated)
                 u_grad, *vqk_grads = grad.split(ctx.sizes, -1)
-                normed, rstd = kept
                 torch.mul(_by_head(grad_out[rows], heads), _by_head(normed, heads), out=u_grad)
                 attended_grad = _norm_grad(grad_out[rows] * _by_event(u, heads), normed, rstd)
                 attended_grad = _by_head(attended_grad, heads)  # (G * H, L, dv)
