@@ -18,8 +18,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from reproduce import IDS_AND_TIMES, RESULTS, SMALL, environment
 
+import hstu_components
 import main as main_module
-import updates
 
 FLAGS = (
     f"{IDS_AND_TIMES} {SMALL} --lr=0.003 --infonce_temp=0.05 --num_epochs=20 "
@@ -39,9 +39,8 @@ def main() -> None:
         "command": f"python benchmarks/row_updates.py {' '.join(sys.argv[1:])}",
         "flags": " ".join(flags),
     }
-    by_rows = updates.give_sparse_gradients
-    for name, give_gradients in (("rows", by_rows), ("whole", lambda model: None)):
-        updates.give_sparse_gradients = give_gradients
+    for name, dense_rows in (("rows", 0), ("whole", sys.maxsize)):
+        hstu_components.DENSE_ROWS = dense_rows
         folder = Path(args.work_dir) / f"{name}_seed{args.seed}"
         if main_module.main([*flags, f"--output_dir={folder}", f"--log_dir={folder}/logs"]):
             sys.exit(1)
