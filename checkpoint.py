@@ -132,8 +132,8 @@ def load_newest_state(folder: str | Path) -> dict[str, Any] | None:
             problems.append(name)
     if problems:
         raise DataError(
-            f"{folder}: every saved state is damaged ({', '.join(problems)}); remove them or "
-            "choose another --output_dir to start afresh"
+            f"{folder}: every saved state is damaged ({', '.join(problems)}); start afresh with "
+            "--resume none --overwrite, or choose another --output_dir"
         )
     return None
 

@@ -202,7 +202,7 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     run(
         "--overwrite",
         action="store_true",
-        help="with --resume none: remove the checkpoints in output_dir",
+        help="with --resume none or another folder's state: remove the checkpoints in output_dir",
     )
     run(
         "--save_every_steps",

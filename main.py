@@ -174,6 +174,8 @@ def train(args: argparse.Namespace) -> None:
             check_same_step(run)
         if not run.progress.is_finished:
             announce(run, datasets)
+            if rank() == 0:  # those of a run that was here before
+                (output_dir / "metrics.json").unlink(missing_ok=True)
             first_step = run.progress.step + 1
             lengths = run.updater.total_steps, args.num_epochs, args.log_every
             with RunLog(args.log_dir, first_step, *lengths) as run_log:

@@ -62,17 +62,11 @@ def resume(run: Run) -> None:
 
     Raises:
         DataError: the state belongs to other flags or other data, or output_dir holds a run that
-            --resume none would overwrite.
+            would be overwritten.
     """
     args, output_dir = run.args, Path(run.args.output_dir)
     if args.resume == "none":
-        if list(output_dir.glob("*.pt")) and not args.overwrite:
-            raise DataError(
-                f"{output_dir}: holds checkpoints; choose an empty --output_dir, or add --overwrite"
-            )
-        for pattern in ("model_*.pt", "resume_*.pt", "checkpoints.json", "metrics.json"):
-            for old in output_dir.glob(pattern) if rank() == 0 else ():
-                old.unlink()
+        clear(output_dir, args.overwrite)
         return
     is_auto = args.resume == "auto"
     state = load_newest_state(output_dir) if is_auto else load_checkpoint(args.resume)
@@ -91,8 +85,35 @@ def resume(run: Run) -> None:
     run.updater.load_state_dict(state)
     set_random_states(state["random"])
     run.progress = Progress(**state["progress"])
+    if not is_auto:
+        bring_best(run, Path(args.resume).parent)
     if not run.progress.is_finished:
         log.info("resuming at epoch %d, step %d", run.progress.epoch + 1, run.progress.step)
+
+
+def clear(output_dir: Path, overwrite: bool) -> None:
+    """Make room for a run that does not go on from what lies in its folder."""
+    if list(output_dir.glob("*.pt")) and not overwrite:
+        raise DataError(
+            f"{output_dir}: holds checkpoints; choose an empty --output_dir, or add --overwrite"
+        )
+    for pattern in ("model_*.pt", "resume_*.pt", "checkpoints.json"):
+        for old in output_dir.glob(pattern) if rank() == 0 else ():
+            old.unlink()
+
+
+def bring_best(run: Run, source: Path) -> None:
+    """The best model so far, from the folder of the state that the run goes on from."""
+    output_dir, progress = Path(run.args.output_dir), run.progress
+    if source.resolve() == output_dir.resolve():
+        return
+    best = None
+    if progress.best_epoch:
+        best = load_checkpoint(source / f"model_epoch_{progress.best_epoch}.pt")
+    clear(output_dir, run.args.overwrite)
+    wait_for_all()  # or another rank would find the new file
+    if best and rank() == 0:
+        save_checkpoint(output_dir / "model_best.pt", best, progress.step)
 
 
 def check_same_step(run: Run) -> None:

@@ -335,6 +335,36 @@ def test_resume_from_a_named_state(tmp_path, data):
     assert (whole / "model_epoch_2.pt").read_bytes() == (resumed / "model_epoch_2.pt").read_bytes()
 
 
+def test_a_state_of_another_folder_brings_its_best_model_along(tmp_path, data):
+    flags = ["--lr=30", "--warmup_steps=0", "--early_stop_on=loss"]  # so that the first epoch stays the best
+    whole = run(tmp_path, data, *flags, "--save_every_steps=5")
+    assert metrics(whole)["best_epoch"] == 1
+    resumed = run(tmp_path, data, *flags, f"--resume={whole}/resume_5.pt", name="o")
+    assert (whole / "model_best.pt").read_bytes() == (resumed / "model_best.pt").read_bytes()
+    assert metrics(whole) == metrics(resumed)
+
+
+def test_a_state_of_another_folder_overwrites_no_run_unasked(tmp_path, data, capsys):
+    whole = run(tmp_path, data, "--save_every_steps=5")
+    other = run(tmp_path, data, "--lr=0.5", name="o")
+    before = {path.name: path.read_bytes() for path in other.glob("*.*")}
+    folders = [f"--data_dir={data}", f"--output_dir={other}", f"--log_dir={other}/logs"]
+    assert main([*folders, *SMALL, f"--resume={whole}/resume_5.pt"]) == 1
+    assert "holds checkpoints" in capsys.readouterr().err
+    assert before == {path.name: path.read_bytes() for path in other.glob("*.*")}
+    run(tmp_path, data, f"--resume={whole}/resume_5.pt", "--overwrite", name="o")
+    assert metrics(whole) == metrics(other)
+
+
+def test_metrics_of_an_earlier_run_are_never_taken_for_those_of_this_one(tmp_path, data):
+    output_dir = run(tmp_path, data)
+    for old in [*output_dir.glob("*.pt"), output_dir / "checkpoints.json"]:
+        old.unlink()
+    first = metrics(output_dir)
+    run(tmp_path, data, "--lr=0.5")
+    assert metrics(output_dir) != first
+
+
 # ---------------------------------------------------------------------------------------- inference
 
 
