@@ -163,6 +163,7 @@ class HSTUModel(nn.Module):
         if not self.config.user_features:
             return None
         users = self._encode_features(self.config.user_features, self.user_tables, user_ids, {})
+        users = users * (user_ids > 0)[:, None]  # of user 0 nothing is known, not numbers of 0
         return users.repeat_interleave(  # (T, D)
             lengths.to(users.device), dim=0, output_size=int(lengths.sum())
         )

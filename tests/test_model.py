@@ -151,6 +151,13 @@ def test_every_parameter_tensor_gets_a_gradient(tiny, negatives):
     assert dead == []
 
 
+def test_a_user_that_is_not_known_adds_nothing(tiny):
+    model = make_model(tiny)
+    assert any(spec["kind"] == "continual" for spec in model.config.user_features.values())
+    users = model._users(torch.tensor([0, 3]), torch.tensor([2, 1]))
+    assert not users[:2].any() and users[2].any()
+
+
 def test_future_events_cannot_move_a_users_earlier_queries(tiny):
     model, batch = make_model(tiny), make_batch(tiny)
     changed = batch._replace(item_index=batch.item_index.clone())
