@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import math
 import re
 import sys
 import time
@@ -309,6 +310,11 @@ def train_epochs(run: Run, datasets: dict[str, MyDataset], run_log: RunLog) -> N
             save_run(run)  # after the epoch's last batch too: it goes on with the validation
             raise Stopped(stop.number, where_to_go_on(run)) from None
         metrics = ranking.metrics() if ranking else {}
+        if ranking and not math.isfinite(ranking.loss):
+            raise DataError(
+                f"epoch {progress.epoch + 1}: validation loss {ranking.loss}; nothing of it was "
+                "saved. Lower --lr or raise --infonce_temp, and check the features for huge values"
+            )
         count_epoch(progress, metrics, args)
         train_loss = progress.loss_sum / max(1, progress.loss_steps)
         progress.loss_sum, progress.loss_steps = 0.0, 0
