@@ -13,7 +13,14 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from atomic_io import DataError, atomic_write, sweep_temporaries, write_hashed, write_json
+from atomic_io import (
+    DataError,
+    atomic_write,
+    sha256_of,
+    sweep_temporaries,
+    write_hashed,
+    write_json,
+)
 from checkpoint import differences, load_checkpoint, load_weights
 from data_folder import Manifest, original_ids, read_candidates, read_manifest
 from dataset import Batch, BatchSampler, MyDataset, emb_pieces, emb_size
@@ -48,7 +55,8 @@ def infer(args: argparse.Namespace, model_class: type[HSTUModel]) -> None:
         model = load_model(args, model_class, manifest)
         catalogue = candidates_of(args, model) if args.candidates else all_items(args, model)
     config = model.config
-    origin = {"checkpoint": path.name, "item_ids": catalogue.id_kind}
+    origin = {"checkpoint": path.name, "checkpoint_sha256": sha256_of(path)}
+    origin["item_ids"] = catalogue.id_kind
     folder, shape = output_dir / "item_embeddings", (len(catalogue.ids), config.hidden_units)
     publish(folder, shape, embed(model, catalogue), {"id.u64bin": catalogue.ids}, origin)
     if "test" not in manifest.targets:

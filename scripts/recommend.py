@@ -56,6 +56,7 @@ class Export(NamedTuple):
     item_names: list[str]  # (X + 1) empty where there is none
     user_ids: list[str]  # (U + 1)
     checkpoint: str  # file name
+    checkpoint_sha256: str
 
 
 class Question(NamedTuple):
@@ -152,7 +153,8 @@ def open_export(args: argparse.Namespace) -> Export:
             f"of, or export again: {export_command(args)}"
         )
     names = read_item_names(args.data_dir, manifest.num_items)
-    return Export(manifest, embeddings, item_ids, names, user_ids, origin["checkpoint"])
+    of_model = origin["checkpoint"], origin["checkpoint_sha256"]
+    return Export(manifest, embeddings, item_ids, names, user_ids, *of_model)
 
 
 def read_folder(args: argparse.Namespace, name: str) -> tuple[dict, torch.Tensor, np.ndarray]:
@@ -162,7 +164,7 @@ def read_folder(args: argparse.Namespace, name: str) -> tuple[dict, torch.Tensor
         raise DataError(f"{folder}: no export there; make one: {export_command(args)}")
     manifest = read_json(folder / "manifest.json")
     embeddings, ids = load_emb(folder / "embedding.fbin"), load_emb(folder / "id.u64bin")
-    fields = {"checkpoint", "item_ids"}
+    fields = {"checkpoint", "checkpoint_sha256", "item_ids"}
     if not isinstance(manifest, dict) or fields - manifest.keys() or len(ids) != len(embeddings):
         raise DataError(f"{folder}: damaged; export again: {export_command(args)}")
     return manifest, torch.from_numpy(embeddings), ids[:, 0]
@@ -221,7 +223,7 @@ def ask_export(args: argparse.Namespace, export: Export) -> Question:
     origin, queries, ids = read_folder(args, "user_embeddings")
     name = args.user if origin.get("user_ids") == "original" else str(user)
     rows = np.flatnonzero(ids.astype(str) == name)
-    is_of_items = origin["checkpoint"] == export.checkpoint
+    is_of_items = origin["checkpoint_sha256"] == export.checkpoint_sha256
     if len(rows) != 1 or not is_of_items or queries.shape[1] != export.embeddings.shape[1]:
         raise DataError(
             f"{args.output_dir / 'user_embeddings'}: not of the export in item_embeddings, or of "
