@@ -24,6 +24,7 @@ log = logging.getLogger("hstu")
 
 REGISTER = "checkpoints.json"
 KEPT_STATES = 2
+_STATE_NAME = r"resume_\d+\.pt"
 # What torch.load raises on damaged bytes.
 _FAULTS = (ArithmeticError, AssertionError, AttributeError, EOFError, LookupError, OSError)
 _FAULTS += (RuntimeError, TypeError, ValueError, pickle.UnpicklingError, struct.error)
@@ -32,8 +33,8 @@ _FAULTS += (RuntimeError, TypeError, ValueError, pickle.UnpicklingError, struct.
 def save_checkpoint(path: str | Path, content: Mapping[str, Any], step: int) -> None:
     """Write `content` durably, then enter its size, SHA-256 and step into checkpoints.json.
 
-    Equal content gives equal bytes in any process. An old file's entry goes before the file does:
-    a kill in between leaves a file without an entry, never a good one that looks damaged.
+    Equal content gives equal bytes in any process. An old file's hash goes before the file does: a
+    kill in between leaves the old file or the new one, whole, and no hash that it could not match.
 
     Args:
         path: a .pt file; its folder's register is updated.
@@ -43,7 +44,8 @@ def save_checkpoint(path: str | Path, content: Mapping[str, Any], step: int) -> 
     path, sizes = Path(path), {}
     canonical = _canonical(content, sizes)
     register = read_register(path.parent)
-    if register.pop(path.name, None):
+    if path.name in register:
+        del register[path.name]["sha256"]
         write_json(path.parent / REGISTER, register)
     with atomic_write(path, sum(sizes.values())) as file:
         _save(canonical, file)
@@ -80,8 +82,8 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
     if not path.is_file():
         raise DataError(f"{path}: no such checkpoint file")
     entry = read_register(path.parent).get(path.name)
-    if entry is None:
-        log.warning("%s: not in %s, so its integrity is not verified", path, REGISTER)
+    if entry is None or "sha256" not in entry:
+        log.warning("%s: no hash in %s, so its integrity is not verified", path, REGISTER)
     elif (found := sha256_of(path)) != entry["sha256"]:
         raise DataError(
             f"{path}: SHA-256 {found[:12]}..., but {REGISTER} says {entry['sha256'][:12]}...; the "
@@ -110,7 +112,7 @@ def save_state(folder: str | Path, content: Mapping[str, Any], step: int) -> Non
             folder / REGISTER, {name: e for name, e in register.items() if name not in outdated}
         )
     for path in folder.glob("resume_*.pt"):
-        if path.name not in kept:
+        if path.name not in kept and re.fullmatch(_STATE_NAME, path.name):
             path.unlink()
 
 
@@ -140,7 +142,7 @@ def load_newest_state(folder: str | Path) -> dict[str, Any] | None:
 
 def _states(register: Mapping[str, Any]) -> list[str]:
     """Names of the resumable states, newest first."""
-    names = [name for name in register if re.fullmatch(r"resume_\d+\.pt", name)]
+    names = [name for name in register if re.fullmatch(_STATE_NAME, name)]
     return sorted(names, key=lambda name: register[name]["step"], reverse=True)
 
 
