@@ -12,6 +12,7 @@ import re
 import sys
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
+from itertools import cycle
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -38,6 +39,7 @@ with suppress(ImportError):  # said in main
 
 # Okabe and Ito's colours, which colour-blind people can tell apart.
 COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"]
+LINES = [{"color": colour, "linestyle": style} for style in ("-", "--", ":") for colour in COLOURS]
 STYLE = {
     "font.size": 12,
     "axes.titlesize": 12,
@@ -117,10 +119,11 @@ def load_run(output_dir: Path, data_dir: str) -> tuple[Run, Mapping]:
 
 def read_curves(log_dir: str) -> dict[str, list[float]]:
     """Tag -> a value per epoch, of the tags that have one."""
-    events = EventAccumulator(log_dir, {"scalars": 0}).Reload()
-    tags = [
-        tag for tag in events.Tags()["scalars"] if re.match("Metrics|Loss/(valid|train_epoch)", tag)
-    ]
+    tags = []
+    if Path(log_dir).is_dir():
+        events = EventAccumulator(log_dir, {"scalars": 0}).Reload()
+        wanted = "Metrics|Loss/(valid|train_epoch)"
+        tags = [tag for tag in events.Tags()["scalars"] if re.match(wanted, tag)]
     if not tags:
         raise DataError(f"{log_dir}: no curves there; name the --log_dir of the training")
     return {tag: [event.value for event in events.Scalars(tag)] for tag in tags}
@@ -213,8 +216,8 @@ def draw_time_bias(layers: Iterable[Tensor], span: int) -> Figure:
     buckets = time_buckets(seconds).long()
     used = buckets.unique()  # a few cover no whole second
     middles = [seconds[buckets == bucket].log().mean().exp().item() for bucket in used]
-    for number, (weights, colour) in enumerate(zip(layers, COLOURS, strict=False), 1):
-        ax.plot(middles, weights[used], label=f"layer {number}", color=colour)
+    for number, (weights, line) in enumerate(zip(layers, cycle(LINES), strict=False), 1):
+        ax.plot(middles, weights[used], label=f"layer {number}", **line)
     ax.set_xscale("log")
     marks = {text: at for text, at in UNITS.items() if at <= max(2, span)}
     ax.set_xticks(list(marks.values()), list(marks), rotation=30)
@@ -226,9 +229,9 @@ def draw_time_bias(layers: Iterable[Tensor], span: int) -> Figure:
 
 def draw_position_bias(layers: Iterable[Tensor]) -> Figure:
     figure, (ax,) = make_figure(3.6, "What attention has learnt about places")
-    for number, (weights, colour) in enumerate(zip(layers, COLOURS, strict=False), 1):
+    for number, (weights, line) in enumerate(zip(layers, cycle(LINES), strict=False), 1):
         places = range(1, len(weights) + 1)
-        ax.plot(places, weights, label=f"layer {number}", color=colour)
+        ax.plot(places, weights, label=f"layer {number}", **line)
     ax.set_xscale("log")
     marks = [at for at in (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000) if at <= len(weights)]
     ax.set_xticks(marks, map(str, marks))

@@ -125,6 +125,15 @@ def test_biases_are_those_of_each_layer_where_there_was_data(trained):
     assert list(ax.lines[0].get_ydata()) == [0, 1, 2, 3, 4, 5]
 
 
+def test_each_of_many_layers_has_a_line_of_its_own():
+    for figure in (
+        plot_run.draw_time_bias([torch.rand(129) for _ in range(16)], span=3600),
+        plot_run.draw_position_bias([torch.rand(9) for _ in range(16)]),
+    ):
+        lines = [line for line in figure.axes[0].lines if line.get_label().startswith("layer")]
+        assert len({(line.get_color(), line.get_linestyle()) for line in lines}) == 16 == len(lines)
+
+
 def test_the_longest_span_is_that_of_one_users_events(trained):
     offsets = np.fromfile(trained / "data" / "train_offsets.bin", np.int64)
     times = np.fromfile(trained / "data" / "train_data.bin", EVENT_DTYPE)["timestamp"]
@@ -144,6 +153,11 @@ def test_a_wrong_folder_is_one_line(flag, message, trained, tmp_path, capsys):
     write_tiny(tmp_path / "other", seed=1)
     assert plot_run.main(folders_of(trained, **{flag: tmp_path / "other"})) == 1
     assert_one_line(capsys.readouterr().err, message)
+
+
+def test_a_log_folder_that_is_not_there_is_one_line(trained, tmp_path, capsys):
+    assert plot_run.main(folders_of(trained, log_dir=tmp_path / "nowhere")) == 1
+    assert_one_line(capsys.readouterr().err, "no curves there")
 
 
 def test_a_missing_matplotlib_is_one_line(trained, monkeypatch, capsys):
