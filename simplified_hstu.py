@@ -427,7 +427,7 @@ class HSTU(nn.Module):
         **block: Any,
     ):
         super().__init__()
-        self.time_bias = time_bias
+        self.time_bias, self.num_heads = time_bias, block["num_heads"]
         self.gradient_checkpointing = gradient_checkpointing
         has_time_bias = time_bias != "off"
         self.blocks = nn.ModuleList(
@@ -452,7 +452,7 @@ class HSTU(nn.Module):
             return x
         query_times = {"request": target_timestamps, "event": timestamps, "off": None}
         rectangles, rows = cut_rectangles(
-            offsets, timestamps, query_times[self.time_bias], self.blocks[0].num_heads
+            offsets, timestamps, query_times[self.time_bias], self.num_heads
         )
         x = x.new_zeros(rectangles[-1].rows.stop, x.shape[1]).index_copy(0, rows, x)  # (T', D)
         for block in self.blocks:
@@ -470,4 +470,5 @@ class HSTU(nn.Module):
         The attention itself loops over rectangles, whose number and shapes follow the lengths.
         """
         for block in self.blocks:
-            block.merge = torch.compile(block.merge, dynamic=True)
+            if isinstance(block, HSTUAttention):  # not one of your own
+                block.merge = torch.compile(block.merge, dynamic=True)

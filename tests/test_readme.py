@@ -123,7 +123,7 @@ def test_the_custom_attention_of_the_readme_trains(small_run):
     _, flags = small_run
     scope: dict = {}
     exec(extension("Another attention"), scope)
-    assert main_module.main(flags) == 0
+    assert main_module.main([*flags, "--num_blocks=1"]) == 0
 
 
 def test_the_custom_metric_of_the_readme_is_reported(small_run):

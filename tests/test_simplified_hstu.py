@@ -294,6 +294,14 @@ def test_compiled_blocks_give_the_same_for_all_lengths_without_compiling_again(e
         torch.testing.assert_close(found, run_hstu(plain, events[first:], offsets))
 
 
+def test_compiling_leaves_a_block_of_ones_own_as_it_is(events):
+    hstu = make_hstu()
+    hstu.blocks[0] = torch.nn.Identity()
+    hstu.blocks[0].forward = lambda x, rectangles: x
+    hstu.compile_blocks()
+    assert not hasattr(hstu.blocks[0], "merge")
+
+
 def test_at_initialisation_the_signal_is_finite_and_differs_at_every_position():
     torch.manual_seed(0)
     hstu = HSTU(2, "request", hidden_units=64, num_heads=1, attention_dim=64, linear_dim=64,
