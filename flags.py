@@ -241,6 +241,10 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if args.inference_only and not args.state_dict_path:
         parser.error("--inference_only needs --state_dict_path: a model_*.pt file of a training")
+    if not args.inference_only and (args.state_dict_path or args.candidates):
+        parser.error("--state_dict_path and --candidates are for --inference_only")
+    if args.overwrite and args.resume == "auto":
+        parser.error("--overwrite is for --resume none, or for the state of another folder")
     return args
 
 

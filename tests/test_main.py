@@ -253,6 +253,14 @@ def test_log_every_sets_the_steps_of_the_curves(tmp_path, data):
     assert [step for step, _ in scalars(output_dir, "Loss/valid")] == [3, 6]
 
 
+def test_a_validation_that_is_not_finite_ends_the_run_without_a_model(tmp_path, data, capsys):
+    folders = [f"--data_dir={data}", f"--output_dir={tmp_path}/o", f"--log_dir={tmp_path}/logs"]
+    assert main([*folders, *SMALL, "--lr=1e20", "--warmup_steps=0", "--batch_size=64"]) == 1
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "validation loss nan" in error and "Lower --lr" in error
+    assert not list(tmp_path.rglob("*.pt"))
+
+
 # ------------------------------------------------------------------------------------------- resume
 
 
@@ -336,7 +344,8 @@ def test_resume_from_a_named_state(tmp_path, data):
 
 
 def test_a_state_of_another_folder_brings_its_best_model_along(tmp_path, data):
-    flags = ["--lr=30", "--warmup_steps=0", "--early_stop_on=loss"]  # so that the first epoch stays the best
+    # So that the first epoch stays the best.
+    flags = ["--lr=30", "--warmup_steps=0", "--early_stop_on=loss"]
     whole = run(tmp_path, data, *flags, "--save_every_steps=5")
     assert metrics(whole)["best_epoch"] == 1
     resumed = run(tmp_path, data, *flags, f"--resume={whole}/resume_5.pt", name="o")
@@ -506,6 +515,7 @@ def test_a_checkpoint_of_other_data_is_refused(tmp_path, data, capsys):
     [
         ["--batch_size=0"], ["--lr=nan"], ["--infonce_temp=0"], ["--maxlen=0"],
         ["--num_workers=-1"], ["--dropout_rate=1"], ["--clip_grad=-1"], ["--negatives=none"],
+        ["--state_dict_path=model_best.pt"], ["--candidates=new"], ["--overwrite"],
     ],
 )  # fmt: skip
 def test_a_wrong_flag_is_argparses_error(flags, capsys):
