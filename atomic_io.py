@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import hashlib
 import json
 import math
@@ -13,11 +14,6 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
-
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None
 
 _HASH_BLOCK = 1 << 20  # bytes
 
@@ -97,14 +93,11 @@ def _sync_folder(folder: Path) -> None:
 def hold_folder(folder: str | Path) -> Iterator[None]:
     """Keep other processes from holding `folder`, until this one leaves the block or dies.
 
-    Where there are no such locks, on Windows and on some network disks, nothing happens.
+    Where there are no such locks, as on some network disks, nothing happens.
 
     Raises:
         DataError: another process holds it.
     """
-    if fcntl is None:
-        yield
-        return
     with open(Path(folder) / ".lock", "a+") as file:
         try:
             # Not flock: loader processes would inherit it, and outlive a parent that is killed.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import multiprocessing
-import os
 import signal
 import sys
 import threading
@@ -14,8 +13,7 @@ from typing import Any, TypeVar
 
 T = TypeVar("T")
 
-_NAMES = ("SIGINT", "SIGTERM", "SIGUSR1")  # SIGUSR1: a scheduler's warning; Windows has none
-SIGNALS = [number for number in signal.Signals if number.name in _NAMES]
+SIGNALS = [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1]  # the last: a scheduler's warning
 PATIENCE = 2  # seconds that a stop waits for a batch
 
 
@@ -52,8 +50,7 @@ class StopSignals:
 
     def __exit__(self, *_: object) -> None:
         if self._number is not None:
-            if os.name == "posix":
-                signal.signal(signal.SIGCHLD, _do_nothing)  # torch's, if loaders came after ours
+            signal.signal(signal.SIGCHLD, _do_nothing)  # torch's, if loaders came after ours
             for loader in multiprocessing.active_children():
                 loader.kill()  # torch gives each that hangs 5 s, one after the other
         while self._handlers:  # a signal that comes meanwhile adds the alarm's, to the end
@@ -112,13 +109,12 @@ class StopSignals:
         self._number = self._number or number
         if number == signal.SIGINT:
             signal.signal(number, signal.SIG_DFL)
-        if os.name == "posix":
-            # Or torch would raise for a loader that the same signal has ended, in the middle of a
-            # step. For good: the loaders are joined at the very end.
-            signal.signal(signal.SIGCHLD, _do_nothing)
-            before = signal.signal(signal.SIGALRM, self._give_up)
-            self._handlers.setdefault(signal.SIGALRM, before)
-            signal.alarm(PATIENCE)
+        # Or torch would raise for a loader that the same signal has ended, in the middle of a step.
+        # For good: the loaders are joined at the very end.
+        signal.signal(signal.SIGCHLD, _do_nothing)
+        before = signal.signal(signal.SIGALRM, self._give_up)
+        self._handlers.setdefault(signal.SIGALRM, before)
+        signal.alarm(PATIENCE)
 
     def _give_up(self, *_: object) -> None:
         if self._is_waiting:

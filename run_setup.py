@@ -94,7 +94,9 @@ def wanted(values: list[str]) -> str | list[str]:
 def make_loader(
     dataset: MyDataset, sampler: BatchSampler, device: torch.device, num_workers: int
 ) -> DataLoader:
-    num_workers = min(num_workers, len(os.sched_getaffinity(0)))
+    has_affinity = hasattr(os, "sched_getaffinity")  # macOS has none
+    num_cores = len(os.sched_getaffinity(0)) if has_affinity else os.cpu_count()
+    num_workers = min(num_workers, num_cores)
     return DataLoader(
         dataset,
         batch_sampler=sampler,

@@ -79,7 +79,7 @@ def resume(run: Run) -> None:
         raise DataError(
             f"{output_dir if is_auto else args.resume}: was trained with other settings: "
             + "; ".join(changed)
-            + ". Use the same ones, or another --output_dir"
+            + ". Use the same ones, or another --output_dir and --log_dir"
         )
     load_weights(run.model, state["weights"], args.resume)
     run.updater.load_state_dict(state)
