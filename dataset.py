@@ -113,12 +113,13 @@ class MyDataset(Dataset):
             not be a negative: it could only be pushed away, whatever its features say.
         has_logq: correct in-batch negatives for how often their items come (needs item_counts).
         request_time: Unix seconds of a query whose target is unknown; None: its last event's.
+        request_action: action type of a target that is unknown; -1: unknown, too.
         host_vectors: feature id -> features.Feature of kind "emb" whose rows batches bring along.
         has_windows: of "train": a sequence with more events is cut into windows, each an index of
             its own, such that every event but the first is predicted once; else the newest alone.
 
     Raises:
-        DataError: files are missing, or do not fit together.
+        DataError: files are missing, or do not fit together; or there is no such action type.
         ValueError: no such `negatives`, or none of them.
     """
 
@@ -132,6 +133,7 @@ class MyDataset(Dataset):
         item_counts: np.ndarray | None = None,
         has_logq: bool = False,
         request_time: int | None = None,
+        request_action: int = -1,
         host_vectors: Mapping[str, Any] | None = None,
         has_windows: bool = False,
     ):
@@ -139,10 +141,19 @@ class MyDataset(Dataset):
             raise ValueError(f"negatives {negatives!r} with num_negatives {num_negatives}: no loss")
         self.data_dir, self.split, self.maxlen = Path(data_dir), split, maxlen
         self.negatives, self.num_negatives = negatives, num_negatives
-        self.has_logq, self.request_time = has_logq, request_time
+        self.has_logq, self.request_time, self.request_action = (
+            has_logq,
+            request_time,
+            request_action,
+        )
         manifest = read_manifest(self.data_dir)
         self.num_items, self.num_users = manifest.num_items, manifest.num_users
         self.num_action_types = manifest.num_action_types
+        if request_action >= self.num_action_types:
+            raise DataError(
+                f"--request_action {request_action}: {data_dir} has {self.num_action_types} action "
+                "types, from 0"
+            )
         self.host_vectors = dict(host_vectors or {})
         self.item_counts = item_counts
         self.trained_ids = np.arange(1, self.num_items + 1, dtype=np.int32)
@@ -258,7 +269,7 @@ class MyDataset(Dataset):
         actions = sequences.events["action_type"].astype(np.int64)
         target_actions = actions[nexts]
         if not has_target:
-            target_actions[last] = -1
+            target_actions[last] = self.request_action
         items = self._index_items(sequences.events["item_id"], inputs, nexts, has_next, seed)
         arrays = items | {
             "action_types": actions[inputs],

@@ -62,6 +62,7 @@ def infer(args: argparse.Namespace, model_class: type[HSTUModel]) -> None:
     if "test" not in manifest.targets:
         return
     options = {"negatives": "batch", "request_time": args.request_time}
+    options["request_action"] = args.request_action
     dataset = MyDataset(args.data_dir, "test", config.maxlen, **options)
     if not len(dataset):
         return

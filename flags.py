@@ -32,6 +32,7 @@ FREE_FLAGS = {
     "trust_pickle",
     "top_k",
     "request_time",
+    "request_action",
     "debug",
 }
 
@@ -59,6 +60,12 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     data("--item_features", nargs="+", default=["all"], metavar="ID", help="all, none, or ids")
     data("--user_features", nargs="+", default=["all"], metavar="ID", help="all, none, or ids")
     data("--actions", action=flag, default=True, help="inputs carry the event's action type")
+    data(
+        "--target_action",
+        action=flag,
+        default=False,
+        help="inputs carry the action type of the event to be predicted, where it is known",
+    )
     data(
         "--mm_emb_id",
         nargs="*",
@@ -236,6 +243,13 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
         default=None,
         metavar="SECONDS",
         help="Unix time of queries whose target is unknown; else that of the last event",
+    )
+    run(
+        "--request_action",
+        type=at_least(-1),
+        default=-1,
+        metavar="TYPE",
+        help="action type of queries whose target is unknown, for --target_action; -1: unknown",
     )
     run("--debug", action="store_true", help="show where in the code an error was raised")
     args = parser.parse_args(argv)

@@ -221,37 +221,52 @@ def _gather_lists(values: Tensor, offsets: Tensor, rows: Tensor) -> tuple[Tensor
 
 
 class LearnablePositionalEmbeddingInputFeaturesPreprocessor(nn.Module):
-    """An event's input: item * sqrt(D) + position + action type + user, then dropout.
+    """An event's input: item * sqrt(D) + position + action types + user, then dropout.
 
     Positions count from the oldest event kept. Reference input_features_preprocessors.py, class of
     the same name; action types and users are ours.
     """
 
-    def __init__(self, maxlen: int, hidden_units: int, num_action_types: int, dropout_rate: float):
-        """`num_action_types` 0: the input does not carry the action type."""
+    def __init__(
+        self,
+        maxlen: int,
+        hidden_units: int,
+        num_action_types: int,
+        num_target_action_types: int,
+        dropout_rate: float,
+    ):
+        """Of 0 action types, of the event or of the one to be predicted, inputs carry none."""
         super().__init__()
         self.scale = math.sqrt(hidden_units)
         self.pos_emb = nn.Embedding(maxlen, hidden_units)
         nn.init.trunc_normal_(self.pos_emb.weight, std=INIT_STD)
-        self.action_emb = (
-            SparseEncoder(hidden_units, num_action_types) if num_action_types else None
+        self.action_emb, self.target_action_emb = (
+            SparseEncoder(hidden_units, size) if size else None
+            for size in (num_action_types, num_target_action_types)
         )
         self.dropout = Dropout(dropout_rate)
 
     def forward(
-        self, items: Tensor, positions: Tensor, action_types: Tensor, users: Tensor | None
+        self,
+        items: Tensor,
+        positions: Tensor,
+        action_types: Tensor,
+        target_action_types: Tensor,
+        users: Tensor | None,
     ) -> Tensor:
         """Inputs of the encoder, (T, D).
 
         Args:
             items: (T, D) item tower outputs.
             positions: (T,) int64 in 0..N-1.
-            action_types: (T,) int64, -1 unknown.
+            action_types, target_action_types: (T,) int64, -1 unknown.
             users: (T, D) the event's user's vector, or None.
         """
         x = torch.add(self.pos_emb(positions), items, alpha=self.scale)  # (T, D)
         if self.action_emb is not None:
             x = x + self.action_emb(action_types + 1)
+        if self.target_action_emb is not None:
+            x = x + self.target_action_emb(target_action_types + 1)
         if users is not None:
             x = x + users
         return self.dropout(x)

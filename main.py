@@ -202,6 +202,7 @@ def open_datasets(
         "num_negatives": args.num_negatives,
         "has_logq": args.logq,
         "request_time": args.request_time,
+        "request_action": args.request_action,
         "host_vectors": host_vectors,
     }
     counts = count_items(args.data_dir, "train", manifest.num_items)
@@ -271,6 +272,7 @@ def make_config(
     return HSTUConfig(
         num_items=manifest.num_items,
         num_action_types=manifest.num_action_types if args.actions else 0,
+        num_target_action_types=manifest.num_action_types if args.target_action else 0,
         item_features=specs[0],
         user_features=specs[1],
         maxlen=args.maxlen,

@@ -49,6 +49,7 @@ class HSTUConfig:
 
     num_items: int
     num_action_types: int  # 0: inputs do not carry the action type
+    num_target_action_types: int  # 0: nor that of the event to be predicted
     item_features: dict[str, dict[str, Any]]
     user_features: dict[str, dict[str, Any]]
     maxlen: int
@@ -93,7 +94,11 @@ class HSTUModel(nn.Module):
         self.item_tables = FeatureTables(item_features, on_host)
         self.user_tables = FeatureTables(user_features)
         self.input_preprocessor = LearnablePositionalEmbeddingInputFeaturesPreprocessor(
-            config.maxlen, width, config.num_action_types, config.dropout_rate
+            config.maxlen,
+            width,
+            config.num_action_types,
+            config.num_target_action_types,
+            config.dropout_rate,
         )
         self.hstu = HSTU(
             num_blocks=config.num_blocks,
@@ -155,7 +160,8 @@ class HSTUModel(nn.Module):
         # Not rows[...]: its gradient is summed by several threads in any order.
         x = rows.index_select(0, batch.item_index)  # (T, D)
         users = self._users(batch.user_ids, lengths)
-        x = self.input_preprocessor(x, positions, batch.action_types, users)  # (T, D)
+        actions = batch.action_types, batch.target_action_types
+        x = self.input_preprocessor(x, positions, *actions, users)  # (T, D)
         x = self.hstu(x, batch.offsets, batch.timestamps, batch.target_timestamps)  # (T, D)
         return self.output_postprocessor(x)  # (T, D)
 

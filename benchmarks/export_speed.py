@@ -90,6 +90,7 @@ def make_model(num_items: int, features: dict[str, Feature]) -> HSTUModel:
     config = HSTUConfig(
         num_items=num_items,
         num_action_types=0,
+        num_target_action_types=0,
         item_features={name: encoder_arguments(feature) for name, feature in features.items()},
         user_features={},
         maxlen=50,

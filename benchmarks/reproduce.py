@@ -77,6 +77,7 @@ SETTINGS = {
     "kuairand-items": ("kuairand", f"--user_features none --time_bias=off {KUAIRAND}"),
     "kuairand-users": ("kuairand", f"--time_bias=off {KUAIRAND}"),
     "kuairand-time": ("kuairand", KUAIRAND),
+    "kuairand-target-action": ("kuairand", f"{KUAIRAND} --target_action"),
 }
 # The defaults, and the same inputs and shape with other flags of optimisation.
 SETTINGS |= {
@@ -111,6 +112,7 @@ ABLATIONS = {
     "temperature-.1": "--infonce_temp=0.1",
     "windows": "--windows",
     "actions": "--actions",
+    "target-action": "--target_action",
     "adamw": "--no-muon",
 }
 SETTINGS |= {

@@ -101,14 +101,17 @@ def decoded(batch: Batch) -> dict[str, list[list[int]]]:
     return {name: split_by_sequence(batch, values) for name, values in fields.items()}
 
 
-def slow_batch(indices, split: str, maxlen: int = MAXLEN, request_time=None) -> dict[str, list]:
+def slow_batch(
+    indices, split: str, maxlen: int = MAXLEN, request_time=None, request_action: int = -1
+) -> dict[str, list]:
     """What `decoded` must give, event by event."""
     sequences = []
     for index in indices:
         events = histories()[index]
         if split == "test":  # whose target is "none" in `folder`
             seen = events[-maxlen:]
-            last = (0, -1, seen[-1][2] if request_time is None else request_time)
+            time = seen[-1][2] if request_time is None else request_time
+            last = (0, request_action, time)
             nexts = [*seen[1:], last]
         else:
             kept = events[-maxlen - 1 :]
@@ -204,9 +207,19 @@ def test_an_unknown_target_has_the_request_time(folder, time):
     assert batch.target_timestamps[batch.offsets[1:] - 1].tolist() == [time, time]
 
 
+def test_an_unknown_target_has_the_request_action(folder):
+    dataset = MyDataset(folder, "test", MAXLEN, request_action=1)
+    batch = make_batch(dataset, [1, 3])
+    assert decoded(batch) == slow_batch([1, 3], "test", request_action=1)
+    with pytest.raises(
+        DataError, match=f"--request_action {NUM_ACTIONS}: .* has {NUM_ACTIONS} act"
+    ):
+        MyDataset(folder, "test", MAXLEN, request_action=NUM_ACTIONS)
+
+
 @pytest.mark.parametrize("split", ["train", "valid"])
-def test_the_request_time_does_not_touch_known_targets(folder, split):
-    dataset = MyDataset(folder, split, MAXLEN, request_time=REQUEST_TIME)
+def test_a_request_does_not_touch_known_targets(folder, split):
+    dataset = MyDataset(folder, split, MAXLEN, request_time=REQUEST_TIME, request_action=1)
     assert decoded(make_batch(dataset, [1, 3])) == slow_batch([1, 3], split)
 
 

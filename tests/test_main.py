@@ -64,6 +64,7 @@ TRAINING_FLAGS = {
     "item_features": (["--item_features", "100"], ["--item_features", "none"]),
     "user_features": ([], ["--user_features", "103", "age"]),
     "actions": ([], ["--no-actions"]),
+    "target_action": ([], ["--target_action"]),
     "mm_emb_id": ([], ["--mm_emb_id"]),
     "mm_missing": ([], ["--mm_missing=zero"]),
     "mm_projection": ([], ["--mm_projection=frozen"]),
@@ -107,7 +108,8 @@ def test_every_flag_is_tested_for_its_effect():
         "data_dir", "output_dir", "log_dir", "num_workers", "device", "trust_pickle", "patience",
         "early_stop_on", "gradient_checkpointing", "compile", "resume", "overwrite",
         "save_every_steps", "log_every", "remove_seen", "inference_only", "state_dict_path",
-        "top_k", "request_time", "debug", "mm_emb_device", "candidates", "projector", "shard_items",
+        "top_k", "request_time", "request_action", "debug", "mm_emb_device", "candidates",
+        "projector", "shard_items",
     }  # fmt: skip
     assert set(vars(get_args([]))) == others | set(TRAINING_FLAGS)
 
@@ -472,7 +474,14 @@ def test_the_exported_config_wins_over_todays_flags(tmp_path, data):
         assert (plain / name).read_bytes() == (other / name).read_bytes()
 
 
-def test_the_request_time_is_the_query_time_of_unknown_targets(tmp_path, data):
+@pytest.mark.parametrize(
+    ("training", "request_flag"),
+    [
+        ("--time_bias=request", "--request_time=2000000000"),
+        ("--target_action", "--request_action=2"),
+    ],
+)
+def test_what_is_known_of_a_request_moves_queries(tmp_path, data, training, request_flag):
     test_split = read_split(data, "test")
     write_dataset(
         tmp_path / "data",
@@ -482,10 +491,10 @@ def test_the_request_time_is_the_query_time_of_unknown_targets(tmp_path, data):
         num_action_types=3,
         targets={"test": "none"},
     )
-    trained = run(tmp_path, tmp_path / "data", "--lr=0.1")
+    trained = run(tmp_path, tmp_path / "data", "--lr=0.1", training)
     exports = [
         infer(tmp_path, tmp_path / "data", trained / "model_best.pt", *flags, name=f"export{k}")
-        for k, flags in enumerate([[], ["--request_time=2000000000"]])
+        for k, flags in enumerate([[], [request_flag]])
     ]
     name = "user_embeddings/embedding.fbin"
     assert (exports[0] / name).read_bytes() != (exports[1] / name).read_bytes()

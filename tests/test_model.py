@@ -34,6 +34,7 @@ def make_model(data_dir, features=None, **changes) -> HSTUModel:
     config = HSTUConfig(
         num_items=manifest.num_items,
         num_action_types=manifest.num_action_types,
+        num_target_action_types=0,
         item_features={k: encoder_arguments(v) for k, v in items.items()},
         user_features={k: encoder_arguments(v) for k, v in users.items()},
         maxlen=9,
@@ -237,6 +238,14 @@ def test_action_types_move_what_the_model_says_only_if_it_has_them(tiny):
     assert not torch.allclose(make_model(tiny)(batch), make_model(tiny)(other))
     blind = make_model(tiny, num_action_types=0)
     assert torch.equal(blind(batch), blind(other))
+
+
+def test_the_targets_action_moves_what_the_model_says_only_if_it_is_to_know_it(tiny):
+    batch = make_batch(tiny)
+    other = batch._replace(target_action_types=(batch.target_action_types + 2) % 3)
+    knowing = make_model(tiny, num_target_action_types=3)
+    assert not torch.allclose(knowing(batch), knowing(other))
+    assert torch.equal(make_model(tiny)(batch), make_model(tiny)(other))
 
 
 def test_the_tower_gives_inputs_positives_negatives_and_exports_alike(tiny):
