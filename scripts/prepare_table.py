@@ -27,7 +27,8 @@ from table_features import ROLES, make_features, names_of, read_table, read_vect
 from table_source import Rows, Texts, check_columns, parsed, ranked, read_rows, texts_of
 
 # A log whose median time reaches the k-th limit is not in unit k: 1e11 seconds are the year 5138.
-TIME_UNITS, TIME_LIMITS = ("seconds", "milliseconds", "microseconds"), (1e11, 1e14)
+TIME_UNITS = ("seconds", "milliseconds", "microseconds", "nanoseconds")
+TIME_LIMITS = (1e11, 1e14, 1e17)
 MAX_ACTION_TYPES = 1000  # a column with more values than this holds no types
 VECTOR_ID = "81"  # the vectors that main.py uses without being asked
 
@@ -47,7 +48,7 @@ def main(argv: list[str] | None = None) -> int:
     args = get_args(argv)
     try:
         convert(args)
-    except DataError as error:
+    except (DataError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     return 0
@@ -91,6 +92,10 @@ def get_args(argv: list[str] | None) -> argparse.Namespace:
 
 
 def convert(args: argparse.Namespace) -> None:
+    if args.data_dir.exists() and not args.data_dir.is_dir():
+        raise DataError(
+            f"{args.data_dir}: a file, expected a folder to write or none; name another"
+        )
     if (args.data_dir / "manifest.json").exists():
         print(f"{args.data_dir}: replacing the data that is there")
     log = read_log(args)
@@ -108,12 +113,17 @@ def convert(args: argparse.Namespace) -> None:
     events = np.empty(len(order), EVENT_DTYPE)
     events["item_id"] = items[order] + 1
     events["action_type"] = log.actions[kept][order]
-    events["timestamp"] = seconds(log.times[kept][order], args.time)
+    events["timestamp"] = seconds(log.times[kept][order], args)
     show_actions(events["action_type"], log.action_names)
     offsets = np.concatenate([[0], np.bincount(users).cumsum()])
     splits = SPLITTERS[args.split](events, offsets, args)
     for split, part in splits.items():
         print(f"{split}: {len(part.user_ids):,} sequences, {len(part.events):,} events")
+    if args.split == "time" and not all(len(splits[name].user_ids) for name in ("valid", "test")):
+        raise DataError(
+            f"{args.events}: no event to predict behind a cut of --cuts; expected Unix seconds "
+            f"between {events['timestamp'].min()} and {events['timestamp'].max()}, or shares"
+        )
     if np.diff(splits["train"].offsets).max(initial=0) < 2:
         raise DataError(f"{args.events}: no user has two events to train on; split otherwise")
     tables = {
@@ -234,14 +244,38 @@ def number(column: Texts, kept: np.ndarray) -> tuple[list, np.ndarray]:
     return [ids[code] for code in order], place[codes]
 
 
-def seconds(times: np.ndarray, name: str) -> np.ndarray:
-    """Whole Unix seconds; the unit is told from the size."""
+def seconds(times: np.ndarray, args: argparse.Namespace) -> np.ndarray:
+    """Whole Unix seconds; the unit is told from the size.
+
+    Raises:
+        DataError: the times are dates without dashes, or one of them is far from all others.
+    """
     unit = sum(np.median(times) >= limit for limit in TIME_LIMITS)
-    values = np.floor(times / 1000**unit).astype(np.int64)
+    values = np.floor(times / 1000**unit)
+    if are_dates(times):
+        raise DataError(
+            f"{args.events}: {args.time} is {times[0]:.0f} and so on, a date in digits alone; "
+            "expected Unix times or ISO dates such as 2024-01-03"
+        )
+    farthest = times[np.abs(values).argmax()]
+    if abs(values).max() >= TIME_LIMITS[0]:
+        raise DataError(
+            f"{args.events}: {args.time} {farthest:g} among {TIME_UNITS[unit]}: no time of this "
+            "age; correct or remove the row"
+        )
+    values = values.astype(np.int64)
     first, last = (np.datetime64(int(value), "s") for value in (values.min(), values.max()))
-    if name != "none":
-        print(f"time: {name} in {TIME_UNITS[unit]}, {first} to {last}")
+    if args.time != "none":
+        print(f"time: {args.time} in {TIME_UNITS[unit]}, {first} to {last}")
     return values
+
+
+def are_dates(times: np.ndarray) -> bool:
+    """Whether all numbers read as year, month and day: 20240103."""
+    years, days = np.divmod(times, 10_000)
+    months, days = np.divmod(days, 100)
+    parts = ((years, 1900, 2099), (months, 1, 12), (days, 1, 31))
+    return all(((low <= part) & (part <= high)).all() for part, low, high in parts)
 
 
 def show_actions(actions: np.ndarray, names: Sequence[str]) -> None:

@@ -38,9 +38,11 @@ def read_table(
     place = {str(i): k for k, i in enumerate(ids)}
     records: list[dict[str, Any]] = [{}] * len(ids)
     num_rows = 0
-    for rows in read_rows(path, (), None):
+    for rows in read_rows(path, (), None, may_span=True):
         first = rows.records[0]
         key = key or (event_column if event_column in first else next(iter(first)))
+        if not key:  # an index that pandas has written
+            raise DataError(f"{path}: its first column has no name; say where ids are with --*_key")
         check_columns(rows, [key])
         num_rows += len(rows.records)
         for text, record in zip(texts_of(rows, key), rows.records, strict=True):
@@ -83,8 +85,9 @@ def make_features(
             role, detail = (asked[0], "as asked") if asked else guess(column, kept.get(content))
             if role != "drop":
                 kept[content] = name
-                is_taken = side == "user" and name in features["item"]
-                feature_id = f"user_{name}" if is_taken else name
+                feature_id = name
+                while any(feature_id in taken for taken in features.values()):
+                    feature_id = f"user_{feature_id}"
                 features[side][feature_id], detail = BUILDERS[role](name, column)
             print(f"  {side}  {name:24} {role:10} {detail}")
     return features

@@ -55,11 +55,19 @@ class Texts:
         return list(self._code_of)
 
 
-def read_rows(path: Path, columns: Sequence[str], header: Sequence[str] | None) -> Iterator[Rows]:
-    """A table's rows, ROWS at a time, with a progress bar; no `columns`: all of them."""
+def read_rows(
+    path: Path, columns: Sequence[str], header: Sequence[str] | None, may_span: bool = False
+) -> Iterator[Rows]:
+    """A table's rows, ROWS at a time, with a progress bar.
+
+    Args:
+        columns: to read; none: all of them.
+        header: names of the columns of a CSV file without a line of them.
+        may_span: a quoted field of a CSV file may hold several lines, as a description does.
+    """
     is_parquet = path.suffix == ".parquet"
     with reading(path):
-        yield from parquet_rows(path, columns) if is_parquet else text_rows(path, header)
+        yield from parquet_rows(path, columns) if is_parquet else text_rows(path, header, may_span)
 
 
 def check_columns(rows: Rows, columns: Sequence[str]) -> None:
@@ -84,12 +92,12 @@ def reading(path: Path) -> Iterator[None]:
         raise DataError(f"{path}: {what}; it is missing, damaged or in another format") from error
 
 
-def text_rows(path: Path, header: Sequence[str] | None) -> Iterator[Rows]:
+def text_rows(path: Path, header: Sequence[str] | None, may_span: bool) -> Iterator[Rows]:
     is_json = path.name.removesuffix(".gz").endswith((".json", ".jsonl", ".ndjson"))
     with open(path, "rb") as raw, progress(path, path.stat().st_size, "B") as bar:
         plain = gzip.GzipFile(fileobj=raw) if path.suffix == ".gz" else raw
         file = io.TextIOWrapper(plain, "utf-8-sig", newline="")
-        records = json_records(path, file) if is_json else csv_records(path, file, header)
+        records = json_records(path, file) if is_json else csv_records(path, file, header, may_span)
         while chunk := list(itertools.islice(records, ROWS)):
             bar.update(raw.tell() - bar.n)
             yield Rows(path, *zip(*chunk, strict=True))
@@ -100,7 +108,7 @@ def progress(path: Path, total: int, unit: str) -> tqdm:
 
 
 def csv_records(
-    path: Path, file: TextIO, header: Sequence[str] | None
+    path: Path, file: TextIO, header: Sequence[str] | None, may_span: bool
 ) -> Iterator[tuple[int, dict[str, str]]]:
     """(line, record); the first line decides what separates the fields."""
     first = file.readline()
@@ -110,7 +118,14 @@ def csv_records(
         names = header or next(lines)
         if not first or len(set(names)) < len(names):
             raise DataError(f"{path}: line 1 is {first!r:.60}, expected the names of the columns")
+        line = lines.line_num
         for fields in lines:
+            if lines.line_num > line + 1 and (delimiter == "\t" or not may_span):
+                raise DataError(
+                    f"{path}: line {line + 1} has a quote that is closed in line {lines.line_num} "
+                    "alone, expected a row a line; double its quotes, and quote the field"
+                )
+            line = lines.line_num
             if len(fields) == len(names):
                 yield lines.line_num, dict(zip(names, fields, strict=True))
             elif fields:
@@ -159,7 +174,9 @@ def texts_of(rows: Rows, column: str) -> list[str]:
 def plain_text(value: Any) -> str:
     """None ends as a word of MISSING."""
     if isinstance(value, list):
-        return LIST_DELIMITER.join(map(plain_text, value))
+        return LIST_DELIMITER.join(plain_text(part) for part in value if part is not None)
+    if isinstance(value, bytes):
+        return value.decode()
     return str(int(value) if isinstance(value, bool) else value)
 
 

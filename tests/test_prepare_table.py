@@ -157,6 +157,7 @@ def test_rows_are_read_in_several_chunks(tmp_path, monkeypatch):
         (lambda t: t, "seconds"),
         (lambda t: t * 1000 + 7, "milliseconds"),
         (lambda t: t * 1_000_000 + 7, "microseconds"),
+        (lambda t: t * 1_000_000_000 + 7, "nanoseconds"),
         (lambda t: datetime.fromtimestamp(t, UTC).isoformat(), "seconds"),
         (lambda t: f"{datetime.fromtimestamp(t, UTC):%Y-%m-%d %H:%M:%S}", "seconds"),
         (lambda t: f"{datetime.fromtimestamp(t, UTC):%Y-%m-%d %H:%M:%S UTC}", "seconds"),
@@ -424,12 +425,20 @@ def test_the_key_is_named_or_called_as_in_the_events_or_the_first_column(tmp_pat
 
 def test_a_name_that_items_and_users_share_gets_a_prefix(tmp_path):
     users = [
-        {"user": f"u{k}", "year": k % 3, "tags": [["a"], ["a", "b"], []][k // 4]} for k in range(11)
+        {
+            "user": f"u{k}",
+            "user_year": k % 2,
+            "year": k % 3,
+            "tags": [["a"], ["a", "b", None], []][k // 4],
+        }
+        for k in range(11)
     ]
     table = write_table(tmp_path / "users.jsonl", users)
     data_dir = run_with_items(tmp_path, "--user_features", table)
     types = read_json(data_dir / "feature_types.json")
-    assert types["user_sparse"] == ["user_year"]
+    assert types["user_sparse"] == ["user_year", "user_user_year"]
+    statistics = read_json(data_dir / "feat_statistics.json")
+    assert [statistics[name] for name in ("user_year", "user_user_year", "tags")] == [2, 3, 2]
     assert types["user_array"] == ["tags"]
 
 
@@ -490,6 +499,10 @@ HEAD = "user,item,timestamp\n"
         ("log.csv", HEAD + "a,x,inf\n", "line 2: timestamp is 'inf', expected a number"),
         ("log.csv", HEAD + ",x,5\n", "line 2: user is '', expected an id"),
         ("log.csv", HEAD + 'a,"x,5\n', "line 2: unexpected end of data; correct its quotes"),
+        ("log.csv", HEAD + 'a,"x,5\nb,y",6\n', "line 2 has a quote that is closed in line 3 alone"),
+        ("log.tsv", 'user\titem\ttimestamp\na\tx\t"5\nb\ty\t6"\n', "line 2 has a quote that is"),
+        ("log.csv", HEAD + "a,x,20240103\na,y,20231231\n", "20231231 and so on, a date in digits"),
+        ("log.csv", HEAD + "a,x,5\na,y,6\na,z,1e20\n", "timestamp 1e+20 among seconds: no time"),
         ("log.csv", "user,item,time\na,x,5\n", "no column timestamp; there are user, item, time"),
         ("log.csv", "user,user\na,x\n", "line 1 is 'user,user\\n', expected the names"),
         ("log.csv", HEAD, "no events in it"),
@@ -551,6 +564,38 @@ def test_a_flag_that_does_not_fit_the_files_is_refused(
     error = capsys.readouterr().err
     assert error.startswith("error: ") and error.count("\n") == 1
     assert message in error
+
+
+def test_cuts_behind_which_nothing_lies_are_refused(tmp_path, capsys):
+    path = write_table(tmp_path / "log.csv", random_log())
+    cuts = [str((START + 20_000) * 1000), str((START + 33_000) * 1000)]
+    flags = ["--split", "time", "--cuts", *cuts]
+    assert prepare_table.main([str(path), str(tmp_path / "data"), *flags]) == 1
+    assert f"expected Unix seconds between {START} and " in capsys.readouterr().err
+
+
+def test_a_file_in_the_place_of_the_folder_is_refused(tmp_path, capsys):
+    path = write_table(tmp_path / "log.csv", random_log())
+    assert prepare_table.main([str(path), str(path)]) == 1
+    assert capsys.readouterr().err == (
+        f"error: {path}: a file, expected a folder to write or none; name another\n"
+    )
+
+
+def test_a_first_column_without_a_name_is_never_taken_for_ids(tmp_path, capsys):
+    (tmp_path / "items.csv").write_text(",movie,colour\n0,i1,red\n1,i2,blue\n")
+    path = write_table(tmp_path / "log.csv", random_log())
+    flags = ["--item_features", str(tmp_path / "items.csv")]
+    assert prepare_table.main([str(path), str(tmp_path / "data"), *flags]) == 1
+    assert "items.csv: its first column has no name; say where ids are" in capsys.readouterr().err
+    run(tmp_path, random_log(), *flags, "--item_key", "movie")
+
+
+def test_a_description_of_several_lines_is_read(tmp_path):
+    (tmp_path / "items.csv").write_text('item,colour\ni1,"red\nand blue"\ni2,green\n')
+    data_dir = run(tmp_path, random_log(), "--item_features", tmp_path / "items.csv",
+                   "--sparse", "colour")  # fmt: skip
+    assert read_json(data_dir / "feat_statistics.json") == {"colour": 2}
 
 
 def test_an_action_column_that_holds_no_types_is_refused(tmp_path, capsys):
