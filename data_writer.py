@@ -18,11 +18,20 @@ from data_folder import (
     EVENT_DTYPE,
     FORMAT_VERSION,
     OFFSET_DTYPE,
+    SPLITS,
     USER_DTYPE,
     Manifest,
     Sequences,
     gather,
     split_path,
+)
+
+# What write_dataset may write, as patterns; a writer that did not finish may have left any of it.
+WRITTEN = (
+    *(f"{split}_{what}.bin" for split in SPLITS for what in ("data", "offsets", "users")),
+    *(f"{side}_feat_dict.json" for side in ("item", "user")),
+    *("feature_types.json", "feat_statistics.json", "feature_default_value.json"),
+    *("indexer.pkl", "item_names.txt", "creative_emb/emb_*_*.npy"),
 )
 
 
@@ -123,11 +132,16 @@ def write_dataset(
 
 
 def retire_manifest(data_dir: Path) -> set[str]:
-    """Make the folder, or remove the manifest of the data it holds; the names of its files."""
+    """Make the folder, or remove the manifest of the data it holds; the names of its files.
+
+    Without a manifest, the names of what an unfinished writer may have left; other files are not
+    ours.
+    """
     data_dir.mkdir(parents=True, exist_ok=True)
     path = data_dir / "manifest.json"
     if not path.exists():
-        return set()
+        found = (file for pattern in WRITTEN for file in data_dir.glob(pattern))
+        return {file.relative_to(data_dir).as_posix() for file in found}
     names = set(read_json(path).get("files", {}))
     path.unlink()
     return names
@@ -136,7 +150,9 @@ def retire_manifest(data_dir: Path) -> set[str]:
 def write_manifest(
     data_dir: Path, manifest: Manifest, files: Sequence[str], old_files: set[str]
 ) -> None:
-    """Write manifest.json over `files`, then remove those of the old data that are not of them."""
+    """Remove those of the old data that are not of `files`, then write manifest.json over these."""
+    for name in old_files.difference(files):
+        (data_dir / name).unlink(missing_ok=True)
     write_json(
         data_dir / "manifest.json",
         {
@@ -146,8 +162,6 @@ def write_manifest(
             "files": {name: file_entry(data_dir / name) for name in files},
         },
     )
-    for name in old_files.difference(files):
-        (data_dir / name).unlink(missing_ok=True)
 
 
 def _plain(value: Any) -> Any:

@@ -211,6 +211,54 @@ def test_a_rewrite_that_fails_leaves_no_manifest(folder):
     assert len(read(folder).events) == 11  # the old split, whole
 
 
+FEATURES = {
+    "item_features": {"colour": Column("sparse", [1] * NUM_ITEMS)},
+    "user_features": {"age": Column("sparse", [2] * NUM_USERS)},
+    "item_vectors": {"81": np.ones((NUM_ITEMS, 6))},
+    "item_names": ["a film"] * NUM_ITEMS,
+}
+
+
+def names_in(folder: Path) -> set[str]:
+    paths = (path for path in folder.rglob("*") if path.is_file())
+    return {path.relative_to(folder).as_posix() for path in paths}
+
+
+def test_what_an_unfinished_conversion_left_is_gone_after_the_next(folder, tmp_path):
+    splits = {split: read(folder, split) for split in ("train", "test")}
+    write(folder, splits, **FEATURES)
+    remove_manifest(folder)
+    users_own = {"notes.txt", "item_feat_dict.json.bak", "creative_emb/82.pkl", "more/indexer.pkl"}
+    for name in users_own:
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).touch()
+    write(folder, {"train": splits["train"]})
+    write(tmp_path / "fresh", {"train": splits["train"]})
+    assert names_in(folder) == names_in(tmp_path / "fresh") | users_own
+    assert load_features(folder, "item", NUM_ITEMS) == {}
+
+
+def test_a_folder_with_a_manifest_holds_nothing_of_the_data_before(folder, monkeypatch):
+    sequences = {"train": read(folder)}
+    write(folder, sequences, **FEATURES)
+
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("data_writer.write_json", stop)  # the manifest: there are no features
+    with pytest.raises(KeyboardInterrupt):
+        write(folder, sequences)
+    assert not names_in(folder) & {"feature_types.json", "item_feat_dict.json", "item_names.txt"}
+
+
+def test_files_put_beside_complete_data_by_hand_survive_a_rewrite(folder):
+    sequences = {"train": read(folder)}
+    write(folder, sequences)
+    (folder / "item_names.txt").write_text("a film\n" * NUM_ITEMS)
+    write(folder, sequences)
+    assert read_item_names(folder, NUM_ITEMS)[1] == "a film"
+
+
 def test_an_empty_split_can_be_read(tmp_path):
     events = make_events(np.random.default_rng(0), 4)
     folder = write(tmp_path, leave_one_out(events, np.array([0, 2, 4])))
