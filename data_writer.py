@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import pickle
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -134,17 +135,18 @@ def write_dataset(
 def retire_manifest(data_dir: Path) -> set[str]:
     """Make the folder, or remove the manifest of the data it holds; the names of its files.
 
-    Without a manifest, the names of what an unfinished writer may have left; other files are not
-    ours.
+    Without a manifest that can be read, the names of what an unfinished writer may have left; other
+    files are not ours, nor is any outside of the folder.
     """
     data_dir.mkdir(parents=True, exist_ok=True)
-    path = data_dir / "manifest.json"
-    if not path.exists():
-        found = (file for pattern in WRITTEN for file in data_dir.glob(pattern))
-        return {file.relative_to(data_dir).as_posix() for file in found}
-    names = set(read_json(path).get("files", {}))
-    path.unlink()
-    return names
+    path, root = data_dir / "manifest.json", data_dir.resolve()
+    files = [file for pattern in WRITTEN for file in data_dir.glob(pattern)]
+    if path.exists():
+        with suppress(ValueError, TypeError, KeyError):  # damaged: it names nothing
+            files = [data_dir / name for name in dict(read_json(path)["files"])]
+        path.unlink()
+    places = {file.parent.resolve() / file.name for file in files if file.is_file()}
+    return {place.relative_to(root).as_posix() for place in places if place.is_relative_to(root)}
 
 
 def write_manifest(

@@ -251,6 +251,31 @@ def test_a_folder_with_a_manifest_holds_nothing_of_the_data_before(folder, monke
     assert not names_in(folder) & {"feature_types.json", "item_feat_dict.json", "item_names.txt"}
 
 
+@pytest.mark.parametrize("is_absolute", [False, True])
+def test_a_manifest_that_names_files_outside_costs_none_of_them(folder, is_absolute):
+    sequences = {"train": read(folder)}
+    outside = folder.parent / "precious.txt"
+    outside.touch()
+    (folder / "more").symlink_to(outside.parent)
+    names = [str(outside)] if is_absolute else ["../precious.txt", "more/precious.txt"]
+    here = ["../data/train_data.bin", str(folder / "train_users.bin"), "", ".", "..", "more"]
+    edit_manifest(folder, files={name: {} for name in (*names, *here, "old.bin")})
+    (folder / "old.bin").touch()
+    write(folder, sequences)
+    assert outside.exists() and not (folder / "old.bin").exists()
+    assert_equal(read(folder), sequences["train"])
+
+
+@pytest.mark.parametrize("text", ["", "[]", "3", '{"files', "{}", '{"files": ["a"]}', "null"])
+def test_a_damaged_manifest_can_be_written_over(folder, text):
+    sequences = {"train": read(folder)}
+    write(folder, sequences, **FEATURES)
+    (folder / "manifest.json").write_text(text)
+    write(folder, sequences)
+    assert_equal(read(folder), sequences["train"])
+    assert load_features(folder, "item", NUM_ITEMS) == {}
+
+
 def test_files_put_beside_complete_data_by_hand_survive_a_rewrite(folder):
     sequences = {"train": read(folder)}
     write(folder, sequences)

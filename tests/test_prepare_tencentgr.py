@@ -332,6 +332,17 @@ def test_a_conversion_replaces_all_of_the_one_before(tmp_path):
     assert (source / "creative_emb" / "81.pkl").exists()
 
 
+@pytest.mark.parametrize("text", ['{"files": {"../precious.txt": {}, "old.bin": {}}}', '{"files'])
+def test_a_conversion_removes_nothing_outside_of_its_folder(tmp_path, text):
+    data_dir = tmp_path / "data"
+    data_dir.mkdir()
+    (data_dir / "manifest.json").write_text(text)
+    (tmp_path / "precious.txt").touch()
+    convert(tmp_path, random_lines(0, range(1, 9)))
+    assert (tmp_path / "precious.txt").exists()
+    assert read_manifest(data_dir).num_items == NUM_ITEMS
+
+
 # ---------------------------------------------------------------------------- the prediction side
 
 CANDIDATES = "".join(
