@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from atomic_io import atomic_write, file_entry, read_json, write_json
+from atomic_io import DataError, atomic_write, file_entry, read_json, write_json
 from data_folder import (
     EVENT_DTYPE,
     FORMAT_VERSION,
@@ -26,6 +26,7 @@ from data_folder import (
     gather,
     split_path,
 )
+from features import LONGEST_LIST
 
 # What write_dataset may write, as patterns; a writer that did not finish may have left any of it.
 WRITTEN = (
@@ -86,18 +87,14 @@ def write_dataset(
         item_features: feature id -> Column; so `user_features`.
         item_vectors: feature id -> (X, W) float, NaN rows for items without a vector.
         item_names: a line of text per item, for people.
+
+    Raises:
+        DataError: the features could not be read again; the data that was there is as it was.
+        ValueError: lengths differ or an id occurs twice; so it is then.
     """
     data_dir = Path(data_dir)
-    old_files = retire_manifest(data_dir)
-    for columns, rows in ((item_features, item_ids), (user_features, user_ids)):
-        for feature_id, column in (columns or {}).items():
-            if len(column.values) != len(rows):
-                raise ValueError(f"{feature_id}: {len(column.values)} values, not {len(rows)}")
-    if item_names is not None and len(item_names) != len(item_ids):
-        raise ValueError(f"item_names: {len(item_names)} names, not {len(item_ids)}")
-    files = []
-    for split, chunks in splits.items():
-        files += write_split(data_dir, split, [chunks] if isinstance(chunks, Sequences) else chunks)
+    sides = {"item": item_features or {}, "user": user_features or {}}
+    item_vectors = item_vectors or {}
     indexer = {
         "u": {_plain(user): k for k, user in enumerate(user_ids, 1)},
         "i": {_plain(item): k for k, item in enumerate(item_ids, 1)},
@@ -105,11 +102,17 @@ def write_dataset(
     }
     if (len(indexer["u"]), len(indexer["i"])) != (len(user_ids), len(item_ids)):
         raise ValueError("an original id occurs twice in user_ids or item_ids")
+    if item_names is not None and len(item_names) != len(item_ids):
+        raise ValueError(f"item_names: {len(item_names)} names, not {len(item_ids)}")
+    num_rows = {"item": len(item_ids), "user": len(user_ids)}
+    _check_features(data_dir, sides, item_vectors, num_rows)
+    old_files = retire_manifest(data_dir)
+    files = []
+    for split, chunks in splits.items():
+        files += write_split(data_dir, split, [chunks] if isinstance(chunks, Sequences) else chunks)
     with atomic_write(data_dir / "indexer.pkl") as file:
         pickle.dump(indexer, file, protocol=4)
     files.append("indexer.pkl")
-    item_vectors = item_vectors or {}
-    sides = {"item": item_features or {}, "user": user_features or {}}
     files += _write_features(data_dir, sides, list(item_vectors))
     for feature_id, vectors in item_vectors.items():
         files.append(_write_vectors(data_dir, feature_id, vectors))
@@ -127,6 +130,32 @@ def write_dataset(
         },
     )
     write_manifest(data_dir, manifest, files, old_files)
+
+
+def _check_features(
+    data_dir: Path,
+    sides: Mapping[str, Mapping[str, Column]],
+    item_vectors: Mapping[str, np.ndarray],
+    num_rows: Mapping[str, int],
+) -> None:
+    columns = [(side, i, c) for side, named in sides.items() for i, c in named.items()]
+    columns += [("item", i, Column("emb", vectors)) for i, vectors in item_vectors.items()]
+    seen: set[str] = set()
+    for side, i, column in columns:
+        if i in seen:
+            raise DataError(
+                f"{data_dir}: feature {i} would be listed twice, but an id is unique over the "
+                "features of items and users and the vectors; rename one of the two"
+            )
+        seen.add(i)
+        if len(column.values) != num_rows[side]:
+            raise ValueError(f"{i}: {len(column.values)} values, not {num_rows[side]}")
+        for row, value in enumerate(column.values if column.kind == "array" else (), 1):
+            if value is not None and len(value) > LONGEST_LIST:
+                raise DataError(
+                    f"{data_dir}: feature {i} of {side} {row} is a list of {len(value):,} values, "
+                    f"expected {LONGEST_LIST:,} at most; shorten it or leave the feature out"
+                )
 
 
 # What write_dataset consists of, for a converter that streams or has some files ready.

@@ -15,9 +15,9 @@ from atomic_io import DataError, read_json
 from feature_cache import Feature, cached
 from json_stream import read_pairs
 
+LONGEST_LIST = 10_000  # values; every batch that holds such an item embeds them all
 _RECORDS = 20_000  # parsed at once
 _MAX_PROBLEMS = 20  # shown
-_LONGEST_LIST = 10_000  # values; every batch that holds such an item embeds them all
 _BAD_VALUE = (ValueError, TypeError, OverflowError)  # what a parser may raise
 
 log = logging.getLogger("hstu")
@@ -149,8 +149,8 @@ def _array(column: RawColumn) -> Feature:
         values = [value if type(value) is list else [value] for value in values]
     offsets = np.zeros(len(values) + 1, np.int64)
     lengths = np.array([len(value) for value in values])
-    if lengths.max(initial=0) > _LONGEST_LIST:
-        raise ValueError(f"{lengths.max()} values, at most {_LONGEST_LIST} are taken")
+    if lengths.max(initial=0) > LONGEST_LIST:
+        raise ValueError(f"{lengths.max()} values, at most {LONGEST_LIST} are taken")
     np.cumsum(lengths, out=offsets[1:])
     codes = _codes(list(itertools.chain.from_iterable(values)), column)
     return Feature("array", column.size, codes, offsets)

@@ -30,7 +30,7 @@ from data_folder import (
     read_manifest,
 )
 from data_writer import Column, leave_one_out, write_dataset
-from features import load_features
+from features import LONGEST_LIST, load_features
 from item_vectors import load_vectors
 
 NUM_ITEMS, NUM_USERS, NUM_ACTIONS = 19, 8, 3
@@ -642,6 +642,46 @@ def test_a_feature_value_that_could_not_be_read_again_is_not_written(tmp_path):
     with pytest.raises(ValueError, match="JSON"):
         write(tmp_path, {"train": sequences}, item_features={"price": price})
     assert not (tmp_path / "manifest.json").exists()
+
+
+LISTS = Column("array", [[1] * (LONGEST_LIST + (k == 6)) for k in range(NUM_ITEMS)])
+ONES, VECTORS = Column("sparse", [1] * NUM_ITEMS), np.ones((NUM_ITEMS, 6))
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"item_features": {"tags": LISTS}}, DataError, "tags of item 7 is a list of 10,001 value"),
+        (
+            {"item_features": {"81": ONES}, "item_vectors": {"81": VECTORS}},
+            DataError,
+            "feature 81 would be listed twice",
+        ),
+        (
+            {"item_features": {"a": ONES}, "user_features": {"a": ONES}},
+            DataError,
+            "feature a would be listed twice",
+        ),
+        ({"item_features": {"a": ONES._replace(values=[1])}}, ValueError, "a: 1 values, not 19"),
+        ({"item_vectors": {"81": VECTORS[1:]}}, ValueError, "81: 18 values, not 19"),
+        ({"item_names": ["one"]}, ValueError, "item_names: 1 names, not 19"),
+        ({"user_ids": ["u"] * NUM_USERS}, ValueError, "an original id occurs twice"),
+    ],
+)
+def test_what_could_not_be_read_again_is_refused_before_anything_is_written(
+    folder, options, error, message
+):
+    before = {name: (folder / name).read_bytes() for name in names_in(folder)}
+    with pytest.raises(error, match=message):
+        write(folder, {"train": read(folder, "test")}, **options)
+    assert {name: (folder / name).read_bytes() for name in names_in(folder)} == before
+
+
+def test_the_longest_list_that_is_written_can_be_read(folder):
+    tags = Column("array", [values[:LONGEST_LIST] for values in LISTS.values])
+    write(folder, {"train": read(folder)}, item_features={"tags": tags})
+    lengths = np.diff(load_features(folder, "item", NUM_ITEMS)["tags"].offsets)
+    assert lengths.tolist() == [0] + [LONGEST_LIST] * NUM_ITEMS
 
 
 def write_names(folder: Path, names: list[str]) -> Path:

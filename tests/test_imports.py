@@ -19,7 +19,7 @@ ALLOWED = {
     "features": {"atomic_io", "feature_cache", "json_stream"},
     "item_vectors": {"atomic_io", "feature_cache", "safe_pickle"},
     "data_folder": {"atomic_io", "safe_pickle"},
-    "data_writer": {"atomic_io", "data_folder"},
+    "data_writer": {"atomic_io", "data_folder", "features"},
     "dataset": {"atomic_io", "data_folder"},
     "distributed": set(),
     "hstu_components": {"distributed"},
