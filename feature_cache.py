@@ -7,6 +7,7 @@ which is written last and names the content that they were built from.
 from __future__ import annotations
 
 import fcntl
+import hashlib
 import json
 import logging
 import os
@@ -23,6 +24,7 @@ import numpy as np
 from atomic_io import atomic_write, read_json, reading, sha256_of, sweep_temporaries, write_json
 
 CACHE_VERSION = 1  # raise it when a parser comes to read the same source differently
+LONGEST_NAME = 100  # bytes of a quoted id; a file's name has 255, a Chinese letter takes nine
 
 log = logging.getLogger("hstu")
 
@@ -97,7 +99,10 @@ def _complete(
 
 
 def _stem(folder: Path, prefix: str, feature_id: str) -> Path:
-    return folder / f"{prefix}-{quote(feature_id, safe='')}"
+    name = quote(feature_id, safe="")
+    if len(name) > LONGEST_NAME:
+        name = f"sha256={hashlib.sha256(feature_id.encode()).hexdigest()[:32]}"  # quotes have no =
+    return folder / f"{prefix}-{name}"
 
 
 def _save(stem: Path, key: list, feature: Feature) -> None:

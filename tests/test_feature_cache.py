@@ -194,3 +194,13 @@ def test_features_with_odd_names_are_cached_inside_the_cache_folder(tmp_path):
     for _ in range(2):
         assert load_features(tmp_path, "item", 1)[name].values.tolist() == [0, 2]
     assert sorted(path.name for path in tmp_path.iterdir() if path.is_dir()) == [".cache"]
+
+
+def test_features_with_long_names_are_cached_each_on_its_own(tmp_path, scans):
+    names = ["商品的详细分类" * 12 + end for end in "甲乙"]
+    records = {"1": dict(zip(names, (2, 5), strict=True))}
+    write_items(tmp_path, records, {"item_sparse": names}, dict.fromkeys(names, 9))
+    for _ in range(2):
+        found = load_features(tmp_path, "item", 1)
+        assert [found[name].values.tolist() for name in names] == [[0, 2], [0, 5]]
+    assert len(scans) == 1
