@@ -68,8 +68,8 @@ def gather(events, starts, ends, user_ids) -> Sequences:
 # ---------------------------------------------------------------------------------- reading files
 
 
-def read_manifest(data_dir: str | Path) -> Manifest:
-    """Counts and targets of a data folder.
+def read_manifest(data_dir: str | Path, *, trust: bool = False) -> Manifest:
+    """Counts and targets of a data folder; `trust`: of the indexer.pkl, as load_pickle has it.
 
     Raises:
         DataError: no such folder, an unknown format version, a field missing or wrong, or a file
@@ -84,7 +84,7 @@ def read_manifest(data_dir: str | Path) -> Manifest:
         )
     path = data_dir / "manifest.json"
     if not path.exists():
-        return _infer_manifest(data_dir)
+        return _infer_manifest(data_dir, trust)
     content = read_json(path)
     version = content.get("format_version") if isinstance(content, dict) else None
     if version != FORMAT_VERSION:
@@ -129,7 +129,7 @@ def _check_manifest(path: Path, manifest: Manifest, indexer_size: int | None) ->
             raise DataError(f"{path}: target {target!r} of split {split!r}, expected {legal}")
 
 
-def _infer_manifest(data_dir: Path) -> Manifest:
+def _infer_manifest(data_dir: Path, trust: bool) -> Manifest:
     num_items = num_users = num_events = num_sequences = 0
     max_action = -1
     targets = {}
@@ -149,7 +149,7 @@ def _infer_manifest(data_dir: Path) -> Manifest:
                 f"expected one below {MOST_ACTION_TYPES}; write the split again, little-endian"
             )
     if (data_dir / "indexer.pkl").exists():
-        indexer = read_indexer(data_dir)
+        indexer = read_indexer(data_dir, trust=trust)
         num_items, num_users = len(indexer["i"]), len(indexer["u"])
         for side, count in (("i", num_items), ("u", num_users)):
             check_re_ids(data_dir / "indexer.pkl", side, indexer[side], count)

@@ -117,6 +117,7 @@ class MyDataset(Dataset):
         host_vectors: feature id -> features.Feature of kind "emb" whose rows batches bring along.
         has_windows: of "train": a sequence with more events is cut into windows, each an index of
             its own, such that every event but the first is predicted once; else the newest alone.
+        trust_pickle: of an indexer.pkl without a manifest, run whatever it holds.
 
     Raises:
         DataError: files are missing, or do not fit together; or there is no such action type.
@@ -136,17 +137,15 @@ class MyDataset(Dataset):
         request_action: int = -1,
         host_vectors: Mapping[str, Any] | None = None,
         has_windows: bool = False,
+        trust_pickle: bool = False,
     ):
         if negatives not in NEGATIVES or (negatives in ("uniform", "mixed") and num_negatives < 1):
             raise ValueError(f"negatives {negatives!r} with num_negatives {num_negatives}: no loss")
         self.data_dir, self.split, self.maxlen = Path(data_dir), split, maxlen
         self.negatives, self.num_negatives = negatives, num_negatives
-        self.has_logq, self.request_time, self.request_action = (
-            has_logq,
-            request_time,
-            request_action,
-        )
-        manifest = read_manifest(self.data_dir)
+        self.has_logq = has_logq
+        self.request_time, self.request_action = request_time, request_action
+        manifest = read_manifest(self.data_dir, trust=trust_pickle)
         self.num_items, self.num_users = manifest.num_items, manifest.num_users
         self.num_action_types = manifest.num_action_types
         if request_action >= self.num_action_types:

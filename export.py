@@ -51,7 +51,7 @@ def infer(args: argparse.Namespace, model_class: type[HSTUModel]) -> None:
     """Export the items' embeddings, and the test users' queries and top-k items."""
     path, output_dir = Path(args.state_dict_path), Path(args.output_dir)
     with stop_signals.waiting():
-        manifest = read_manifest(args.data_dir)
+        manifest = read_manifest(args.data_dir, trust=args.trust_pickle)
         model = load_model(args, model_class, manifest)
         catalogue = candidates_of(args, model) if args.candidates else all_items(args, model)
     config = model.config
@@ -61,9 +61,9 @@ def infer(args: argparse.Namespace, model_class: type[HSTUModel]) -> None:
     publish(folder, shape, embed(model, catalogue), {"id.u64bin": catalogue.ids}, origin)
     if "test" not in manifest.targets:
         return
-    options = {"negatives": "batch", "request_time": args.request_time}
-    options["request_action"] = args.request_action
-    dataset = MyDataset(args.data_dir, "test", config.maxlen, **options)
+    names = ("request_time", "request_action", "trust_pickle")
+    options = {name: getattr(args, name) for name in names}
+    dataset = MyDataset(args.data_dir, "test", config.maxlen, "batch", **options)
     if not len(dataset):
         return
     items = map_embeddings(folder, shape).to(catalogue.item_ids.device)

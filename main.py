@@ -166,7 +166,7 @@ def train(args: argparse.Namespace) -> None:
         if rank() == 0:
             sweep_temporaries(output_dir)
         with stop_signals.waiting():
-            manifest = read_manifest(args.data_dir)
+            manifest = read_manifest(args.data_dir, trust=args.trust_pickle)
             with first_goes_ahead():  # and writes what it made of feature files beside them
                 features = read_features(args, manifest)
             datasets = open_datasets(args, manifest, vectors_on_host(args, features[0]))
@@ -204,6 +204,7 @@ def open_datasets(
         "request_time": args.request_time,
         "request_action": args.request_action,
         "host_vectors": host_vectors,
+        "trust_pickle": args.trust_pickle,
     }
     counts = count_items(args.data_dir, "train", manifest.num_items)
     return {

@@ -41,13 +41,16 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="What is in a data folder, in one screen.")
     parser.add_argument("data_dir", type=Path, help="folder of train_data.bin and the rest")
     parser.add_argument("--check", choices=["full"], help="full: verify every byte and record too")
+    trust_help = "load .pkl files unchecked: they can run any code"
+    parser.add_argument("--trust_pickle", action="store_true", help=trust_help)
     args = parser.parse_args(argv)
+    folder = args.data_dir, args.trust_pickle
     problems: list[str] = []
     try:
         if args.check:
-            problems = list(itertools.islice(find_problems(args.data_dir), MAX_PROBLEMS + 1))
+            problems = list(itertools.islice(find_problems(*folder), MAX_PROBLEMS + 1))
         if not problems:
-            show(args.data_dir)
+            show(*folder)
     except DataError as error:
         problems = [str(error)]
     if len(problems) > MAX_PROBLEMS:
@@ -62,12 +65,12 @@ def main(argv: list[str] | None = None) -> int:
 # ------------------------------------------------------------------------------------------ screen
 
 
-def show(data_dir: Path) -> None:
-    manifest = read_manifest(data_dir)
+def show(data_dir: Path, trust: bool) -> None:
+    manifest = read_manifest(data_dir, trust=trust)
     show_splits(data_dir, manifest)
     show_actions(open_split(data_dir, "train")[0], manifest.num_action_types)
-    show_features(data_dir, manifest)
-    show_sequences(data_dir, manifest)
+    show_features(data_dir, manifest, trust)
+    show_sequences(data_dir, manifest, trust)
 
 
 def show_splits(data_dir: Path, manifest: Manifest) -> None:
@@ -126,19 +129,19 @@ def show_actions(events: np.ndarray, num_types: int) -> None:
     )
 
 
-def show_features(data_dir: Path, manifest: Manifest) -> None:
+def show_features(data_dir: Path, manifest: Manifest, trust: bool) -> None:
     print("\nfeature                     kind       known   content")
     for side, rows in (("item", manifest.num_items), ("user", manifest.num_users)):
         for name, feature in load_features(data_dir, side, rows).items():
             show_feature(f"{side} {name}", feature)
-    for name, feature in vectors(data_dir, manifest).items():
+    for name, feature in vectors(data_dir, manifest, trust).items():
         show_feature(f"item {name}", feature)
 
 
-def vectors(data_dir: Path, manifest: Manifest) -> dict[str, Feature]:
+def vectors(data_dir: Path, manifest: Manifest, trust: bool) -> dict[str, Feature]:
     found = list(find_vectors(data_dir))
-    item_ids = read_indexer(data_dir)["i"] if found else {}
-    return load_vectors(data_dir, found, item_ids, manifest.num_items)
+    item_ids = read_indexer(data_dir, trust=trust)["i"] if found else {}
+    return load_vectors(data_dir, found, item_ids, manifest.num_items, trust_pickle=trust)
 
 
 def show_feature(name: str, feature: Feature) -> None:
@@ -156,9 +159,9 @@ def show_feature(name: str, feature: Feature) -> None:
     print(f"{name:28}{feature.kind:10} {known}  {content}")
 
 
-def show_sequences(data_dir: Path, manifest: Manifest) -> None:
+def show_sequences(data_dir: Path, manifest: Manifest, trust: bool) -> None:
     events, offsets, users = open_split(data_dir, "train")
-    item_names, user_names = names(data_dir, manifest)
+    item_names, user_names = names(data_dir, manifest, trust)
     print()
     for k in range(min(NUM_SEQUENCES, len(offsets) - 1)):
         start, end = int(offsets[k]), int(offsets[k + 1])
@@ -186,12 +189,12 @@ def when(time: int, before: int) -> str:
     return f"{gap // size} {unit} later" if gap else "then"
 
 
-def names(data_dir: Path, manifest: Manifest) -> tuple[dict[int, Any], dict[int, Any]]:
+def names(data_dir: Path, manifest: Manifest, trust: bool) -> tuple[dict[int, Any], dict[int, Any]]:
     """What to call items and users, by re-id: a name, else the original id."""
     items: dict[int, Any] = {}
     users: dict[int, Any] = {}
     if (data_dir / "indexer.pkl").exists():
-        indexer = read_indexer(data_dir)
+        indexer = read_indexer(data_dir, trust=trust)
         items, users = ({re_id: i for i, re_id in indexer[side].items()} for side in "iu")
     texts = enumerate(read_item_names(data_dir, manifest.num_items))
     return items | {k: repr(text[:40]) for k, text in texts if text}, users
@@ -200,9 +203,9 @@ def names(data_dir: Path, manifest: Manifest) -> tuple[dict[int, Any], dict[int,
 # ------------------------------------------------------------------------------------------- check
 
 
-def find_problems(data_dir: Path) -> Iterator[str]:
+def find_problems(data_dir: Path, trust: bool = False) -> Iterator[str]:
     """What is wrong with the folder, a line each; falling times are only warned of."""
-    manifest = read_manifest(data_dir)
+    manifest = read_manifest(data_dir, trust=trust)
     files = {}
     if (data_dir / "manifest.json").exists():
         files = read_json(data_dir / "manifest.json")["files"]
@@ -214,9 +217,9 @@ def find_problems(data_dir: Path) -> Iterator[str]:
     loads = [
         lambda: load_features(data_dir, "item", manifest.num_items),
         lambda: load_features(data_dir, "user", manifest.num_users),
-        lambda: vectors(data_dir, manifest),
-        lambda: original_ids(data_dir, "i", manifest.num_items),
-        lambda: original_ids(data_dir, "u", manifest.num_users),
+        lambda: vectors(data_dir, manifest, trust),
+        lambda: original_ids(data_dir, "i", manifest.num_items, trust=trust),
+        lambda: original_ids(data_dir, "u", manifest.num_users, trust=trust),
     ]
     for load in loads:
         try:

@@ -135,7 +135,7 @@ def open_export(args: argparse.Namespace) -> Export:
     Raises:
         DataError: there is no export, it is of other items, or of a candidate set.
     """
-    manifest = read_manifest(args.data_dir)
+    manifest = read_manifest(args.data_dir, trust=args.trust_pickle)
     origin, embeddings, ids = read_folder(args, "item_embeddings")
     folder = args.output_dir / "item_embeddings"
     if origin["item_ids"] == "retrieval":
@@ -212,7 +212,7 @@ def ask_export(args: argparse.Namespace, export: Export) -> Question:
         DataError: the user is not in the test split, or twice, or the exports do not fit.
     """
     user = re_id_of(args.user, export.user_ids, args, "user")
-    dataset = MyDataset(args.data_dir, "test", negatives="batch")
+    dataset = MyDataset(args.data_dir, "test", negatives="batch", trust_pickle=args.trust_pickle)
     indices = dataset.indices_of(user)
     if len(indices) != 1:
         raise DataError(

@@ -7,6 +7,7 @@ import os
 import pickle
 import random
 import shutil
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -30,6 +31,7 @@ from data_folder import (
     read_manifest,
 )
 from data_writer import Column, leave_one_out, write_dataset
+from dataset import MyDataset
 from features import LONGEST_LIST, load_features
 from item_vectors import load_vectors
 
@@ -576,6 +578,16 @@ def test_an_indexer_of_another_shape_is_refused_by_name(tmp_path, value):
     (tmp_path / "indexer.pkl").write_bytes(pickle.dumps(value))
     with pytest.raises(DataError, match=r"indexer\.pkl: "):
         read_indexer(tmp_path)
+
+
+def test_an_indexer_is_trusted_only_on_request_without_a_manifest_too(folder):
+    remove_manifest(folder)
+    (folder / "indexer.pkl").write_bytes(pickle.dumps(Counter(read_indexer(folder))))
+    for read_with in (read_manifest, lambda folder: MyDataset(folder, "train")):
+        with pytest.raises(DataError, match=r"indexer\.pkl: .*--trust_pickle"):
+            read_with(folder)
+    assert read_manifest(folder, trust=True).num_items == NUM_ITEMS
+    assert MyDataset(folder, "train", trust_pickle=True).num_items == NUM_ITEMS
 
 
 def test_written_ids_are_read_back(tmp_path):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pickle
+from collections import Counter
 from pathlib import Path
 
 import inspect_data
@@ -198,6 +200,18 @@ def test_a_file_of_another_size_is_one_line_even_without_the_check(tiny, capsys)
     error = capsys.readouterr().err
     assert error.startswith(f"error: {tiny / 'train_data.bin'}: 5 bytes, but manifest.json says")
     assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize("flags", [[], ["--check", "full"]])
+def test_a_pickle_is_trusted_only_on_request(tiny, capsys, flags):
+    indexer = pickle.loads((tiny / "indexer.pkl").read_bytes())
+    vectors = {item: [1.0, 2.0] for item in indexer["i"]}
+    (tiny / "indexer.pkl").write_bytes(pickle.dumps(Counter(indexer)))
+    (tiny / "creative_emb" / "82.pkl").write_bytes(pickle.dumps(Counter(vectors)))
+    (tiny / "manifest.json").unlink()
+    assert inspect_data.main([str(tiny), *flags]) == 1
+    assert "indexer.pkl: refuses to load" in capsys.readouterr().err
+    assert "item 82 " in screen(capsys, tiny, *flags, "--trust_pickle")
 
 
 def test_a_folder_that_is_none_is_refused(tmp_path, capsys):

@@ -150,7 +150,7 @@ def test_a_stop_before_the_first_step_is_no_loss(data, whole, tmp_path, monkeypa
 
 @pytest.mark.parametrize("module", ["main", "export"])
 def test_a_stop_does_not_wait_for_the_data_to_open(module, data, whole, tmp_path, monkeypatch):
-    def opening(*_):
+    def opening(*_, **__):
         os.kill(os.getpid(), signal.SIGTERM)
         time.sleep(60)
 
