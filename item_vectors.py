@@ -38,7 +38,8 @@ def load_vectors(
     Args:
         data_dir: folder of creative_emb/.
         feature_ids: vector features, as `find_vectors` names them.
-        item_ids: original item id -> row 1..num_items; text "123" and number 123 are one id.
+        item_ids: original item id -> row 1..num_items; text "123" and number 123 are one id. Dense
+            tables do not need it.
         num_items: items without padding; tables have one row more.
         trust_pickle: run whatever a .pkl holds, instead of refusing all but plain data.
 
@@ -55,13 +56,14 @@ def load_vectors(
     ids_hash = _hash_of_ids(item_ids)
     for i in feature_ids:
         source, files = available[i], _files(available[i])
+        settings = {i: [] if is_by_re_id(source) else [ids_hash]}
 
         def build(stems: dict[str, Path], source=source, files=files) -> dict[str, Feature]:
             log.info("%s: reading vectors", source)
             rows = (row for f in files for row in _rows(f, item_ids, num_items, trust_pickle))
             return {i: _fill(source, rows, num_items, stem) for i, stem in stems.items()}
 
-        features |= cached(data_dir, "emb", num_items, files, {i: [ids_hash]}, build)
+        features |= cached(data_dir, "emb", num_items, files, settings, build)
         share = features[i].present[1:].mean()
         log.log(
             logging.INFO if share >= 0.5 else logging.WARNING,
@@ -92,6 +94,11 @@ def find_vectors(data_dir: str | Path) -> dict[str, Path]:
     return found
 
 
+def is_by_re_id(source: Path) -> bool:
+    """Whether a file of `find_vectors` is a dense table, which needs no original ids."""
+    return source.suffix == ".npy"
+
+
 def _hash_of_ids(item_ids: Mapping[Any, int]) -> str:
     digest, pairs = hashlib.sha256(), iter(item_ids.items())
     while some := list(itertools.islice(pairs, _IDS)):
@@ -114,7 +121,7 @@ def _rows(
     path: Path, item_ids: Mapping[Any, int], num_items: int, trust_pickle: bool
 ) -> Iterator[tuple[Path, int, Any, Any]]:
     """The file, a row of the table, its original id and its vector, for each of our items there."""
-    if path.suffix == ".npy":
+    if is_by_re_id(path):
         yield from ((path, row, row, vector) for row, vector in _dense_rows(path, num_items))
         return
     for original, vector in _pairs(path, trust_pickle):

@@ -20,7 +20,7 @@ from distributed import num_ranks, rank
 from features import Feature, load_features
 from flags import DEFAULT_MM_EMB_ID, MODEL_VECTORS_UP_TO
 from interrupts import leave_signals_to_parent
-from item_vectors import find_vectors, load_vectors
+from item_vectors import find_vectors, is_by_re_id, load_vectors
 
 log = logging.getLogger("hstu")
 
@@ -66,8 +66,11 @@ def read_features(args: argparse.Namespace, manifest: Manifest) -> tuple[dict, d
         log.info("no multimodal vectors %s in this data: going on without", *wanted_vectors)
         wanted_vectors = []
     if wanted_vectors:
-        item_ids = read_indexer(folder, trust=args.trust_pickle)["i"]
-        check_re_ids(Path(folder) / "indexer.pkl", "i", item_ids, manifest.num_items)
+        item_ids, path = {}, Path(folder) / "indexer.pkl"
+        by_re_id = {name for name, source in available.items() if is_by_re_id(source)}
+        if path.exists() or not by_re_id.issuperset(wanted_vectors):
+            item_ids = read_indexer(folder, trust=args.trust_pickle)["i"]
+            check_re_ids(path, "i", item_ids, manifest.num_items)
         items |= load_vectors(
             folder, wanted_vectors, item_ids, manifest.num_items, trust_pickle=args.trust_pickle
         )

@@ -29,7 +29,7 @@ from data_folder import (
     split_path,
 )
 from features import Feature, load_features
-from item_vectors import find_vectors, load_vectors
+from item_vectors import find_vectors, is_by_re_id, load_vectors
 
 BLOCK = 1 << 22  # events looked at at once
 MAX_PROBLEMS = 20  # shown
@@ -139,9 +139,10 @@ def show_features(data_dir: Path, manifest: Manifest, trust: bool) -> None:
 
 
 def vectors(data_dir: Path, manifest: Manifest, trust: bool) -> dict[str, Feature]:
-    found = list(find_vectors(data_dir))
-    item_ids = read_indexer(data_dir, trust=trust)["i"] if found else {}
-    return load_vectors(data_dir, found, item_ids, manifest.num_items, trust_pickle=trust)
+    found = find_vectors(data_dir)
+    needs_ids = not all(map(is_by_re_id, found.values()))
+    item_ids = read_indexer(data_dir, trust=trust)["i"] if needs_ids else {}
+    return load_vectors(data_dir, list(found), item_ids, manifest.num_items, trust_pickle=trust)
 
 
 def show_feature(name: str, feature: Feature) -> None:

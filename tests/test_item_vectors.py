@@ -7,13 +7,17 @@ import sys
 from collections import Counter
 from pathlib import Path
 
+import inspect_data
 import numpy as np
 import pytest
 from feature_files import ITEM_IDS, VECTORS, load_81, write, write_vectors
 
 from atomic_io import DataError, read_json
+from data_folder import read_manifest
 from features import load_features
+from flags import get_args
 from item_vectors import find_vectors, load_vectors
+from run_setup import read_features
 
 SAMPLE = Path(__file__).parent.parent.parent / "shared" / "data" / "tencentgr-sample"
 needs_sample = pytest.mark.skipif(
@@ -54,6 +58,35 @@ def test_a_dense_table_is_by_row_with_nan_where_there_is_no_vector(tmp_path):
     found = load_81(tmp_path)
     assert found.values.tolist() == [[0, 0], [0, 0], [1, 2], [0, 0], [0, 0], [0, 0]]
     assert found.present.tolist() == [False, False, True, False, False, True]
+
+
+def test_a_dense_table_needs_no_original_ids(tmp_path):
+    write_vectors(tmp_path, "emb_81_2.npy", np.ones((6, 2)))
+    write_vectors(tmp_path, "82.pkl")
+    alone = load_vectors(tmp_path, ["81"], {}, 5)["81"]
+    built = (tmp_path / ".cache" / "emb-81.json").stat().st_mtime_ns
+    beside = load_vectors(tmp_path, ["81", "82"], ITEM_IDS, 5)["81"]
+    assert alone.values.tolist() == beside.values.tolist() == [[0, 0]] + [[1, 1]] * 5
+    assert (tmp_path / ".cache" / "emb-81.json").stat().st_mtime_ns == built
+
+
+@pytest.mark.parametrize("is_dense", [True, False])
+def test_only_vectors_by_original_id_need_an_indexer(tmp_path, is_dense):
+    write_vectors(tmp_path, "81.npy", np.ones((6, 2)))
+    if not is_dense:
+        write_vectors(tmp_path, "82.pkl")
+    np.array([3, 1, 5], "<i4").tofile(tmp_path / "train_data.bin")
+    np.array([0, 3], "<i8").tofile(tmp_path / "train_offsets.bin")
+    wanted = ["81"] if is_dense else ["81", "82"]
+    args = get_args([f"--data_dir={tmp_path}", "--mm_emb_id", *wanted])
+    if is_dense:
+        items, _ = read_features(args, read_manifest(tmp_path))
+        assert list(items) == ["81"]
+        assert inspect_data.main([str(tmp_path), "--check", "full"]) == 0
+        return
+    with pytest.raises(DataError, match=r"indexer\.pkl: cannot be read"):
+        read_features(args, read_manifest(tmp_path))
+    assert inspect_data.main([str(tmp_path)]) == 1
 
 
 def test_parquet_files_hold_vectors_too(tmp_path):
