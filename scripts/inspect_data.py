@@ -51,7 +51,7 @@ def main(argv: list[str] | None = None) -> int:
             problems = list(itertools.islice(find_problems(*folder), MAX_PROBLEMS + 1))
         if not problems:
             show(*folder)
-    except DataError as error:
+    except (DataError, OSError) as error:
         problems = [str(error)]
     if len(problems) > MAX_PROBLEMS:
         problems[MAX_PROBLEMS:] = ["and more"]

@@ -91,7 +91,7 @@ def main(argv: list[str] | None = None) -> int:
     add("--trust_pickle", action="store_true", help=help_text)
     try:
         convert(**vars(parser.parse_args(argv)))
-    except DataError as error:
+    except (DataError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     return 0

@@ -214,6 +214,16 @@ def test_a_pickle_is_trusted_only_on_request(tiny, capsys, flags):
     assert "item 82 " in screen(capsys, tiny, *flags, "--trust_pickle")
 
 
+def test_a_file_that_cannot_be_opened_is_one_line(tiny, capsys, monkeypatch):
+    def deny(*_, **__):
+        raise PermissionError(13, "Permission denied", str(tiny / "train_data.bin"))
+
+    monkeypatch.setattr(np, "memmap", deny)
+    assert inspect_data.main([str(tiny)]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and "train_data.bin" in error and error.count("\n") == 1
+
+
 def test_a_folder_that_is_none_is_refused(tmp_path, capsys):
     assert inspect_data.main([str(tmp_path)]) == 1
     assert f"error: {tmp_path}: no train_data.bin there" in capsys.readouterr().err

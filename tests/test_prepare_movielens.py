@@ -109,6 +109,22 @@ def test_a_broken_line_is_named(tmp_path, capsys):
     assert prepare_movielens.main([str(tmp_path / "data"), str(tmp_path / "out")]) == 1
 
 
+def test_a_missing_file_and_a_file_in_the_way_are_one_line(tmp_path, capsys):
+    source, taken = tmp_path / "source", tmp_path / "taken"
+    source.mkdir()
+    taken.touch()
+    write_dat(source)
+    assert prepare_movielens.main([str(source), str(taken)]) == 1
+    assert_one_line(capsys.readouterr().err, taken)
+    (source / "movies.dat").unlink()
+    assert prepare_movielens.main([str(source), str(tmp_path / "data")]) == 1
+    assert_one_line(capsys.readouterr().err, source / "movies.dat")
+
+
+def assert_one_line(error: str, path: Path) -> None:
+    assert error.startswith("error: ") and str(path) in error and error.count("\n") == 1
+
+
 @pytest.mark.skipif(not SHARED.exists(), reason=f"no MovieLens-1M in {SHARED}")
 def test_the_real_files_have_the_published_counts(tmp_path):
     assert prepare_movielens.main([str(SHARED), str(tmp_path)]) == 0

@@ -528,6 +528,15 @@ def test_bad_files_are_refused_by_name(tmp_path, change, message):
         tencentgr.convert(source, tmp_path / "data", num_workers=1)
 
 
+def test_a_file_in_the_way_of_the_folder_is_one_line(tmp_path, capsys):
+    source = write_source(tmp_path / "source", [[event(3, 5, 0, 1)]])
+    (tmp_path / "taken").touch()
+    assert tencentgr.main([str(source), str(tmp_path / "taken")]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and str(tmp_path / "taken") in error
+    assert error.count("\n") == 1
+
+
 def test_random_damage_is_converted_or_refused_by_name_and_nothing_else(tmp_path):
     draw = random.Random(7)
     text = "".join(json.dumps(line) + "\n" for line in random_lines(9, [3, 5]))
