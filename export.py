@@ -22,12 +22,13 @@ from atomic_io import (
     write_json,
 )
 from checkpoint import differences, load_checkpoint, load_weights
-from data_folder import Manifest, original_ids, read_candidates, read_manifest
+from data_folder import Candidates, Manifest, original_ids, read_candidates, read_manifest
 from dataset import Batch, BatchSampler, MyDataset, emb_pieces, emb_size
+from feature_cache import Feature
 from features import load_features
 from hstu_components import FeatureTables
 from interrupts import stop_signals
-from item_vectors import find_vectors, load_vectors
+from item_vectors import find_vectors, is_by_re_id, load_vectors
 from model import HSTUConfig, HSTUModel
 from run_log import progress_bar
 from run_setup import make_loader, pick_device, read_features, vectors_on_host
@@ -119,10 +120,7 @@ def candidates_of(args: argparse.Namespace, model: HSTUModel) -> Catalogue:
     vectors = [name for name, spec in config.item_features.items() if spec["kind"] == "emb"]
     plain = [name for name in config.item_features if name not in vectors]
     features = load_features(args.candidates, "item", count, plain) if plain else {}
-    rows = {original: row for row, original in enumerate(candidates.original_ids.tolist(), 1)}
-    for name in vectors:  # the candidates' own, else the data's by original id
-        folder = args.candidates if name in find_vectors(args.candidates) else args.data_dir
-        features |= load_vectors(folder, [name], rows, count, trust_pickle=args.trust_pickle)
+    features |= {name: candidate_vectors(args, name, candidates) for name in vectors}
     tables = FeatureTables(features, vectors_on_host(args, features)).to(device)
     item_ids = torch.from_numpy(candidates.item_ids.astype(np.int64)).to(device)
     rows = torch.arange(1, count + 1, device=device)
@@ -130,6 +128,20 @@ def candidates_of(args: argparse.Namespace, model: HSTUModel) -> Catalogue:
     row_of_item[item_ids] = rows - 1
     row_of_item[0] = -1
     return Catalogue(item_ids, tables, rows, candidates.retrieval_ids, "retrieval", row_of_item)
+
+
+def candidate_vectors(args: argparse.Namespace, name: str, candidates: Candidates) -> Feature:
+    """The candidates' own vectors, else the data's; those of one original id share theirs."""
+    folder = args.candidates if name in find_vectors(args.candidates) else args.data_dir
+    originals, first, place = np.unique(
+        candidates.original_ids, return_index=True, return_inverse=True
+    )
+    rows, count = dict(zip(originals.tolist(), (first + 1).tolist(), strict=True)), len(place)
+    found = load_vectors(folder, [name], rows, count, trust_pickle=args.trust_pickle)[name]
+    if len(originals) == count or is_by_re_id(find_vectors(folder)[name]):
+        return found
+    rows = np.concatenate([[0], first[place] + 1])
+    return found._replace(values=found.values[rows], present=found.present[rows])
 
 
 def embed(model: HSTUModel, catalogue: Catalogue) -> Iterator[np.ndarray]:

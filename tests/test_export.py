@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import argparse
 import hashlib
 import json
 import logging
 import os
+import pickle
+import shutil
 import weakref
 from pathlib import Path
 
@@ -17,7 +20,7 @@ from test_model import make_model
 import model as model_module
 from atomic_io import DataError, file_entry
 from dataset import load_emb
-from export import Catalogue, embed, map_embeddings, publish
+from export import Catalogue, candidates_of, embed, map_embeddings, publish
 
 IDS = np.arange(100, 123, dtype=np.uint64)
 SHAPE = (23, 10)
@@ -170,3 +173,52 @@ def test_fewer_rows_than_the_header_says_are_no_export(tmp_path):
     with pytest.raises(AssertionError, match="22 rows, but the header says 23"):
         publish(tmp_path, SHAPE, [random_matrix()[:22]], {"id.u64bin": IDS}, ORIGIN)
     assert contents(tmp_path) == {}
+
+
+# ------------------------------------------------------------------------------------- candidates
+
+
+def write_candidates(folder: Path, data: Path, item_ids: list[int], originals: list[int]) -> None:
+    """Candidates with the features of items 1, 2, ... and without vectors of their own."""
+    folder.mkdir()
+    columns = {
+        "retrieval_ids": np.arange(len(item_ids), dtype="<u8"),
+        "item_ids": np.array(item_ids, "<i4"),
+        "original_ids": np.array(originals, "<u8"),
+    }
+    for name, column in columns.items():
+        column.tofile(folder / f"{name}.bin")
+    for name in ("feature_types", "feat_statistics", "feature_default_value", "item_feat_dict"):
+        shutil.copy(data / f"{name}.json", folder)
+    records = json.loads((data / "item_feat_dict.json").read_text())
+    kept = {row: records[row] for row in map(str, range(1, len(item_ids) + 1))}
+    (folder / "item_feat_dict.json").write_text(json.dumps(kept))
+
+
+def candidates_in(folder: Path, data: Path, model, mm_emb_device: str = "model") -> Catalogue:
+    args = argparse.Namespace(
+        candidates=folder, data_dir=data, trust_pickle=False, mm_emb_device=mm_emb_device
+    )
+    return candidates_of(args, model)
+
+
+@pytest.mark.parametrize("mm_emb_device", ["model", "loader"])
+@pytest.mark.parametrize("is_own", [False, True])
+def test_candidates_of_one_original_id_share_its_vector(tiny, tmp_path, mm_emb_device, is_own):
+    model, folder = make_model(tiny), tmp_path / "candidates"
+    write_candidates(folder, tiny, [2, 0, 0, 3, 0], [1003, 5, 1003, 1006, 5])
+    vectors = {1003: [1.0] * 6, 1006: [2.0] * 6}
+    place = (folder if is_own else tiny) / "creative_emb"
+    shutil.rmtree(place, ignore_errors=True)
+    place.mkdir()
+    (place / "81.pkl").write_bytes(pickle.dumps(vectors))
+    found = candidates_in(folder, tiny, model, mm_emb_device)
+    values, present = found.tables.lookup("81", found.table_rows)
+    assert present.tolist() == [True, False, True, True, False]
+    assert values[:, 0].tolist() == [1, 0, 1, 2, 0]
+
+
+def test_an_item_that_is_two_candidates_is_refused(tiny, tmp_path):
+    write_candidates(tmp_path / "twice", tiny, [2, 7, 0, 7, 0], [1, 2, 3, 4, 5])
+    with pytest.raises(DataError, match=r"item_ids\.bin: item 7 occurs 2 times"):
+        candidates_in(tmp_path / "twice", tiny, make_model(tiny))
