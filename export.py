@@ -120,7 +120,9 @@ def candidates_of(args: argparse.Namespace, model: HSTUModel) -> Catalogue:
     vectors = [name for name, spec in config.item_features.items() if spec["kind"] == "emb"]
     plain = [name for name in config.item_features if name not in vectors]
     features = load_features(args.candidates, "item", count, plain) if plain else {}
-    features |= {name: candidate_vectors(args, name, candidates) for name in vectors}
+    features |= {
+        name: candidate_vectors(args, name, candidates, config.num_items) for name in vectors
+    }
     tables = FeatureTables(features, vectors_on_host(args, features)).to(device)
     item_ids = torch.from_numpy(candidates.item_ids.astype(np.int64)).to(device)
     rows = torch.arange(1, count + 1, device=device)
@@ -130,17 +132,21 @@ def candidates_of(args: argparse.Namespace, model: HSTUModel) -> Catalogue:
     return Catalogue(item_ids, tables, rows, candidates.retrieval_ids, "retrieval", row_of_item)
 
 
-def candidate_vectors(args: argparse.Namespace, name: str, candidates: Candidates) -> Feature:
+def candidate_vectors(
+    args: argparse.Namespace, name: str, candidates: Candidates, num_items: int
+) -> Feature:
     """The candidates' own vectors, else the data's; those of one original id share theirs."""
     folder = args.candidates if name in find_vectors(args.candidates) else args.data_dir
-    originals, first, place = np.unique(
-        candidates.original_ids, return_index=True, return_inverse=True
-    )
-    rows, count = dict(zip(originals.tolist(), (first + 1).tolist(), strict=True)), len(place)
-    found = load_vectors(folder, [name], rows, count, trust_pickle=args.trust_pickle)[name]
-    if len(originals) == count or is_by_re_id(find_vectors(folder)[name]):
+    dense = [i for i, source in find_vectors(folder).items() if is_by_re_id(source)]
+    ids = candidates.original_ids
+    originals, first, place = np.unique(ids, return_index=True, return_inverse=True)
+    row_of = dict(zip(originals.tolist(), (first + 1).tolist(), strict=True))
+    is_of_data = name in dense and folder == args.data_dir  # a row for each of its items
+    count = num_items if is_of_data else len(ids)
+    found = load_vectors(folder, [name], row_of, count, trust_pickle=args.trust_pickle)[name]
+    if not is_of_data and (name in dense or len(originals) == count):
         return found
-    rows = np.concatenate([[0], first[place] + 1])
+    rows = np.concatenate([[0], candidates.item_ids if is_of_data else first[place] + 1])
     return found._replace(values=found.values[rows], present=found.present[rows])
 
 

@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import NUM_ITEMS
 from test_model import make_model
 
 import model as model_module
@@ -222,3 +223,23 @@ def test_an_item_that_is_two_candidates_is_refused(tiny, tmp_path):
     write_candidates(tmp_path / "twice", tiny, [2, 7, 0, 7, 0], [1, 2, 3, 4, 5])
     with pytest.raises(DataError, match=r"item_ids\.bin: item 7 occurs 2 times"):
         candidates_in(tmp_path / "twice", tiny, make_model(tiny))
+
+
+@pytest.mark.parametrize("item_ids", [[7, 0, 3], range(NUM_ITEMS, 0, -1)])
+def test_candidates_take_their_rows_of_the_datas_dense_table(tiny, tmp_path, item_ids):
+    item_ids, table = list(item_ids), np.load(tiny / "creative_emb" / "emb_81_6.npy")
+    write_candidates(tmp_path / "some", tiny, item_ids, [5] * len(item_ids))
+    found = candidates_in(tmp_path / "some", tiny, make_model(tiny))
+    values, present = found.tables.lookup("81", found.table_rows)
+    np.testing.assert_array_equal(present, ~np.isnan(table[item_ids, 0]))
+    np.testing.assert_array_equal(values, np.nan_to_num(table[item_ids]))
+
+
+def test_candidates_of_one_original_id_keep_their_own_rows_of_a_dense_table(tiny, tmp_path):
+    folder = tmp_path / "candidates"
+    write_candidates(folder, tiny, [2, 0, 3], [5, 5, 5])
+    table = np.arange(24).reshape(4, 6).astype(np.float32)
+    (folder / "creative_emb").mkdir()
+    np.save(folder / "creative_emb" / "81.npy", table)
+    found = candidates_in(folder, tiny, make_model(tiny))
+    np.testing.assert_array_equal(found.tables.lookup("81", found.table_rows)[0], table[1:])
