@@ -44,8 +44,7 @@ def save_checkpoint(path: str | Path, content: Mapping[str, Any], step: int) -> 
     path, sizes = Path(path), {}
     canonical = _canonical(content, sizes)
     register = read_register(path.parent)
-    if path.name in register:
-        del register[path.name]["sha256"]
+    if register.get(path.name, {}).pop("sha256", None):
         write_json(path.parent / REGISTER, register)
     with atomic_write(path, sum(sizes.values())) as file:
         _save(canonical, file)
