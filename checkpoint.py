@@ -33,8 +33,8 @@ _FAULTS += (RuntimeError, TypeError, ValueError, pickle.UnpicklingError, struct.
 def save_checkpoint(path: str | Path, content: Mapping[str, Any], step: int) -> None:
     """Write `content` durably, then enter its size, SHA-256 and step into checkpoints.json.
 
-    Equal content gives equal bytes in any process. An old file's hash goes before the file does: a
-    kill in between leaves the old file or the new one, whole, and no hash that it could not match.
+    Equal content gives equal bytes in any process. An old file's entry goes before the file does:
+    a kill in between leaves a file without an entry, never a good one that looks damaged.
 
     Args:
         path: a .pt file; its folder's register is updated.
@@ -44,7 +44,7 @@ def save_checkpoint(path: str | Path, content: Mapping[str, Any], step: int) -> 
     path, sizes = Path(path), {}
     canonical = _canonical(content, sizes)
     register = read_register(path.parent)
-    if register.get(path.name, {}).pop("sha256", None):
+    if register.pop(path.name, None):
         write_json(path.parent / REGISTER, register)
     with atomic_write(path, sum(sizes.values())) as file:
         _save(canonical, file)
@@ -81,8 +81,8 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
     if not path.is_file():
         raise DataError(f"{path}: no such checkpoint file")
     entry = read_register(path.parent).get(path.name)
-    if entry is None or "sha256" not in entry:
-        log.warning("%s: no hash in %s, so its integrity is not verified", path, REGISTER)
+    if entry is None:
+        log.warning("%s: not in %s, so its integrity is not verified", path, REGISTER)
     elif (found := sha256_of(path)) != entry["sha256"]:
         raise DataError(
             f"{path}: SHA-256 {found[:12]}..., but {REGISTER} says {entry['sha256'][:12]}...; the "

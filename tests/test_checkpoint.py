@@ -314,28 +314,6 @@ def test_an_unregistered_state_is_not_resumed_from(tmp_path):
     assert load_newest_state(tmp_path)["step"] == 4
 
 
-@pytest.mark.parametrize("moment", ["before", "after"])
-def test_a_kill_while_a_state_is_written_again_loses_none(tmp_path, monkeypatch, moment):
-    save_state(tmp_path, state(4), 4)
-    save_state(tmp_path, state(8), 8)
-
-    def killing(file, content):
-        if moment == "after":
-            torch.save(content, file)
-            monkeypatch.setattr("checkpoint.file_entry", kill)
-            return
-        kill()
-
-    monkeypatch.setattr("checkpoint._save", lambda content, file: killing(file, content))
-    with pytest.raises(KeyboardInterrupt):
-        save_state(tmp_path, state(8), 8)
-    assert load_newest_state(tmp_path)["step"] == 8
-
-
-def kill(*_: object) -> None:
-    raise KeyboardInterrupt
-
-
 def test_a_file_of_the_users_own_is_never_removed(tmp_path):
     (tmp_path / "resume_keep.pt").write_bytes(b"mine")
     for step in (1, 2, 3):
