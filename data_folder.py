@@ -353,7 +353,7 @@ class Candidates(NamedTuple):
     """The items to export and rank instead of the catalogue, C of them, in their order."""
 
     retrieval_ids: np.ndarray  # (C,) uint64, each once
-    item_ids: np.ndarray  # (C,) int32 re-ids, each once; 0: not in the catalogue
+    item_ids: np.ndarray  # (C,) int32 re-ids, may repeat; 0: not in the catalogue
     original_ids: np.ndarray  # (C,) uint64, for the multimodal vectors; may repeat
 
 
@@ -361,8 +361,8 @@ def read_candidates(folder: str | Path, num_items: int) -> Candidates:
     """The three id files of a candidate folder.
 
     Raises:
-        DataError: a file is missing or truncated, their lengths differ, or ids are out of range
-            or occur twice.
+        DataError: a file is missing or truncated, their lengths differ, ids are out of range, or a
+            retrieval id occurs twice.
     """
     dtypes = {"retrieval_ids": "<u8", "item_ids": "<i4", "original_ids": "<u8"}
     paths = {name: Path(folder) / f"{name}.bin" for name in dtypes}
@@ -377,10 +377,4 @@ def read_candidates(folder: str | Path, num_items: int) -> Candidates:
         )
     if len(np.unique(found.retrieval_ids)) < len(found.retrieval_ids):
         raise DataError(f"{paths['retrieval_ids']}: an id occurs twice; an index needs each once")
-    known, counts = np.unique(found.item_ids[found.item_ids > 0], return_counts=True)
-    if (counts > 1).any():
-        raise DataError(
-            f"{paths['item_ids']}: item {known[counts.argmax()]} occurs {counts.max()} times, but "
-            "each may once, to be left out for those who have seen it; write each item once"
-        )
     return found

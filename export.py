@@ -26,7 +26,7 @@ from data_folder import Candidates, Manifest, original_ids, read_candidates, rea
 from dataset import Batch, BatchSampler, MyDataset, emb_pieces, emb_size
 from feature_cache import Feature
 from features import load_features
-from hstu_components import FeatureTables
+from hstu_components import FeatureTables, gather_lists
 from interrupts import stop_signals
 from item_vectors import find_vectors, is_by_re_id, load_vectors
 from model import HSTUConfig, HSTUModel
@@ -44,7 +44,8 @@ class Catalogue(NamedTuple):
     table_rows: torch.Tensor  # (n,) int64
     ids: np.ndarray  # (n,) uint64, as they are exported
     id_kind: str  # "original", "re-id" or "retrieval"
-    row_of_item: torch.Tensor  # (X + 1,) int64, -1: not among the rows
+    rows_by_item: torch.Tensor  # (n,) int64, from 0: the rows of item 0, of item 1, ...
+    item_offsets: torch.Tensor  # (X + 2,) int64, where each item's rows begin among them
 
 
 @torch.no_grad()
@@ -56,6 +57,8 @@ def infer(args: argparse.Namespace, model_class: type[HSTUModel]) -> None:
         model = load_model(args, model_class, manifest)
         catalogue = candidates_of(args, model) if args.candidates else all_items(args, model)
     config = model.config
+    if args.request_action >= 0 and not config.num_target_action_types:
+        raise DataError(f"--request_action: {path} was trained without --target_action")
     origin = {"checkpoint": path.name, "checkpoint_sha256": sha256_of(path)}
     origin["item_ids"] = catalogue.id_kind
     folder, shape = output_dir / "item_embeddings", (len(catalogue.ids), config.hidden_units)
@@ -68,7 +71,7 @@ def infer(args: argparse.Namespace, model_class: type[HSTUModel]) -> None:
     if not len(dataset):
         return
     items = map_embeddings(folder, shape).to(catalogue.item_ids.device)
-    queries, users, top_rows = recommend(args, model, dataset, items, catalogue.row_of_item)
+    queries, users, top_rows = recommend(args, model, dataset, items, catalogue)
     user_ids, kind = exported_ids(args, "u", manifest.num_users)
     top_ids = np.where(top_rows < 0, -1, catalogue.ids.view(np.int64)[top_rows])
     arrays = {"topk.u64bin": top_ids, "id.u64bin": user_ids[users]}
@@ -108,8 +111,7 @@ def all_items(args: argparse.Namespace, model: HSTUModel) -> Catalogue:
     num_items, device = model.config.num_items, next(model.parameters()).device
     ids, kind = exported_ids(args, "i", num_items)
     item_ids = torch.arange(1, num_items + 1, device=device)
-    row_of_item = torch.arange(-1, num_items, device=device)
-    return Catalogue(item_ids, None, item_ids, ids[1:], kind, row_of_item)
+    return Catalogue(item_ids, None, item_ids, ids[1:], kind, *by_item(item_ids, num_items))
 
 
 def candidates_of(args: argparse.Namespace, model: HSTUModel) -> Catalogue:
@@ -126,10 +128,14 @@ def candidates_of(args: argparse.Namespace, model: HSTUModel) -> Catalogue:
     tables = FeatureTables(features, vectors_on_host(args, features)).to(device)
     item_ids = torch.from_numpy(candidates.item_ids.astype(np.int64)).to(device)
     rows = torch.arange(1, count + 1, device=device)
-    row_of_item = torch.full((config.num_items + 1,), -1, device=device)
-    row_of_item[item_ids] = rows - 1
-    row_of_item[0] = -1
-    return Catalogue(item_ids, tables, rows, candidates.retrieval_ids, "retrieval", row_of_item)
+    own = by_item(item_ids, config.num_items)
+    return Catalogue(item_ids, tables, rows, candidates.retrieval_ids, "retrieval", *own)
+
+
+def by_item(item_ids: torch.Tensor, num_items: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Catalogue's `rows_by_item` and `item_offsets`."""
+    counts = torch.bincount(item_ids, minlength=num_items + 1)
+    return item_ids.argsort(), torch.nn.functional.pad(counts.cumsum(0), (1, 0))
 
 
 def candidate_vectors(
@@ -205,11 +211,11 @@ def recommend(
     model: HSTUModel,
     dataset: MyDataset,
     items: torch.Tensor,
-    row_of_item: torch.Tensor,
+    catalogue: Catalogue,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """The test users' queries (S, D), user re-ids (S,), and rows of their top-k items (S, k).
 
-    `items`: (n, D) embeddings of the catalogue; `row_of_item`: as there.
+    `items`: (n, D) embeddings of the catalogue.
     """
     device = items.device
     sampler = BatchSampler(len(dataset), args.batch_size, args.seed, is_shuffled=False)
@@ -219,19 +225,17 @@ def recommend(
     for batch in progress_bar(batches, desc="users", total=len(loader)):
         batch = batch.to(device)
         queries.append(model.predict(batch))
-        seen = seen_rows(batch, row_of_item) if args.remove_seen else None
+        seen = seen_rows(batch, catalogue) if args.remove_seen else None
         top = model.similarity.top_k(queries[-1], items, args.top_k, seen)
         rows.append(top[1])
         users.append(batch.user_ids)
     return tuple(torch.cat(parts).cpu().numpy() for parts in (queries, users, rows))
 
 
-def seen_rows(batch: Batch, row_of_item: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def seen_rows(batch: Batch, catalogue: Catalogue) -> tuple[torch.Tensor, torch.Tensor]:
     """The histories' items as rows of a catalogue, and where each sequence's begin."""
-    rows = row_of_item[batch.seen_ids]
-    is_there = rows >= 0
-    offsets = torch.nn.functional.pad(is_there.cumsum(0), (1, 0))[batch.seen_offsets]
-    return rows[is_there], offsets
+    rows, offsets = gather_lists(catalogue.rows_by_item, catalogue.item_offsets, batch.seen_ids)
+    return rows, offsets[batch.seen_offsets]
 
 
 def publish(

@@ -202,7 +202,7 @@ class FeatureTables(nn.Module):
             getattr(self, f"{key}_{field}") for field in ("values", "offsets", "present")
         )
         if offsets is not None:
-            return _gather_lists(values, offsets, rows)
+            return gather_lists(values, offsets, rows)
         if present is not None:
             return values[rows], present[rows]
         return (values[rows],)
@@ -213,7 +213,8 @@ class FeatureTables(nn.Module):
         return tuple(torch.from_numpy(array).to(rows.device) for array in pair)
 
 
-def _gather_lists(values: Tensor, offsets: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+def gather_lists(values: Tensor, offsets: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+    """values[offsets[i]:offsets[i + 1]] of all i in (n,) rows, joined; and where each begins."""
     lengths = offsets[rows + 1] - offsets[rows]
     bags = F.pad(lengths.cumsum(0), (1, 0))  # (n + 1,)
     shift = (offsets[rows] - bags[:-1]).repeat_interleave(lengths)
@@ -235,7 +236,7 @@ class LearnablePositionalEmbeddingInputFeaturesPreprocessor(nn.Module):
         num_target_action_types: int,
         dropout_rate: float,
     ):
-        """Of 0 action types, of the event or of the one to be predicted, inputs carry none."""
+        """Action types of the event, or of the one to be predicted, are left out if there are 0."""
         super().__init__()
         self.scale = math.sqrt(hidden_units)
         self.pos_emb = nn.Embedding(maxlen, hidden_units)

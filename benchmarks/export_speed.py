@@ -31,7 +31,7 @@ from reproduce import RESULTS, environment
 
 from atomic_io import atomic_write
 from dataset import emb_pieces
-from export import Catalogue, embed, map_embeddings, publish
+from export import Catalogue, by_item, embed, map_embeddings, publish
 from features import Feature
 from hstu_components import encoder_arguments
 from model import CHUNK_ITEMS, HSTUConfig, HSTUModel
@@ -112,9 +112,9 @@ def make_model(num_items: int, features: dict[str, Feature]) -> HSTUModel:
 def export_figures(folder: Path, model: HSTUModel) -> dict[str, float]:
     """Seconds and memory of embedding, of publishing, and of ranking a batch on what it wrote."""
     n = model.config.num_items
-    item_ids, row_of_item = torch.arange(1, n + 1), torch.arange(-1, n)
+    item_ids = torch.arange(1, n + 1)
     ids = np.arange(1, n + 1, dtype=np.uint64)
-    catalogue = Catalogue(item_ids, None, item_ids, ids, "re-id", row_of_item)
+    catalogue = Catalogue(item_ids, None, item_ids, ids, "re-id", *by_item(item_ids, n))
     export, shape = folder / "item_embeddings", (n, WIDTH)
     arrays, origin = {"id.u64bin": ids}, {"item_ids": "re-id"}
     embed_seconds, publish_seconds, peaks = [], [], []

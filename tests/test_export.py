@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import itertools
 import json
 import logging
 import os
@@ -21,7 +22,15 @@ from test_model import make_model
 import model as model_module
 from atomic_io import DataError, file_entry
 from dataset import load_emb
-from export import Catalogue, candidates_of, embed, map_embeddings, publish
+from export import (
+    Catalogue,
+    by_item,
+    candidates_of,
+    embed,
+    map_embeddings,
+    publish,
+    seen_rows,
+)
 
 IDS = np.arange(100, 123, dtype=np.uint64)
 SHAPE = (23, 10)
@@ -30,7 +39,7 @@ ORIGIN = {"item_ids": "original"}
 
 def catalogue() -> Catalogue:
     item_ids = torch.arange(1, 24)
-    return Catalogue(item_ids, None, item_ids, IDS, "original", torch.arange(-1, 23))
+    return Catalogue(item_ids, None, item_ids, IDS, "original", *by_item(item_ids, 23))
 
 
 def publish_matrix(folder: Path, matrix: np.ndarray, size: int = 4, ids: np.ndarray = IDS) -> None:
@@ -219,10 +228,15 @@ def test_candidates_of_one_original_id_share_its_vector(tiny, tmp_path, mm_emb_d
     assert values[:, 0].tolist() == [1, 0, 1, 2, 0]
 
 
-def test_an_item_that_is_two_candidates_is_refused(tiny, tmp_path):
+def test_of_an_item_that_is_two_candidates_both_are_seen(tiny, tmp_path):
     write_candidates(tmp_path / "twice", tiny, [2, 7, 0, 7, 0], [1, 2, 3, 4, 5])
-    with pytest.raises(DataError, match=r"item_ids\.bin: item 7 occurs 2 times"):
-        candidates_in(tmp_path / "twice", tiny, make_model(tiny))
+    found = candidates_in(tmp_path / "twice", tiny, make_model(tiny))
+    batch = argparse.Namespace(
+        seen_ids=torch.tensor([7, 5, 2, 5, 7]), seen_offsets=torch.tensor([0, 2, 4, 5])
+    )
+    rows, offsets = seen_rows(batch, found)
+    histories = [set(rows[a:b].tolist()) for a, b in itertools.pairwise(offsets.tolist())]
+    assert histories == [{1, 3}, {0}, {1, 3}]
 
 
 @pytest.mark.parametrize("item_ids", [[7, 0, 3], range(NUM_ITEMS, 0, -1)])
