@@ -59,7 +59,7 @@ from run_state import (
     save_epoch,
     save_run,
 )
-from updates import Updater
+from updates import IF_NOT_FINITE, Updater
 
 log = logging.getLogger("hstu")
 
@@ -315,8 +315,8 @@ def train_epochs(run: Run, datasets: dict[str, MyDataset], run_log: RunLog) -> N
         metrics = ranking.metrics() if ranking else {}
         if ranking and not math.isfinite(ranking.loss):
             raise DataError(
-                f"epoch {progress.epoch + 1}: validation loss {ranking.loss}; nothing of it was "
-                "saved. Lower --lr or raise --infonce_temp, and check the features for huge values"
+                f"epoch {progress.epoch + 1}: validation loss {ranking.loss}; its model was not "
+                f"saved. {IF_NOT_FINITE}"
             )
         count_epoch(progress, metrics, args)
         train_loss = progress.loss_sum / max(1, progress.loss_steps)
@@ -330,6 +330,7 @@ def train_epochs(run: Run, datasets: dict[str, MyDataset], run_log: RunLog) -> N
 
 def where_to_go_on(run: Run) -> str:
     resume = "" if run.args.resume == "auto" else " with --resume auto"
+    resume += ", without --overwrite," if run.args.overwrite else ""
     return (
         f" at epoch {run.progress.epoch + 1}, step {run.progress.step}; the same command{resume} "
         "goes on from there"

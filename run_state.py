@@ -86,7 +86,7 @@ def resume(run: Run) -> None:
     set_random_states(state["random"])
     run.progress = Progress(**state["progress"])
     if not is_auto:
-        bring_best(run, Path(args.resume).parent)
+        move_in(run, Path(args.resume).parent)
     if not run.progress.is_finished:
         log.info("resuming at epoch %d, step %d", run.progress.epoch + 1, run.progress.step)
 
@@ -95,15 +95,16 @@ def clear(output_dir: Path, overwrite: bool) -> None:
     """Make room for a run that does not go on from what lies in its folder."""
     if list(output_dir.glob("*.pt")) and not overwrite:
         raise DataError(
-            f"{output_dir}: holds checkpoints; choose an empty --output_dir, or add --overwrite"
+            f"{output_dir}: holds checkpoints; go on from them with --resume auto, choose an empty "
+            "--output_dir, or add --overwrite"
         )
-    for pattern in ("model_*.pt", "resume_*.pt", "checkpoints.json"):
+    for pattern in ("model_*.pt", "resume_*.pt", "checkpoints.json", "metrics.json"):
         for old in output_dir.glob(pattern) if rank() == 0 else ():
             old.unlink()
 
 
-def bring_best(run: Run, source: Path) -> None:
-    """The best model so far, from the folder of the state that the run goes on from."""
+def move_in(run: Run, source: Path) -> None:
+    """Bring a run from the folder of its state to its own: the best model so far, and the state."""
     output_dir, progress = Path(run.args.output_dir), run.progress
     if source.resolve() == output_dir.resolve():
         return
@@ -114,6 +115,7 @@ def bring_best(run: Run, source: Path) -> None:
     wait_for_all()  # or another rank would find the new file
     if best and rank() == 0:
         save_checkpoint(output_dir / "model_best.pt", best, progress.step)
+    save_run(run)
 
 
 def check_same_step(run: Run) -> None:

@@ -31,6 +31,7 @@ from optimizer import MuonAdamW, clip_gradients
 ADAM_BETAS = (0.9, 0.98)  # the reference's
 AUTOCAST_DTYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 NAMED = 5  # of what is not finite
+IF_NOT_FINITE = "Lower --lr or raise --infonce_temp, and check the features for huge values"
 
 
 class Updater:
@@ -178,8 +179,7 @@ class Updater:
         place = "" if self.device.type == "cpu" else " or shortly before"
         raise DataError(
             f"epoch {epoch} step {step}{place}: loss {loss.item()}, gradient norm "
-            f"{grad_norm.item()}{self._culprits()}; nothing of it was saved. Lower --lr or raise "
-            "--infonce_temp, and check the features for huge values"
+            f"{grad_norm.item()}{self._culprits()}; nothing of it was saved. {IF_NOT_FINITE}"
         )
 
     @torch.no_grad()

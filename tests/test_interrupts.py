@@ -148,6 +148,15 @@ def test_a_stop_before_the_first_step_is_no_loss(data, whole, tmp_path, monkeypa
     assert_goes_on(data, tmp_path, whole, capsys)
 
 
+def test_a_run_that_overwrites_is_told_what_goes_on_instead(data, tmp_path, monkeypatch, capsys):
+    with monkeypatch.context() as patch:
+        signal_in(patch, HSTUModel, "forward", 3, signal.SIGTERM)
+        assert main([*flags_of(data, tmp_path), "--resume=none", "--overwrite"]) == 143
+    text = "".join(capsys.readouterr())
+    assert "the same command with --resume auto, without --overwrite, goes on from there" in text
+    assert main([*flags_of(data, tmp_path), "--resume=auto"]) == 0
+
+
 @pytest.mark.parametrize("module", ["main", "export"])
 def test_a_stop_does_not_wait_for_the_data_to_open(module, data, whole, tmp_path, monkeypatch):
     def opening(*_, **__):

@@ -355,6 +355,26 @@ def test_a_state_of_another_folder_brings_its_best_model_along(tmp_path, data):
     assert metrics(whole) == metrics(resumed)
 
 
+def test_a_run_from_another_folder_is_killed_and_goes_on_in_its_own(tmp_path, data, monkeypatch):
+    flags = ["--lr=30", "--warmup_steps=0", "--early_stop_on=loss"]
+    whole = run(tmp_path, data, *flags, "--save_every_steps=5")
+    with monkeypatch.context() as patch:
+        stop_after(patch, 0)
+        with pytest.raises(KilledError):
+            run(tmp_path, data, *flags, f"--resume={whole}/resume_5.pt", name="o")
+    resumed = run(tmp_path, data, *flags, name="o")
+    for name in ("model_epoch_2.pt", "model_best.pt", "metrics.json"):
+        assert (whole / name).read_bytes() == (resumed / name).read_bytes()
+
+
+def test_a_finished_run_of_another_folder_brings_no_metrics_that_lie_there(tmp_path, data):
+    whole, other = run(tmp_path, data), run(tmp_path, data, "--lr=0.5", name="o")
+    assert metrics(whole) != metrics(other)
+    (last,) = whole.glob("resume_6.pt")
+    run(tmp_path, data, f"--resume={last}", "--overwrite", name="o")
+    assert metrics(whole) == metrics(other)
+
+
 def test_a_state_of_another_folder_overwrites_no_run_unasked(tmp_path, data, capsys):
     whole = run(tmp_path, data, "--save_every_steps=5")
     other = run(tmp_path, data, "--lr=0.5", name="o")
@@ -499,6 +519,15 @@ def test_what_is_known_of_a_request_moves_queries(tmp_path, data, training, requ
     name = "user_embeddings/embedding.fbin"
     assert (exports[0] / name).read_bytes() != (exports[1] / name).read_bytes()
     assert "test" not in metrics(trained)
+
+
+def test_a_request_action_needs_a_model_that_knows_it(tmp_path, data, capsys):
+    trained = run(tmp_path, data)
+    folders = [f"--data_dir={data}", f"--output_dir={tmp_path}/e", "--device=cpu"]
+    checkpoint = f"--state_dict_path={trained}/model_best.pt"
+    assert main(["--inference_only", *folders, checkpoint, "--request_action=1"]) == 1
+    assert "was trained without --target_action" in capsys.readouterr().err
+    assert not (tmp_path / "e").exists()
 
 
 def test_a_checkpoint_of_other_data_is_refused(tmp_path, data, capsys):
