@@ -376,7 +376,6 @@ class HSTUAttention(nn.Module):
         has_position_bias: bool,
     ):
         super().__init__()
-        self.num_heads = num_heads
         self.split_sizes = [linear_dim, linear_dim, attention_dim, attention_dim]  # U V Q K
         self.maxlen = maxlen
         self.layer_norm = nn.LayerNorm(hidden_units, NORM_EPS, elementwise_affine=False)

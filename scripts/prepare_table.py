@@ -257,11 +257,11 @@ def seconds(times: np.ndarray, args: argparse.Namespace) -> np.ndarray:
             f"{args.events}: {args.time} is {times[0]:.0f} and so on, a date in digits alone; "
             "expected Unix times or ISO dates such as 2024-01-03"
         )
-    farthest = times[np.abs(values).argmax()]
-    if abs(values).max() >= TIME_LIMITS[0]:
+    farthest = np.abs(values).argmax()
+    if abs(values[farthest]) >= TIME_LIMITS[0]:
         raise DataError(
-            f"{args.events}: {args.time} {farthest:g} among {TIME_UNITS[unit]}: no time of this "
-            "age; correct or remove the row"
+            f"{args.events}: {args.time} {times[farthest]:g} among {TIME_UNITS[unit]}: no time of "
+            "this age; correct or remove the row"
         )
     values = values.astype(np.int64)
     first, last = (np.datetime64(int(value), "s") for value in (values.min(), values.max()))
