@@ -64,6 +64,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--log_dir", default="logs", help="that of the training")
     parser.add_argument("--data_dir", default="data", help="that of the training")
     parser.add_argument("--picture_dir", type=Path, help="for the PNG files; else output_dir")
+    trust_help = "load .pkl files unchecked: they can run any code"
+    parser.add_argument("--trust_pickle", action="store_true", help=trust_help)
     args = parser.parse_args(argv)
     folder = args.picture_dir or args.output_dir
     try:
@@ -83,7 +85,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def draw_all(args: argparse.Namespace) -> Iterator[tuple[str, Figure]]:
     """Name and figure of all that there is to see."""
-    run, datasets = load_run(args.output_dir, args.data_dir)
+    run, datasets = load_run(args.output_dir, args.data_dir, args.trust_pickle)
     yield "learning_curves", draw_learning(read_curves(args.log_dir))
     loader = make_eval_loader(datasets.get("test"), run.args, run.device)
     if loader is not None:
@@ -97,7 +99,7 @@ def draw_all(args: argparse.Namespace) -> Iterator[tuple[str, Figure]]:
         yield "position_bias", draw_position_bias(biases)
 
 
-def load_run(output_dir: Path, data_dir: str) -> tuple[Run, Mapping]:
+def load_run(output_dir: Path, data_dir: str, trust_pickle: bool) -> tuple[Run, Mapping]:
     """The best epoch's model under the flags that it was trained with, and the data's splits."""
     state = load_newest_state(output_dir)
     if state is None:
@@ -106,8 +108,8 @@ def load_run(output_dir: Path, data_dir: str) -> tuple[Run, Mapping]:
     then = {flag: value for flag, value in state["binding"].items() if flag in vars(args)}
     specs = state["binding"]["config"]["item_features"]
     vectors = [name for name, spec in specs.items() if spec["kind"] == "emb"]
-    vars(args).update(then, compile=False, mm_emb_id=vectors)
-    manifest = read_manifest(data_dir)
+    vars(args).update(then, compile=False, mm_emb_id=vectors, trust_pickle=trust_pickle)
+    manifest = read_manifest(data_dir, trust=trust_pickle)
     features = read_features(args, manifest)
     datasets = open_datasets(args, manifest, vectors_on_host(args, features[0]))
     run = prepare_run(args, manifest, features, datasets["train"])

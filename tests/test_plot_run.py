@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import itertools
 import json
+import pickle
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -55,7 +57,7 @@ def test_one_command_draws_every_picture(trained, tmp_path, capsys):
 
 def test_what_is_drawn_was_evaluated_as_in_the_training(trained):
     """With the flags of the training, --no-remove_seen among them, and the best epoch."""
-    run, datasets = plot_run.load_run(trained / "o", str(trained / "data"))
+    run, datasets = plot_run.load_run(trained / "o", str(trained / "data"), False)
     loader = make_eval_loader(datasets["test"], run.args, run.device)
     found = evaluate(run.updater, loader, run.args.remove_seen).metrics()
     assert found == json.loads((trained / "o" / "metrics.json").read_text())["test"]
@@ -175,3 +177,15 @@ def test_data_without_vectors_are_drawn_as_they_were_trained(tmp_path, capsys):
     write_tiny(tmp_path / "data", has_vectors=False)
     assert main([*folders_of(tmp_path), *FLAGS]) == 0
     assert plot_run.main([*folders_of(tmp_path), f"--picture_dir={tmp_path}/new"]) == 0
+
+
+def test_pickles_that_a_training_trusted_are_trusted_here_too_on_request(tmp_path, capsys):
+    indexer = write_tiny(tmp_path / "data", has_vectors=False) / "indexer.pkl"
+    indexer.write_bytes(pickle.dumps(Counter(pickle.loads(indexer.read_bytes()))))
+    (tmp_path / "data" / "manifest.json").unlink()
+    assert main([*folders_of(tmp_path), *FLAGS, "--trust_pickle"]) == 0
+    capsys.readouterr()
+    flags = [*folders_of(tmp_path), f"--picture_dir={tmp_path}/new"]
+    assert plot_run.main(flags) == 1
+    assert_one_line(capsys.readouterr().err, "refuses to load")
+    assert plot_run.main([*flags, "--trust_pickle"]) == 0
