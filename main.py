@@ -18,9 +18,7 @@ from torch.utils.data import DataLoader
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from atomic_io import DataError, hold_folder, read_json, sweep_temporaries, write_json
-from checkpoint import (
-    seed_random,
-)
+from checkpoint import seed_random
 from data_folder import Manifest, fingerprint, read_item_names, read_manifest
 from dataset import Batch, MyDataset, count_items
 from distributed import (

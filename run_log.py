@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -67,6 +68,11 @@ class RunLog:
     def __enter__(self) -> RunLog:
         self._excepthook, threading.excepthook = threading.excepthook, self._hide_from_stderr
         if rank() == 0:
+            if self.first_step == 1 and any(Path(self.log_dir).glob("events.out.*")):
+                log.warning(
+                    "%s: holds the curves of an earlier run, which TensorBoard will hide; give "
+                    "each run its own --log_dir to see both", self.log_dir,
+                )  # fmt: skip
             with self._survive():
                 self._writer = SummaryWriter(self.log_dir, purge_step=self.first_step)
         return self

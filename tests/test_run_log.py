@@ -138,7 +138,7 @@ def test_names_of_several_lines_and_cells_stay_in_their_row(tmp_path):
 
 @pytest.mark.parametrize(("save_every", "last_step"), [(2, 5), (1, 4), (0, 5)])
 def test_the_log_of_a_killed_run_goes_on_as_if_it_had_not_been(
-    data, whole, tmp_path, save_every, last_step
+    data, whole, tmp_path, save_every, last_step, capfd
 ):
     """What is behind the last state is dropped, and nothing before it is missing."""
     flags = [*flags_of(data, tmp_path, tmp_path / "logs"), f"--save_every_steps={save_every}"]
@@ -152,7 +152,16 @@ def test_the_log_of_a_killed_run_goes_on_as_if_it_had_not_been(
         assert max(step for step, _ in entries(tmp_path / "logs")["Loss/train"]) > state
     time.sleep(1 - time.time() % 1)  # files of one second have no order
     assert main(flags) == 0
+    assert "an earlier run" not in capfd.readouterr().out
     assert entries(tmp_path / "logs") == entries(whole / "logs")
+
+
+def test_a_log_folder_that_holds_another_run_is_told_of(data, tmp_path, capfd):
+    first, second = (flags_of(data, tmp_path / name, tmp_path / "logs") for name in "ab")
+    assert main(first) == 0
+    assert "an earlier run" not in capfd.readouterr().out
+    assert main(second) == 0
+    assert f"{tmp_path}/logs: holds the curves of an earlier run" in capfd.readouterr().out
 
 
 def kill_at(last_step: int, flags: list[str]) -> None:
