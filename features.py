@@ -42,7 +42,7 @@ def load_features(
         data_dir: folder of feature_types.json, feat_statistics.json, `side`_feat_dict.json.
         side: "item" or "user".
         num_rows: items (or users) without padding; tables have one row more.
-        wanted: "all", "none" or feature ids; those of the other side are passed over.
+        wanted: "all", "none" or feature ids of this side.
 
     Returns:
         The features in the order of feature_types.json; {} where there are no feature files.
@@ -84,15 +84,16 @@ def _list_columns(data_dir: Path, side: str, wanted: str | Sequence[str]) -> dic
     if not path.exists() and (data_dir / f"{side}_feat_dict.json").exists():
         raise DataError(f"{path}: missing; list the features of {side}_feat_dict.json in it")
     kinds = _read_kinds(path)
-    tables = [i for i, (_, kind) in kinds.items() if kind != "emb"]
+    tables = [i for i, (owner, kind) in kinds.items() if owner == side and kind != "emb"]
     chosen = tables if wanted == "all" else [str(i) for i in wanted]
     if unknown := [i for i in chosen if i not in tables]:
         raise DataError(
-            f"{path}: no feature {', '.join(unknown)}; there are {', '.join(tables) or 'none'}"
+            f"{path}: no feature {', '.join(unknown)} of {side}s; there are "
+            f"{', '.join(tables) or 'none'}"
         )
     sizes = _read_optional(data_dir / "feat_statistics.json")
     defaults = _read_optional(data_dir / "feature_default_value.json")
-    kinds = {i: kind for i, (owner, kind) in kinds.items() if owner == side and i in chosen}
+    kinds = {i: kinds[i][1] for i in tables if i in chosen}
     coded = [i for i, kind in kinds.items() if kind in ("sparse", "array")]
     if bad := [i for i in coded if type(sizes.get(i)) is not int or not 0 <= sizes[i] < 2**31]:
         found = ", ".join(f"{i} ({sizes.get(i, 'missing')!r:.20})" for i in bad)

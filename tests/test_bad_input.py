@@ -429,7 +429,7 @@ ERRORS = {
     ),
     "20 a feature is asked for that is not there": Fault(
         lambda data: None,
-        r"feature_types\.json: no feature 999; there are 100, tags, price",
+        r"feature_types\.json: no feature 999 of items; there are 100, tags, price",
         ("--item_features", "999"),
     ),
     "21 a cardinality is a fraction": Fault(

@@ -59,14 +59,20 @@ def test_a_missing_user_file_turns_user_features_off_unless_they_were_asked_for(
 
 def test_only_wanted_features_are_returned_and_only_they_need_statistics(tmp_path):
     write_items(tmp_path, statistics={"100": 6, "103": 86})
-    assert list(load_features(tmp_path, "item", 5, ["100", "103"])) == ["100"]
+    assert list(load_features(tmp_path, "item", 5, ["100"])) == ["100"]
     assert load_features(tmp_path, "item", 5, "none") == {}
 
 
 def test_a_wanted_feature_that_does_not_exist_is_refused_with_the_list_of_those_that_do(tmp_path):
     write_items(tmp_path)
-    with pytest.raises(DataError, match=r"feature_types\.json: no feature 999.*100, 112, 106"):
+    with pytest.raises(
+        DataError, match=r"feature_types\.json: no feature 999 of items; there are 100"
+    ):
         load_features(tmp_path, "item", 5, ["100", "999"])
+    with pytest.raises(
+        DataError, match=r"feature_types\.json: no feature 100 of users; there are 103"
+    ):
+        load_features(tmp_path, "user", 5, ["100"])
 
 
 def test_a_side_that_does_not_exist_is_refused(tmp_path):
