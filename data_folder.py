@@ -9,7 +9,7 @@ import hashlib
 import json
 import operator
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -35,6 +35,7 @@ class Manifest(NamedTuple):
     num_users: int
     num_action_types: int
     targets: dict[str, str]  # split -> "next" | "last" | "none"
+    item_ids_digest: str | None = None  # of the original ids in the order of their re-ids
 
 
 class Sequences(NamedTuple):
@@ -94,7 +95,8 @@ def read_manifest(data_dir: str | Path, *, trust: bool = False) -> Manifest:
         )
     try:
         sizes = {name: entry["size"] for name, entry in content["files"].items()}
-        manifest = Manifest(*(content[field] for field in Manifest._fields))
+        names = [n for n in Manifest._fields if n in content or n not in Manifest._field_defaults]
+        manifest = Manifest(**{name: content[name] for name in names})
         _check_manifest(path, manifest, sizes.get("indexer.pkl"))
     except (AttributeError, LookupError, TypeError) as error:
         raise DataError(
@@ -112,7 +114,9 @@ def read_manifest(data_dir: str | Path, *, trust: bool = False) -> Manifest:
 
 
 def _check_manifest(path: Path, manifest: Manifest, indexer_size: int | None) -> None:
-    *counts, targets = manifest
+    *counts, targets, digest = manifest
+    if not isinstance(digest, str | None):
+        raise DataError(f"{path}: item_ids_digest is {digest!r:.60}, expected a text")
     for name, count in zip(Manifest._fields, counts, strict=False):
         limit = MOST_ACTION_TYPES if name == "num_action_types" else 2**31
         if type(count) is not int or not 0 <= count < limit:
@@ -300,6 +304,14 @@ def original_ids(
             return None
         originals[re_id] = original
     return originals if len(np.unique(originals[1:])) == count else None
+
+
+def digest_of_ids(ids: Iterable[Any]) -> str:
+    """What tells whether re-ids 1, 2, ... mean the same items: SHA-256 of their original ids."""
+    digest = hashlib.sha256()
+    for original in ids:
+        digest.update(f"{original!r}\n".encode())
+    return digest.hexdigest()
 
 
 def check_re_ids(path: Path, side: str, re_ids: Mapping[Any, int], count: int) -> None:

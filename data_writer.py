@@ -23,6 +23,7 @@ from data_folder import (
     USER_DTYPE,
     Manifest,
     Sequences,
+    digest_of_ids,
     gather,
     split_path,
 )
@@ -128,6 +129,7 @@ def write_dataset(
             split: (targets or {}).get(split, "next" if split == "train" else "last")
             for split in splits
         },
+        digest_of_ids(indexer["i"]),
     )
     write_manifest(data_dir, manifest, files, old_files)
 

@@ -112,6 +112,8 @@ class MyDataset(Dataset):
         item_counts: (X + 1,) how often each item is trained on; given, an item that never is will
             not be a negative: it could only be pushed away, whatever its features say.
         has_logq: correct in-batch negatives for how often their items come (needs item_counts).
+        holds_out: where a split's last events are its targets, keep them from the inputs; else they
+            are seen, and what follows them is the target, which is unknown.
         request_time: Unix seconds of a query whose target is unknown; None: its last event's.
         request_action: action type of a target that is unknown; -1: unknown, too.
         host_vectors: feature id -> features.Feature of kind "emb" whose rows batches bring along.
@@ -133,6 +135,7 @@ class MyDataset(Dataset):
         num_negatives: int = 0,
         item_counts: np.ndarray | None = None,
         has_logq: bool = False,
+        holds_out: bool = True,
         request_time: int | None = None,
         request_action: int = -1,
         host_vectors: Mapping[str, Any] | None = None,
@@ -150,7 +153,7 @@ class MyDataset(Dataset):
         self.num_action_types = manifest.num_action_types
         if request_action >= self.num_action_types:
             raise DataError(
-                f"--request_action {request_action}: {data_dir} has {self.num_action_types} action "
+                f"--request_action {request_action}: the data has {self.num_action_types} action "
                 "types, from 0"
             )
         self.host_vectors = dict(host_vectors or {})
@@ -162,7 +165,7 @@ class MyDataset(Dataset):
             raise DataError(
                 f"{self.data_dir}: no {split} split there, only {', '.join(manifest.targets)}"
             )
-        self.target = manifest.targets[split]
+        self.target = manifest.targets[split] if holds_out else "none"
         self._maps: tuple[np.ndarray, np.ndarray, np.ndarray | None] | None = None
         self._files: dict[str, int | None] = {}  # of the events, "", and of host_vectors
         events, offsets, users = self._open()

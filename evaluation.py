@@ -23,6 +23,7 @@ class Ranking(NamedTuple):
     ranks: Tensor  # (S,) int64 in 1..X, 1 is best
     target_ids: Tensor  # (S,) int64 in 1..X
     num_seen: Tensor  # (S,) int64, events of the whole history
+    is_repeat: Tensor  # (S,) bool, the target is an item of that history
     of_targets: Tensor  # (S,) float32 cosine of the query with its target
     of_others: Tensor  # (S,) float32, with another item drawn uniformly
     loss: float  # mean InfoNCE
@@ -35,7 +36,14 @@ class Ranking(NamedTuple):
 
         `item_counts`: (X + 1,), training events of each item.
         """
-        ranks = self.ranks[item_counts[self.target_ids] == 0]
+        return self._metrics_of(item_counts[self.target_ids] == 0)
+
+    def repeat_metrics(self) -> dict[str, float]:
+        """Of the targets that their users had before, and their number; empty if there are none."""
+        return self._metrics_of(self.is_repeat)
+
+    def _metrics_of(self, which: Tensor) -> dict[str, float]:
+        ranks = self.ranks[which]
         return ranking_metrics(ranks) | {"targets": len(ranks)} if len(ranks) else {}
 
 
@@ -64,13 +72,17 @@ def evaluate(updater: Updater, loader: DataLoader, removes_seen: bool) -> Rankin
         with updater.autocast():
             queries, loss = model.predict_with_loss(batch)
         ranked = _rank_targets(updater, batch, queries, items, removes_seen)
-        parts.append((*ranked, batch.target_ids(), batch.seen_offsets.diff()))
+        target_ids, num_seen = batch.target_ids(), batch.seen_offsets.diff()
+        owners = torch.arange(len(num_seen), device=num_seen.device).repeat_interleave(num_seen)
+        repeats = owners[batch.seen_ids == target_ids[owners]]
+        is_repeat = torch.bincount(repeats, minlength=len(num_seen)) > 0
+        parts.append((*ranked, target_ids, num_seen, is_repeat))
         loss_sum += loss.item() * len(queries)
     model.train()
     columns = [gather_rows(torch.cat(column).cpu()) for column in zip(*parts, strict=True)]
-    ranks, of_targets, of_others, target_ids, num_seen = columns
+    ranks, of_targets, of_others, target_ids, num_seen, is_repeat = columns
     loss = gather_rows(loss_sum).sum().item() / len(ranks)
-    return Ranking(ranks, target_ids, num_seen, of_targets, of_others, loss)
+    return Ranking(ranks, target_ids, num_seen, is_repeat, of_targets, of_others, loss)
 
 
 def _rank_targets(

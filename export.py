@@ -57,8 +57,13 @@ def infer(args: argparse.Namespace, model_class: type[HSTUModel]) -> None:
         model = load_model(args, model_class, manifest)
         catalogue = candidates_of(args, model) if args.candidates else all_items(args, model)
     config = model.config
-    if args.request_action >= 0 and not config.num_target_action_types:
-        raise DataError(f"--request_action: {path} was trained without --target_action")
+    check_request_action(args, config)
+    is_held_out = manifest.targets.get("test") == "last" and not args.whole_history
+    if is_held_out and (args.request_time is not None or args.request_action >= 0):
+        raise DataError(
+            f"--request_time and --request_action: the targets of {args.data_dir}'s test split are "
+            "known, with their times and actions; ask for what comes next with --whole_history"
+        )
     origin = {"checkpoint": path.name, "checkpoint_sha256": sha256_of(path)}
     origin["item_ids"] = catalogue.id_kind
     folder, shape = output_dir / "item_embeddings", (len(catalogue.ids), config.hidden_units)
@@ -67,6 +72,7 @@ def infer(args: argparse.Namespace, model_class: type[HSTUModel]) -> None:
         return
     names = ("request_time", "request_action", "trust_pickle")
     options = {name: getattr(args, name) for name in names}
+    options["holds_out"] = not args.whole_history
     dataset = MyDataset(args.data_dir, "test", config.maxlen, "batch", **options)
     if not len(dataset):
         return
@@ -75,8 +81,13 @@ def infer(args: argparse.Namespace, model_class: type[HSTUModel]) -> None:
     user_ids, kind = exported_ids(args, "u", manifest.num_users)
     top_ids = np.where(top_rows < 0, -1, catalogue.ids.view(np.int64)[top_rows])
     arrays = {"topk.u64bin": top_ids, "id.u64bin": user_ids[users]}
-    origin |= {"user_ids": kind}
+    origin |= {"user_ids": kind, "whole_history": args.whole_history}
     publish(output_dir / "user_embeddings", queries.shape, [queries], arrays, origin)
+
+
+def check_request_action(args: argparse.Namespace, config: HSTUConfig) -> None:
+    if args.request_action >= 0 and not config.num_target_action_types:
+        raise DataError("--request_action: the model was trained without --target_action")
 
 
 def load_model(
@@ -187,6 +198,13 @@ def read_config_features(
     features = read_features(argparse.Namespace(**vars(args) | flags), manifest)
     known = {"items": config.num_items}
     found = {"items": manifest.num_items}
+    if config.item_ids_digest and manifest.item_ids_digest:  # an item, or an order, may differ
+        known["digest of the item ids"] = config.item_ids_digest[:8]
+        found["digest of the item ids"] = manifest.item_ids_digest[:8]
+    num_types = max(config.num_action_types, config.num_target_action_types)
+    if num_types:
+        known["action types"] = num_types
+        found["action types"] = max(num_types, manifest.num_action_types)
     for specs, loaded in zip(sides, features, strict=True):
         known |= {name: (spec["kind"], spec["size"]) for name, spec in specs.items()}
         found |= {name: (feature.kind, feature.size) for name, feature in loaded.items()}

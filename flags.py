@@ -31,6 +31,7 @@ FREE_FLAGS = {
     "state_dict_path",
     "trust_pickle",
     "top_k",
+    "whole_history",
     "request_time",
     "request_action",
     "debug",
@@ -238,6 +239,11 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     )
     run("--top_k", type=at_least(1), default=10, help="items exported per test user")
     run(
+        "--whole_history",
+        action="store_true",
+        help="export queries for what comes after a test user's last event, which else is held out",
+    )
+    run(
         "--request_time",
         type=at_least(0),
         default=None,
@@ -257,6 +263,11 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
         parser.error("--inference_only needs --state_dict_path: a model_*.pt file of a training")
     if not args.inference_only and (args.state_dict_path or args.candidates):
         parser.error("--state_dict_path and --candidates are for --inference_only")
+    asks = args.whole_history or args.request_time is not None or args.request_action >= 0
+    if asks and not args.inference_only:
+        parser.error(
+            "--whole_history, --request_time and --request_action are for --inference_only"
+        )
     if args.overwrite and args.resume == "auto":
         parser.error("--overwrite is for --resume none, or for the state of another folder")
     return args
@@ -287,7 +298,8 @@ def between(low: float, high: float, with_low: bool = False) -> Any:
     def number(text: str) -> float:
         value = float(text)
         if not (low < value < high or (with_low and value == low)):
-            raise argparse.ArgumentTypeError(f"{value} is not between {low} and {high}")
+            bounds = f"{'at least' if with_low else 'above'} {low:g} and below {high:g}"
+            raise argparse.ArgumentTypeError(f"{value:g} is not {bounds}")
         return value
 
     return number

@@ -199,8 +199,6 @@ def open_datasets(
         "negatives": negatives,
         "num_negatives": args.num_negatives,
         "has_logq": args.logq,
-        "request_time": args.request_time,
-        "request_action": args.request_action,
         "host_vectors": host_vectors,
         "trust_pickle": args.trust_pickle,
     }
@@ -284,6 +282,7 @@ def make_config(
         time_bias=args.time_bias if has_timestamps else "off",
         position_bias=args.position_bias,
         infonce_temp=args.infonce_temp,
+        item_ids_digest=manifest.item_ids_digest,
     )
 
 
@@ -409,6 +408,12 @@ def announce(run: Run, datasets: Mapping[str, MyDataset]) -> None:
         f"{args.num_epochs} epochs, {run.updater.total_steps:,} steps; "
         f"from step {first_entry} on the time that is left is shown"
     )
+    if args.warmup_steps >= run.updater.total_steps:
+        log.warning(
+            "the learning rate rises for %d steps (--warmup_steps), but there are %d: it never "
+            "reaches --lr; try --warmup_steps %d",
+            args.warmup_steps, run.updater.total_steps, run.updater.total_steps // 10,
+        )  # fmt: skip
     if not train_set.has_timestamps:
         log.info("the data holds plain item ids: time and actions are off")
 
@@ -444,17 +449,27 @@ def report(run: Run, datasets: Mapping[str, MyDataset]) -> None:
             result["test"] = ranking.metrics()
             if cold := ranking.cold_metrics(counts):
                 result["test_cold"] = cold
+            if run.args.remove_seen and (repeats := ranking.repeat_metrics()):
+                result["test_repeat"] = repeats
         if rank() == 0:
             write_json(path, result)
     if rank() > 0:
         return
     result = read_json(path)
-    log.info("finished: %d epochs, best epoch %d", progress.epoch, result["best_epoch"])
+    is_early = progress.epoch < run.args.num_epochs
+    reason = f", stopped by --patience {run.args.patience}" if is_early else ""
+    log.info("finished: %d epochs, best epoch %d%s", progress.epoch, result["best_epoch"], reason)
     for split in ("valid", "test"):
         if result.get(split):
             log.info("  %-6s %s", split, summary(result[split]))
     if cold := result.get("test_cold"):
         log.info("  cold   %s: %d targets without a training event", summary(cold), cold["targets"])
+    if repeats := result.get("test_repeat"):
+        log.info(
+            "  repeat %s: %d targets that their users had before; an export leaves out what a user "
+            "has seen, and finds these only with --no-remove_seen",
+            summary(repeats), repeats["targets"],
+        )  # fmt: skip
     log.info("  wrote  %s, model_epoch_*.pt, %s", best, path)
     folders = f"--data_dir {run.args.data_dir} --output_dir {output_dir}"
     log.info("  next   python main.py --inference_only --state_dict_path %s %s", best, folders)

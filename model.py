@@ -62,6 +62,7 @@ class HSTUConfig:
     time_bias: str
     position_bias: bool
     infonce_temp: float
+    item_ids_digest: str | None = None  # of the items that the rows stand for; None: not known
 
 
 class HSTUModel(nn.Module):

@@ -37,6 +37,7 @@ from data_folder import (
     Manifest,
     Sequences,
     check_re_ids,
+    digest_of_ids,
     gather,
     read_indexer,
 )
@@ -115,6 +116,7 @@ def convert(
     for name in retire_manifest(data_dir):
         (data_dir / name).unlink(missing_ok=True)
     files = write_candidates(predict_dir, data_dir, indexer["i"], counts)
+    digest = digest_of_ids(sorted(indexer["i"], key=indexer["i"].get))
     del indexer
     folders = {"seq": source}
     if (predict_dir / "predict_seq.jsonl").exists():
@@ -127,7 +129,7 @@ def convert(
     files += splits + link_item_files(source, data_dir)
     files += describe_features(data_dir, index, kinds)
     files.append(write_index(source, data_dir, index, trust_pickle))
-    manifest = Manifest(index.limits.num_items, len(index.users), NUM_ACTIONS, targets)
+    manifest = Manifest(index.limits.num_items, len(index.users), NUM_ACTIONS, targets, digest)
     write_manifest(data_dir, manifest, files, set())
     counts["users that indexer.pkl lacks, added"] = len(index.users) - index.limits.num_users
     print(f"wrote {data_dir}: {manifest.num_items:,} items, {manifest.num_users:,} users")

@@ -37,7 +37,7 @@ from data_folder import (
 from data_writer import write_manifest, write_split
 from dataset import MyDataset, load_emb
 from dot_product_similarity import DotProductSimilarity
-from export import load_model
+from export import check_request_action, load_model
 from flags import at_least
 from main import one_line
 from model import HSTUModel
@@ -113,6 +113,13 @@ def get_args(argv: list[str] | None) -> argparse.Namespace:
         help="of --events: Unix time of the question; else that of the last event",
     )
     flag(
+        "--request_action",
+        type=at_least(-1),
+        default=-1,
+        metavar="TYPE",
+        help="of --events: action type that is hoped for, for --target_action; -1: unknown",
+    )
+    flag(
         "--trust_pickle",
         action="store_true",
         help="load .pkl files unchecked: they can run any code",
@@ -121,8 +128,8 @@ def get_args(argv: list[str] | None) -> argparse.Namespace:
     has_history = args.user is not None or args.events is not None
     if has_history == (args.item is not None):
         parser.error("name a --user, a file of --events, or an --item and none of the others")
-    if args.request_time is not None and args.events is None:
-        parser.error("--request_time is of --events; in the test split it is the target's time")
+    if args.events is None and (args.request_time is not None or args.request_action >= 0):
+        parser.error("--request_time and --request_action are of --events; --user has the export's")
     return args
 
 
@@ -212,7 +219,8 @@ def ask_export(args: argparse.Namespace, export: Export) -> Question:
         DataError: the user is not in the test split, or twice, or the exports do not fit.
     """
     user = re_id_of(args.user, export.user_ids, args, "user")
-    dataset = MyDataset(args.data_dir, "test", negatives="batch", trust_pickle=args.trust_pickle)
+    options = {"negatives": "batch", "holds_out": False, "trust_pickle": args.trust_pickle}
+    dataset = MyDataset(args.data_dir, "test", **options)
     indices = dataset.indices_of(user)
     if len(indices) != 1:
         raise DataError(
@@ -229,9 +237,10 @@ def ask_export(args: argparse.Namespace, export: Export) -> Question:
             f"{args.output_dir / 'user_embeddings'}: not of the export in item_embeddings, or of "
             f"other data than {args.data_dir}; export again: {export_command(args)}"
         )
-    fetched = dataset[int(indices[0])]
-    target = int(fetched.sequences.events["item_id"][-1]) if dataset.target == "last" else None
-    return Question(queries[rows], fetched.seen.events, target)
+    events = dataset[int(indices[0])].seen.events
+    if origin.get("whole_history") or export.manifest.targets["test"] == "none":
+        return Question(queries[rows], events, None)
+    return Question(queries[rows], events[:-1], int(events["item_id"][-1]))
 
 
 @torch.no_grad()
@@ -246,10 +255,11 @@ def ask_model(args: argparse.Namespace, export: Export) -> Question:
         user = re_id_of(args.user, export.user_ids, args, "user")
     events = read_events(args, export)
     model = load_exported_model(args, export)
+    check_request_action(args, model.config)
     with tempfile.TemporaryDirectory() as folder:
         write_history(Path(folder), export.manifest, events)
-        options = {"negatives": "batch", "request_time": args.request_time}
-        dataset = MyDataset(folder, "test", model.config.maxlen, **options)
+        asked = {"request_time": args.request_time, "request_action": args.request_action}
+        dataset = MyDataset(folder, "test", model.config.maxlen, "batch", **asked)
         batch = dataset.collate_fn(dataset[0])
     batch = batch._replace(user_ids=torch.full_like(batch.user_ids, user))
     exported = export.embeddings[batch.distinct_ids - 1]

@@ -30,7 +30,7 @@ from main import main
 
 SMALL = [
     "--device=cpu", "--num_workers=0", "--num_epochs=1", "--batch_size=6", "--maxlen=6",
-    "--hidden_units=8", "--attention_dim=5", "--linear_dim=6", "--num_blocks=1",
+    "--warmup_steps=1", "--hidden_units=8", "--attention_dim=5", "--linear_dim=6", "--num_blocks=1",
 ]  # fmt: skip
 
 

@@ -12,14 +12,16 @@ from main import open_datasets, prepare_run
 from run_setup import make_eval_loader, read_features
 
 
-def test_targets_that_were_never_trained_on_are_counted_apart():
+def test_targets_never_trained_on_and_those_had_before_are_counted_apart():
     ranks, target_ids = torch.tensor([1, 30, 4, 2]), torch.tensor([5, 2, 5, 3])
-    ranking = Ranking(ranks, target_ids, ranks, ranks * 0.0, ranks * 0.0, 0.5)
+    ranking = Ranking(ranks, target_ids, ranks, ranks < 3, ranks * 0.0, ranks * 0.0, 0.5)
     cold = ranking.cold_metrics(torch.tensor([0, 9, 1, 0, 4, 0]))
     assert cold["targets"] == 3
     assert cold["HR@10"] == 1.0
     assert cold["MRR"] == (1 + 1 / 4 + 1 / 2) / 3
     assert ranking.cold_metrics(torch.ones(6)) == {}
+    repeats = ranking.repeat_metrics()
+    assert (repeats["targets"], repeats["MRR"]) == (2, (1 + 1 / 2) / 2)
 
 
 def test_ranks_are_those_of_every_item_by_hand(tmp_path):
@@ -42,6 +44,8 @@ def test_ranks_are_those_of_every_item_by_hand(tmp_path):
             rank = 1 + sum(bool(scores[k - 1] >= scores[target - 1]) for k in others)
             assert (ranking.ranks[place], ranking.target_ids[place]) == (rank, target)
             assert ranking.num_seen[place] == len(seen)
+            assert ranking.is_repeat[place] == (target in seen)
             torch.testing.assert_close(ranking.of_targets[place], scores[target - 1])
             place += 1
     assert place == len(ranking.ranks) == len(datasets["test"])
+    assert 0 < ranking.is_repeat.sum() < place

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import pickle
+import shutil
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -108,8 +110,8 @@ def test_every_flag_is_tested_for_its_effect():
         "data_dir", "output_dir", "log_dir", "num_workers", "device", "trust_pickle", "patience",
         "early_stop_on", "gradient_checkpointing", "compile", "resume", "overwrite",
         "save_every_steps", "log_every", "remove_seen", "inference_only", "state_dict_path",
-        "top_k", "request_time", "request_action", "debug", "mm_emb_device", "candidates",
-        "projector", "shard_items",
+        "top_k", "whole_history", "request_time", "request_action", "debug", "mm_emb_device",
+        "candidates", "projector", "shard_items",
     }  # fmt: skip
     assert set(vars(get_args([]))) == others | set(TRAINING_FLAGS)
 
@@ -223,7 +225,7 @@ class Trusting:
         return np.ones, (4,)
 
 
-def test_metrics_are_those_of_the_best_epoch_and_patience_ends_a_run(tmp_path, data):
+def test_metrics_are_those_of_the_best_epoch_and_patience_ends_a_run(tmp_path, data, capsys):
     for criterion in ("loss", "ndcg"):
         flags = ["--num_epochs=12", "--patience=2", f"--early_stop_on={criterion}", "--lr=0.3"]
         output_dir = run(tmp_path, data, *flags, name=criterion)
@@ -232,10 +234,26 @@ def test_metrics_are_those_of_the_best_epoch_and_patience_ends_a_run(tmp_path, d
         best = metrics(output_dir)["best_epoch"]
         assert best == values.index(min(values)) + 1
         assert len(values) == min(12, best + 2)
+        assert f"best epoch {best}, stopped by --patience 2" in capsys.readouterr().out
         assert (output_dir / "model_best.pt").read_bytes() == (
             output_dir / f"model_epoch_{best}.pt"
         ).read_bytes()
     assert not (tmp_path / "loss" / "model_epoch_12.pt").exists()
+
+
+def test_a_warm_up_longer_than_the_run_is_told_of(tmp_path, data, capsys):
+    run(tmp_path, data, "--num_epochs=4", "--batch_size=1", "--warmup_steps=43")
+    assert "--warmup_steps" not in capsys.readouterr().out
+    run(tmp_path, data, "--num_epochs=4", "--batch_size=1", "--warmup_steps=44", name="warm")
+    assert "there are 44: it never reaches --lr; try --warmup_steps 4" in capsys.readouterr().out
+
+
+def test_targets_that_were_seen_are_told_apart_from_what_an_export_can_find(tmp_path, data, capsys):
+    counted = run(tmp_path, data)
+    kept = run(tmp_path, data, "--no-remove_seen", name="kept")
+    assert "finds these only with --no-remove_seen" in capsys.readouterr().out
+    assert metrics(counted)["test_repeat"]["targets"] > 0
+    assert "test_repeat" not in metrics(kept)
 
 
 def scalars(output_dir: Path, tag: str) -> list[tuple[int, float]]:
@@ -521,6 +539,47 @@ def test_what_is_known_of_a_request_moves_queries(tmp_path, data, training, requ
     assert "test" not in metrics(trained)
 
 
+def test_the_whole_history_is_exported_as_if_no_target_were_known(tmp_path, data):
+    trained = run(tmp_path, data)
+    manifest = json.loads((data / "manifest.json").read_text())
+    manifest["targets"]["test"] = "none"
+    shutil.copytree(data, tmp_path / "data")
+    (tmp_path / "data" / "manifest.json").write_text(json.dumps(manifest))
+    later = "--request_time=2000000000"
+    held_out = infer(tmp_path, data, trained / "model_best.pt", name="held_out")
+    for k, flags in enumerate([[], [later]]):
+        whole = infer(
+            tmp_path, data, trained / "model_best.pt", "--whole_history", *flags, name=f"whole{k}"
+        )
+        none = infer(
+            tmp_path, tmp_path / "data", trained / "model_best.pt", *flags, name=f"none{k}"
+        )
+        for name in ("embedding.fbin", "topk.u64bin", "id.u64bin"):
+            name = f"user_embeddings/{name}"
+            assert (whole / name).read_bytes() == (none / name).read_bytes()
+        name = "user_embeddings/embedding.fbin"
+        assert (whole / name).read_bytes() != (held_out / name).read_bytes()
+
+
+@pytest.mark.parametrize("flag", ["--request_time=2000000000", "--request_action=1"])
+def test_what_is_known_of_a_request_is_refused_where_its_target_is_known(
+    tmp_path, data, capsys, flag
+):
+    trained = run(tmp_path, data, "--target_action")
+    flags = [f"--data_dir={data}", f"--output_dir={tmp_path}/e", "--device=cpu", flag]
+    checkpoint = f"--state_dict_path={trained}/model_best.pt"
+    assert main(["--inference_only", checkpoint, *flags]) == 1
+    assert "with --whole_history" in capsys.readouterr().err
+    assert not (tmp_path / "e").exists()
+
+
+@pytest.mark.parametrize("flag", ["--whole_history", "--request_time=5", "--request_action=1"])
+def test_what_only_an_export_asks_for_is_refused_in_a_training(flag, capsys):
+    with pytest.raises(SystemExit):
+        main([flag])
+    assert "are for --inference_only" in capsys.readouterr().err
+
+
 def test_a_request_action_needs_a_model_that_knows_it(tmp_path, data, capsys):
     trained = run(tmp_path, data)
     folders = [f"--data_dir={data}", f"--output_dir={tmp_path}/e", "--device=cpu"]
@@ -543,6 +602,35 @@ def test_a_checkpoint_of_other_data_is_refused(tmp_path, data, capsys):
     assert main(["--inference_only", "--device=cpu", f"--data_dir={tmp_path}/data", *flags]) == 1
     assert capsys.readouterr().err.count("\n") == 1
     assert not (tmp_path / "e").exists()
+
+
+def test_a_checkpoint_is_for_data_whose_re_ids_mean_the_same_items_and_actions(
+    tmp_path, data, capsys
+):
+    trained = run(
+        tmp_path, data, "--item_features", "none", "--user_features", "none", "--mm_emb_id"
+    )
+
+    def export(name: str, item_ids: Sequence[int], num_users: int = 11, num_types: int = 3) -> int:
+        write_dataset(
+            tmp_path / name,
+            {"train": read_split(data, "train")},
+            item_ids=item_ids,
+            user_ids=range(1, num_users + 1),
+            num_action_types=num_types,
+        )
+        flags = [f"--state_dict_path={trained}/model_best.pt", f"--output_dir={tmp_path}/e_{name}"]
+        return main(["--inference_only", "--device=cpu", f"--data_dir={tmp_path}/{name}", *flags])
+
+    same = [1000 + 3 * k for k in range(NUM_ITEMS)]
+    assert export("more_users", same, num_users=15) == 0
+    assert export("other_item", [*same[:-1], 7]) == 1
+    assert "digest of the item ids" in capsys.readouterr().err
+    assert export("other_order", same[::-1]) == 1
+    assert "digest of the item ids" in capsys.readouterr().err
+    assert export("more_types", same, num_types=8) == 1
+    assert "action types: 3 then, 8 now" in capsys.readouterr().err
+    assert export("fewer_types", same, num_types=2) == 0
 
 
 # ------------------------------------------------------------------------------------------- errors

@@ -182,6 +182,15 @@ def test_without_targets_nothing_was_held_out(tmp_path, capsys):
     assert f"{len(history_of(tmp_path, 1)[0]) + 1} events" in text
 
 
+def test_an_export_of_whole_histories_holds_nothing_out(copied, capsys):
+    flags = [f"--data_dir={copied}/data", f"--output_dir={copied}/outputs", "--device=cpu"]
+    checkpoint = f"--state_dict_path={copied}/outputs/model_best.pt"
+    assert main_module.main(["--inference_only", "--whole_history", checkpoint, *flags]) == 0
+    text = screen(capsys, copied, "--user=user-0")
+    assert "held out" not in text
+    assert f"{len(history_of(copied, 1)[0]) + 1} events" in text
+
+
 # ------------------------------------------------------------------------------------- any history
 
 
@@ -361,6 +370,7 @@ def test_a_pipe_that_cannot_spell_a_title_gets_question_marks(films):
 @pytest.mark.parametrize(
     "flags",
     [[], ["--user=1", "--item=1"], ["--item=1", "--events=e"], ["--user=1", "--request_time=5"],
+     ["--user=1", "--request_action=1"],
      ["--user=1", "--top_k=0"]],
 )  # fmt: skip
 def test_flags_that_make_no_question_are_refused(flags, capsys):
