@@ -23,6 +23,7 @@ OFFSET_DTYPE = np.dtype("<i8")
 USER_DTYPE = np.dtype("<i4")
 FORMAT_VERSION = 1
 SPLITS = ("train", "valid", "test")
+UNFINISHED = ".unfinished"  # lies in a folder from its first written byte to its manifest
 # What a damaged or byte-swapped number would make of a folder: tables beyond any memory.
 MOST_UNSEEN = 1 << 22  # ids without an event, where only the events tell how many there are
 MOST_ACTION_TYPES = 1 << 16
@@ -84,6 +85,8 @@ def read_manifest(data_dir: str | Path, *, trust: bool = False) -> Manifest:
             "scripts/prepare_synthetic.py"
         )
     path = data_dir / "manifest.json"
+    if not path.exists() and (data_dir / UNFINISHED).exists():
+        raise DataError(f"{data_dir}: whoever wrote it did not finish; write the data again")
     if not path.exists():
         return _infer_manifest(data_dir, trust)
     content = read_json(path)
@@ -245,7 +248,7 @@ def check_split(
     if len(offsets) == 0 or offsets[0] != 0:
         found = "is empty" if len(offsets) == 0 else f"begins with {offsets[0]}"
         raise DataError(f"{path}: {found}, but the first offset is 0; write the split again")
-    falls = np.flatnonzero(np.diff(offsets) < 0)
+    falls = np.flatnonzero(offsets[1:] < offsets[:-1])
     if len(falls):
         k = falls[0] + 1
         raise DataError(
@@ -386,6 +389,11 @@ def read_candidates(folder: str | Path, num_items: int) -> Candidates:
         raise DataError(
             f"{paths['item_ids']}: ids from {found.item_ids.min()} to {found.item_ids.max()}, not "
             f"in 0..{num_items}; write it again from this data"
+        )
+    if found.retrieval_ids.max() >= 2**63:
+        raise DataError(
+            f"{paths['retrieval_ids']}: id {found.retrieval_ids.max()}, expected ids below 2^63, "
+            "as topk.u64bin has them; number the candidates anew"
         )
     if len(np.unique(found.retrieval_ids)) < len(found.retrieval_ids):
         raise DataError(f"{paths['retrieval_ids']}: an id occurs twice; an index needs each once")

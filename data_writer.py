@@ -6,6 +6,7 @@ docs/data_format.md describes every file.
 from __future__ import annotations
 
 import json
+import math
 import pickle
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -14,12 +15,20 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from atomic_io import DataError, atomic_write, file_entry, read_json, write_json
+from atomic_io import (
+    DataError,
+    atomic_write,
+    file_entry,
+    read_json,
+    sweep_temporaries,
+    write_json,
+)
 from data_folder import (
     EVENT_DTYPE,
     FORMAT_VERSION,
     OFFSET_DTYPE,
     SPLITS,
+    UNFINISHED,
     USER_DTYPE,
     Manifest,
     Sequences,
@@ -91,7 +100,7 @@ def write_dataset(
 
     Raises:
         DataError: the features could not be read again; the data that was there is as it was.
-        ValueError: lengths differ or an id occurs twice; so it is then.
+        ValueError: lengths differ, an id occurs twice, a number is not finite; so it is then.
     """
     data_dir = Path(data_dir)
     sides = {"item": item_features or {}, "user": user_features or {}}
@@ -158,6 +167,9 @@ def _check_features(
                     f"{data_dir}: feature {i} of {side} {row} is a list of {len(value):,} values, "
                     f"expected {LONGEST_LIST:,} at most; shorten it or leave the feature out"
                 )
+        for row, value in enumerate(column.values if column.kind == "continual" else (), 1):
+            if value is not None and not math.isfinite(value):
+                raise ValueError(f"{i}: {value} for {side} {row}; where there is no number, None")
 
 
 # What write_dataset consists of, for a converter that streams or has some files ready.
@@ -170,6 +182,9 @@ def retire_manifest(data_dir: Path) -> set[str]:
     files are not ours, nor is any outside of the folder.
     """
     data_dir.mkdir(parents=True, exist_ok=True)
+    (data_dir / UNFINISHED).touch()
+    for folder in (data_dir, data_dir / "creative_emb", data_dir / "candidates"):
+        sweep_temporaries(folder)
     path, root = data_dir / "manifest.json", data_dir.resolve()
     files = [file for pattern in WRITTEN for file in data_dir.glob(pattern)]
     if path.exists():
@@ -195,6 +210,7 @@ def write_manifest(
             "files": {name: file_entry(data_dir / name) for name in files},
         },
     )
+    (data_dir / UNFINISHED).unlink(missing_ok=True)
 
 
 def _plain(value: Any) -> Any:

@@ -204,14 +204,35 @@ def test_gather_copies_the_asked_ranges_in_the_asked_order(folder):
 
 
 def test_a_rewrite_that_fails_leaves_no_manifest(folder):
+    sequences = read(folder)
+
     def chunks():
-        yield read(folder)
+        yield sequences
         raise RuntimeError
 
     with pytest.raises(RuntimeError):
         write(folder, {"train": chunks()})
     assert not (folder / "manifest.json").exists()
-    assert len(read(folder).events) == 11  # the old split, whole
+    assert len(open_split(folder, "train")[0]) == 11  # the old split, whole
+    with pytest.raises(DataError, match="did not finish; write the data again"):
+        read_manifest(folder)
+    write(folder, {"train": sequences})
+    assert len(read(folder).events) == 11
+
+
+def test_a_rewrite_sweeps_what_a_killed_one_was_writing(folder):
+    strays = [folder / ".train_data.bin.7.tmp", folder / "creative_emb" / ".emb_81_6.npy.7.tmp"]
+    (folder / "creative_emb").mkdir(exist_ok=True)
+    for stray in strays:
+        stray.touch()
+    write(folder, {"train": read(folder)})
+    assert not any(stray.exists() for stray in strays)
+
+
+def test_offsets_whose_differences_overflow_are_no_rising_ones(folder):
+    offsets = np.array([0, 2**63 - 1, -(2**63), -1, 11], "<i8")
+    with pytest.raises(DataError, match="train_offsets"):
+        check_split(folder, "train", offsets, None, NUM_USERS)
 
 
 FEATURES = {
@@ -649,14 +670,6 @@ def test_vectors_are_read_as_they_were_written(tmp_path):
     assert not found.values[[0, 5]].any()
 
 
-def test_a_feature_value_that_could_not_be_read_again_is_not_written(tmp_path):
-    sequences = make_sequences(np.random.default_rng(0), [2])
-    price = Column("continual", [float("nan")] * NUM_ITEMS)
-    with pytest.raises(ValueError, match="JSON"):
-        write(tmp_path, {"train": sequences}, item_features={"price": price})
-    assert not (tmp_path / "manifest.json").exists()
-
-
 LISTS = Column("array", [[1] * (LONGEST_LIST + (k == 6)) for k in range(NUM_ITEMS)])
 ONES, VECTORS = Column("sparse", [1] * NUM_ITEMS), np.ones((NUM_ITEMS, 6))
 
@@ -677,6 +690,11 @@ ONES, VECTORS = Column("sparse", [1] * NUM_ITEMS), np.ones((NUM_ITEMS, 6))
         ),
         ({"item_features": {"a": ONES._replace(values=[1])}}, ValueError, "a: 1 values, not 19"),
         ({"item_vectors": {"81": VECTORS[1:]}}, ValueError, "81: 18 values, not 19"),
+        (
+            {"item_features": {"price": Column("continual", [1.0] * 18 + [float("nan")])}},
+            ValueError,
+            "price: nan for item 19; where there is no number, None",
+        ),
         ({"item_names": ["one"]}, ValueError, "item_names: 1 names, not 19"),
         ({"user_ids": ["u"] * NUM_USERS}, ValueError, "an original id occurs twice"),
     ],
