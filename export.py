@@ -16,6 +16,7 @@ import torch
 from atomic_io import (
     DataError,
     atomic_write,
+    hold_folder,
     sha256_of,
     sweep_temporaries,
     write_hashed,
@@ -48,22 +49,34 @@ class Catalogue(NamedTuple):
     item_offsets: torch.Tensor  # (X + 2,) int64, where each item's rows begin among them
 
 
-@torch.no_grad()
 def infer(args: argparse.Namespace, model_class: type[HSTUModel]) -> None:
-    """Export the items' embeddings, and the test users' queries and top-k items."""
-    path, output_dir = Path(args.state_dict_path), Path(args.output_dir)
+    """Export the items' embeddings, and the test users' queries and top-k items.
+
+    Raises:
+        DataError: checkpoint, data and flags do not fit; or another export is at work there.
+    """
     with stop_signals.waiting():
         manifest = read_manifest(args.data_dir, trust=args.trust_pickle)
         model = load_model(args, model_class, manifest)
         catalogue = candidates_of(args, model) if args.candidates else all_items(args, model)
-    config = model.config
-    check_request_action(args, config)
+    check_request_action(args, model.config)
     is_held_out = manifest.targets.get("test") == "last" and not args.whole_history
     if is_held_out and (args.request_time is not None or args.request_action >= 0):
         raise DataError(
             f"--request_time and --request_action: the targets of {args.data_dir}'s test split are "
             "known, with their times and actions; ask for what comes next with --whole_history"
         )
+    folder = Path(args.output_dir) / "item_embeddings"
+    folder.mkdir(parents=True, exist_ok=True)
+    with hold_folder(folder):  # or this one's queries could meet another one's items
+        export_all(args, model, manifest, catalogue)
+
+
+@torch.no_grad()
+def export_all(
+    args: argparse.Namespace, model: HSTUModel, manifest: Manifest, catalogue: Catalogue
+) -> None:
+    path, output_dir, config = Path(args.state_dict_path), Path(args.output_dir), model.config
     origin = {"checkpoint": path.name, "checkpoint_sha256": sha256_of(path)}
     origin["item_ids"] = catalogue.id_kind
     folder, shape = output_dir / "item_embeddings", (len(catalogue.ids), config.hidden_units)
@@ -136,6 +149,9 @@ def candidates_of(args: argparse.Namespace, model: HSTUModel) -> Catalogue:
     features |= {
         name: candidate_vectors(args, name, candidates, config.num_items) for name in vectors
     }
+    known = {i: (spec["kind"], spec["size"]) for i, spec in config.item_features.items()}
+    if changed := differences(known, {i: (f.kind, f.size) for i, f in features.items()}):
+        raise DataError(f"{args.candidates}: other features than the model's: {'; '.join(changed)}")
     tables = FeatureTables(features, vectors_on_host(args, features)).to(device)
     item_ids = torch.from_numpy(candidates.item_ids.astype(np.int64)).to(device)
     rows = torch.arange(1, count + 1, device=device)
@@ -160,7 +176,8 @@ def candidate_vectors(
     row_of = dict(zip(originals.tolist(), (first + 1).tolist(), strict=True))
     is_of_data = name in dense and folder == args.data_dir  # a row for each of its items
     count = num_items if is_of_data else len(ids)
-    found = load_vectors(folder, [name], row_of, count, trust_pickle=args.trust_pickle)[name]
+    options = {"trust_pickle": args.trust_pickle, "prefix": "candidates"}
+    found = load_vectors(folder, [name], row_of, count, **options)[name]
     if not is_of_data and (name in dense or len(originals) == count):
         return found
     rows = np.concatenate([[0], candidates.item_ids if is_of_data else first[place] + 1])

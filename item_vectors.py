@@ -32,6 +32,7 @@ def load_vectors(
     num_items: int,
     *,
     trust_pickle: bool = False,
+    prefix: str = "emb",
 ) -> dict[str, Feature]:
     """Vector features of the items out of creative_emb/, as float32 memmaps.
 
@@ -41,6 +42,7 @@ def load_vectors(
         item_ids: original item id -> row 1..num_items; text "123" and number 123 are one id. Dense
             tables do not need it.
         num_items: items without padding; tables have one row more.
+        prefix: of the cache's files; another one for other rows than the data's items.
         trust_pickle: run whatever a .pkl holds, instead of refusing all but plain data.
 
     Raises:
@@ -63,7 +65,7 @@ def load_vectors(
             rows = (row for f in files for row in _rows(f, item_ids, num_items, trust_pickle))
             return {i: _fill(source, rows, num_items, stem) for i, stem in stems.items()}
 
-        features |= cached(data_dir, "emb", num_items, files, settings, build)
+        features |= cached(data_dir, prefix, num_items, files, settings, build)
         share = features[i].present[1:].mean()
         log.log(
             logging.INFO if share >= 0.5 else logging.WARNING,

@@ -10,6 +10,8 @@ import logging
 import os
 import pickle
 import shutil
+import subprocess
+import sys
 import weakref
 from pathlib import Path
 
@@ -31,7 +33,18 @@ from export import (
     publish,
     seen_rows,
 )
+from item_vectors import load_vectors
+from main import main
 
+ROOT = Path(__file__).resolve().parent.parent
+SMALL_FILES = ("feature_types", "feat_statistics", "feature_default_value")
+HOLD = """
+import sys, time
+from atomic_io import hold_folder
+with hold_folder(sys.argv[1]):
+    print(flush=True)
+    time.sleep(60)
+"""
 IDS = np.arange(100, 123, dtype=np.uint64)
 SHAPE = (23, 10)
 ORIGIN = {"item_ids": "original"}
@@ -257,3 +270,78 @@ def test_candidates_of_one_original_id_keep_their_own_rows_of_a_dense_table(tiny
     np.save(folder / "creative_emb" / "81.npy", table)
     found = candidates_in(folder, tiny, make_model(tiny))
     np.testing.assert_array_equal(found.tables.lookup("81", found.table_rows)[0], table[1:])
+
+
+def test_the_datas_vectors_stay_parsed_whatever_candidates_have(tiny, tmp_path):
+    """Their tables have other rows: one must not push the other out of the cache."""
+    model, folder = make_model(tiny), tmp_path / "candidates"
+    write_candidates(folder, tiny, [2, 0, 3], [1003, 5, 1006])
+    (tiny / "creative_emb" / "emb_81_6.npy").unlink()
+    vectors = {1003: [1.0] * 6, 1006: [2.0] * 6}
+    (tiny / "creative_emb" / "81.pkl").write_bytes(pickle.dumps(vectors))
+    load_vectors(tiny, ["81"], {1003: 2, 1006: 3}, NUM_ITEMS)
+    of_data = written(tiny)
+    candidates_in(folder, tiny, model)
+    of_both = written(tiny)
+    assert of_data and of_data.items() < of_both.items()
+    load_vectors(tiny, ["81"], {1003: 2, 1006: 3}, NUM_ITEMS)
+    candidates_in(folder, tiny, model)
+    assert written(tiny) == of_both
+
+
+def written(data_dir: Path) -> dict[str, int]:
+    """The vectors' files in the cache, and when each was written."""
+    return {path.name: path.stat().st_mtime_ns for path in (data_dir / ".cache").glob("*-81.*")}
+
+
+@pytest.mark.parametrize(
+    ("name", "spoil"),
+    [
+        ("100", lambda spec: spec["feat_statistics"].update({"100": 99})),
+        ("tags", lambda spec: spec["feature_types"].update(item_sparse=["100", "tags"])),
+        ("81", None),
+    ],
+)
+def test_candidates_with_other_features_than_the_model_are_refused(tiny, tmp_path, name, spoil):
+    folder = tmp_path / "candidates"
+    write_candidates(folder, tiny, [2, 0, 3], [5, 6, 7])
+    if spoil is None:
+        (folder / "creative_emb").mkdir()
+        np.save(folder / "creative_emb" / "81.npy", np.ones((4, 9), np.float32))
+    else:
+        spec = {n: json.loads((folder / f"{n}.json").read_text()) for n in SMALL_FILES}
+        spoil(spec)
+        if name == "tags":
+            spec["feature_types"]["item_array"].remove("tags")
+            records = json.loads((folder / "item_feat_dict.json").read_text())
+            for record in records.values():
+                record.pop("tags", None)
+            (folder / "item_feat_dict.json").write_text(json.dumps(records))
+            spec["feature_default_value"]["tags"] = 0
+        for n, content in spec.items():
+            (folder / f"{n}.json").write_text(json.dumps(content))
+    with pytest.raises(DataError, match=f"other features than the model's: {name}: "):
+        candidates_in(folder, tiny, make_model(tiny))
+
+
+def test_a_retrieval_id_that_topk_could_not_say_is_refused(tiny, tmp_path):
+    folder = tmp_path / "candidates"
+    write_candidates(folder, tiny, [2, 0], [5, 6])
+    np.array([1, 2**63], "<u8").tofile(folder / "retrieval_ids.bin")
+    with pytest.raises(DataError, match="id 9223372036854775808, expected ids below"):
+        candidates_in(folder, tiny, make_model(tiny))
+
+
+def test_a_second_export_into_a_folder_at_work_is_refused(tiny, tmp_path, capsys):
+    flags = [f"--data_dir={tiny}", f"--output_dir={tmp_path}/o", "--device=cpu", "--num_workers=0"]
+    assert main([*flags, f"--log_dir={tmp_path}/l", "--num_epochs=1"]) == 0
+    export = [*flags, "--inference_only", f"--state_dict_path={tmp_path}/o/model_best.pt"]
+    (tmp_path / "o" / "item_embeddings").mkdir()
+    command = [sys.executable, "-c", HOLD, str(tmp_path / "o" / "item_embeddings")]
+    holder = subprocess.Popen(command, stdout=subprocess.PIPE, cwd=ROOT)
+    holder.stdout.readline()
+    assert main(export) == 1
+    assert "is at work in it" in capsys.readouterr().err
+    holder.kill()
+    holder.wait()
+    assert main(export) == 0
