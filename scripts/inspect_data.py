@@ -19,6 +19,7 @@ from data_folder import (
     EVENT_DTYPE,
     SPLITS,
     Manifest,
+    check_re_ids,
     check_split,
     item_ids_of,
     open_split,
@@ -142,6 +143,8 @@ def vectors(data_dir: Path, manifest: Manifest, trust: bool) -> dict[str, Featur
     found = find_vectors(data_dir)
     needs_ids = not all(map(is_by_re_id, found.values()))
     item_ids = read_indexer(data_dir, trust=trust)["i"] if needs_ids else {}
+    if needs_ids:
+        check_re_ids(data_dir / "indexer.pkl", "i", item_ids, manifest.num_items)
     return load_vectors(data_dir, list(found), item_ids, manifest.num_items, trust_pickle=trust)
 
 

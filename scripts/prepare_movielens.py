@@ -40,17 +40,29 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def convert(source: Path, data_dir: Path) -> None:
-    ratings, movies, users = read_source(source)
-    raw_users, raw_items, values, times = ratings.T
-    user_ids, user_index = np.unique(raw_users, return_inverse=True)
-    item_ids, item_index = np.unique(raw_items, return_inverse=True)
+    try:
+        ratings, movies, users = read_source(source)
+        raw_users, raw_items, values, times = ratings.T
+        user_ids, user_index = np.unique(raw_users, return_inverse=True)
+        item_ids, item_index = np.unique(raw_items, return_inverse=True)
+        if not 1 <= values.min() <= values.max() <= NUM_RATINGS:
+            raise ValueError(f"ratings from {values.min()} to {values.max()}")
+        films = [movies[item] for item in item_ids.tolist()]
+        people = [users[user] for user in user_ids.tolist()]
+    except DataError:
+        raise
+    except (ValueError, KeyError, AttributeError, EOFError) as error:
+        raise DataError(
+            f"{source}: not MovieLens-1M as it is published ({error!r:.80}); download it again, or "
+            "convert another log with scripts/prepare_table.py"
+        ) from error
     order = np.lexsort((times, user_index))  # stable: equal times stay in the file's order
     events = np.empty(len(order), EVENT_DTYPE)
     events["item_id"] = item_index[order] + 1
     events["action_type"] = values[order] - 1
     events["timestamp"] = times[order]
     offsets = np.concatenate([[0], np.bincount(user_index).cumsum()])
-    titles, item_features = film_features([movies[item] for item in item_ids.tolist()])
+    titles, item_features = film_features(films)
     write_dataset(
         data_dir,
         leave_one_out(events, offsets),
@@ -58,7 +70,7 @@ def convert(source: Path, data_dir: Path) -> None:
         user_ids=user_ids,
         num_action_types=NUM_RATINGS,
         item_features=item_features,
-        user_features=person_features([users[user] for user in user_ids.tolist()]),
+        user_features=person_features(people),
         item_names=titles,
     )
     counts = f"{len(user_ids):,} users, {len(item_ids):,} items, {len(events):,} events"

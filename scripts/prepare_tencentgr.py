@@ -108,6 +108,9 @@ def convert(
     trust_pickle: bool = False,
 ) -> Counter:
     """Write the data folder; what there was and what was left out, by description."""
+    has_predict_set = predict_dir and (predict_dir / "predict_seq.jsonl").exists()
+    if predict_dir and not has_predict_set and not has_candidates(predict_dir):
+        raise DataError(f"{predict_dir}: --predict_dir has no predict_seq.jsonl and no candidates")
     predict_dir = predict_dir or source
     if data_dir.resolve() in (source.resolve(), predict_dir.resolve()):
         raise DataError(f"{data_dir}: is the source; name another folder to write")

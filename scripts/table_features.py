@@ -40,7 +40,7 @@ def read_table(
     num_rows = 0
     for rows in read_rows(path, (), None, may_span=True):
         first = rows.records[0]
-        key = key or (event_column if event_column in first else next(iter(first)))
+        key = key or (event_column if event_column in first else next(iter(first), ""))
         if not key:  # an index that pandas has written
             raise DataError(f"{path}: its first column has no name; say where ids are with --*_key")
         check_columns(rows, [key])

@@ -10,7 +10,7 @@ import json
 import math
 import zipfile
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple, TextIO
@@ -71,12 +71,18 @@ def read_rows(
 
 
 def check_columns(rows: Rows, columns: Sequence[str]) -> None:
-    absent = [c for c in columns if not any(c in record for record in rows.records)]
+    refuse_absent(
+        rows.path,
+        [c for c in columns if not any(c in record for record in rows.records)],
+        rows.records[0],
+    )
+
+
+def refuse_absent(path: Path, absent: Sequence[str], found: Iterable[str]) -> None:
     if absent:
-        found = ", ".join(rows.records[0])
         raise DataError(
-            f"{rows.path}: no column {', '.join(absent)}; there are {found}. Say which it is with "
-            "--user, --item, --time"
+            f"{path}: no column {', '.join(absent)}; there are {', '.join(found)}. Say which it is "
+            "with --user, --item, --time"
         )
 
 
@@ -157,6 +163,8 @@ def parquet_rows(path: Path, columns: Sequence[str]) -> Iterator[Rows]:
     except ImportError as error:
         raise DataError(f"{path}: reading it needs pyarrow; pip install pyarrow") from error
     with parquet.ParquetFile(path) as file, progress(path, file.metadata.num_rows, "row") as bar:
+        names = file.schema_arrow.names
+        refuse_absent(path, [c for c in columns if c not in names], names)
         first = 1
         for batch in file.iter_batches(ROWS, columns=columns or None):
             yield Rows(path, range(first, first + len(batch)), batch.to_pylist())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import pickle
 from collections import Counter
 from pathlib import Path
@@ -212,6 +213,22 @@ def test_a_pickle_is_trusted_only_on_request(tiny, capsys, flags):
     assert inspect_data.main([str(tiny), *flags]) == 1
     assert "indexer.pkl: refuses to load" in capsys.readouterr().err
     assert "item 82 " in screen(capsys, tiny, *flags, "--trust_pickle")
+
+
+@pytest.mark.parametrize("flags", [[], ["--check", "full"]])
+@pytest.mark.parametrize("re_id", [250, -3])
+def test_a_re_id_beyond_the_items_is_named(tiny, capsys, flags, re_id):
+    indexer = pickle.loads((tiny / "indexer.pkl").read_bytes())
+    vectors = {item: [1.0, 2.0] for item in indexer["i"]}
+    (tiny / "creative_emb" / "82.pkl").write_bytes(pickle.dumps(vectors))
+    indexer["i"][1000] = re_id
+    size = (tiny / "indexer.pkl").stat().st_size
+    (tiny / "indexer.pkl").write_bytes(pickle.dumps(indexer, 4).ljust(size, b"."))
+    manifest = json.loads((tiny / "manifest.json").read_text())
+    manifest["files"]["indexer.pkl"] = file_entry(tiny / "indexer.pkl")
+    (tiny / "manifest.json").write_text(json.dumps(manifest))
+    assert inspect_data.main([str(tiny), *flags]) == 1
+    assert f"1000 is {re_id}" in capsys.readouterr().err
 
 
 def test_a_file_that_cannot_be_opened_is_one_line(tiny, capsys, monkeypatch):

@@ -109,6 +109,24 @@ def test_a_broken_line_is_named(tmp_path, capsys):
     assert prepare_movielens.main([str(tmp_path / "data"), str(tmp_path / "out")]) == 1
 
 
+@pytest.mark.parametrize(
+    ("name", "line"),
+    [
+        ("ratings.dat", "7::20::3.5::900"), ("ratings.dat", "7::20::9::900"),
+        ("ratings.dat", "7::99::3::900"), ("ratings.dat", "99::20::3::900"),
+        ("movies.dat", "70::No year::Drama"),
+    ],
+)  # fmt: skip
+def test_what_movielens_1m_does_not_have_is_one_line(tmp_path, capsys, name, line):
+    write_dat(tmp_path)
+    with open(tmp_path / name, "a") as file:
+        file.write(line + "\n")
+    assert prepare_movielens.main([str(tmp_path), str(tmp_path / "data")]) == 1
+    error = capsys.readouterr().err
+    assert_one_line(error, tmp_path)
+    assert "not MovieLens-1M as it is published" in error
+
+
 def test_a_missing_file_and_a_file_in_the_way_are_one_line(tmp_path, capsys):
     source, taken = tmp_path / "source", tmp_path / "taken"
     source.mkdir()

@@ -80,6 +80,13 @@ def test_the_command_prints_the_optimum(written, tmp_path, capsys):
 # ------------------------------------------------------------------------------------ the structure
 
 
+def test_a_file_in_the_way_is_one_line(tmp_path, capsys):
+    (tmp_path / "taken").touch()
+    assert synthetic.main([str(tmp_path / "taken")]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and "taken" in error and error.count("\n") == 1
+
+
 def test_cold_items_are_test_targets_and_nothing_else(drawn, written):
     cold_ids = np.flatnonzero(drawn[0].is_cold) + 1
     assert len(cold_ids) == NUM_ITEMS // 10

@@ -357,6 +357,13 @@ CANDIDATES = "".join(
 )
 
 
+def test_a_prediction_folder_that_holds_none_is_refused(tmp_path):
+    (tmp_path / "typo").mkdir()
+    with pytest.raises(DataError, match="typo: --predict_dir has no predict_seq"):
+        convert(tmp_path, random_lines(0, range(1, 9)), predict_dir=tmp_path / "typo")
+    assert not (tmp_path / "data").exists()
+
+
 def test_the_prediction_set_is_the_test_split_without_targets(tmp_path):
     asked = [
         [event("user_14", 5, 1, 3), profile("user_14", **{"103": 9}), event("user_14", RAW, 0, 4)],
