@@ -40,7 +40,6 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         rows = measure([write_data(Path(folder) / str(size), size) for size in SIZES])
     result = {
-        "command": "python benchmarks/catalogue_size.py",
         "setting": f"batch {BATCH} x {LENGTH} events, d {WIDTH}, {NEGATIVES} + in-batch negatives",
         "rows": rows,
         "step_ratio": round(max(r["step_ms"] for r in rows) / min(r["step_ms"] for r in rows), 3),

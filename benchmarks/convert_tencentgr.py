@@ -68,7 +68,6 @@ def main() -> None:
     for row in rows:  # linear: users, items and bytes grow alike
         row["minutes_1m"] = round(row["seconds"] * FULL_BYTES / row["json_mb"] / 1e6 / 60, 1)
     result = {
-        "command": "python benchmarks/convert_tencentgr.py",
         "users": args.num_users,
         "items": args.num_items,
         "num_workers": args.num_workers,

@@ -48,7 +48,7 @@ def main() -> None:
         result = {"ids_only": in_a_process(ids_only, folder)}
         result["features"] = in_a_process(with_features, folder)
         result["write"] = in_a_process(write_figures, folder)
-    result |= {"command": "python benchmarks/export_speed.py", **environment("cpu")}
+    result |= environment("cpu")
     RESULTS.mkdir(exist_ok=True)
     (RESULTS / "export_speed.json").write_text(json.dumps(result, indent=1) + "\n")
     for title, figures in result.items():
@@ -100,7 +100,7 @@ def make_model(num_items: int, features: dict[str, Feature]) -> HSTUModel:
         attention_dim=16,
         linear_dim=16,
         dropout_rate=0.0,
-        time_bias="none",
+        time_bias="off",
         position_bias=False,
         infonce_temp=0.05,
     )

@@ -734,11 +734,11 @@ def run_benchmark() -> None:
                 "seconds": round(time.perf_counter() - began, 1),
             }
             print(f"{row:10}", *table[row].values(), *failures[:5], sep="  ", flush=True)
-    commit = {"commit": environment("cpu")["commit"]}
-    result = {"command": f"python {' '.join(sys.argv)}", **environment("cpu")}
-    result["rows"] = {row: found | commit for row, found in table.items()}
+    result = environment("cpu")
+    ran = {name: result[name] for name in ("command", "commit")}
+    result["rows"] = {row: found | ran for row, found in table.items()}
     if args.cost:
-        result["cost"] = saving_cost(Path(args.data_dir)) | state_seconds() | commit
+        result["cost"] = saving_cost(Path(args.data_dir)) | state_seconds() | ran
     if not args.trials:  # rows that were not run stay as they were
         path = RESULTS / "faults.json"
         old = json.loads(path.read_text()) if path.exists() else {"rows": {}}

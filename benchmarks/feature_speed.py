@@ -42,7 +42,7 @@ BATCH, ROUNDS = 128, 30
 def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         result = build_figures(Path(folder)) | loader_figures(Path(folder) / "data")
-    result |= {"command": "python benchmarks/feature_speed.py", **environment("cpu")}
+    result |= environment("cpu")
     RESULTS.mkdir(exist_ok=True)
     (RESULTS / "feature_speed.json").write_text(json.dumps(result, indent=1) + "\n")
     for name, value in result.items():

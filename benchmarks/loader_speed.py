@@ -54,7 +54,6 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         large = write_large(Path(folder) / "large", args.sequences)
         result = {
-            "command": f"python {' '.join(sys.argv)}",
             "threads": torch.get_num_threads(),
             **event_rates(data_dir, Path(folder) / "users.jsonl", args.rounds),
             **epoch_seconds(data_dir, args.rounds, args.steps),

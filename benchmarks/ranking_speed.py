@@ -50,7 +50,7 @@ def main() -> None:
         print(f"{num_items:,} items")
         for name, value in row.items():
             print(f"  {name:40} {value}", flush=True)
-    result |= {"command": "python benchmarks/ranking_speed.py", **environment("cpu")}
+    result |= environment("cpu")
     write_by_cpu("ranking_speed", result)
     if faiss is None:
         print("faiss is not installed: pip install faiss-cpu to compare")

@@ -12,6 +12,7 @@ import argparse
 import json
 import platform
 import resource
+import shlex
 import statistics
 import subprocess
 import sys
@@ -141,7 +142,7 @@ def main() -> None:
     call([*command, *folders])
     result = {
         "name": args.name,
-        "command": f"python {' '.join(command)}",
+        "training": f"python {' '.join(command)}",
         "seed": args.seed,
         **json.loads((run_dir / "metrics.json").read_text()),
         "curve": read_curve(run_dir / "logs"),
@@ -217,12 +218,14 @@ def write_by_cpu(name: str, result: dict[str, object]) -> None:
 
 
 def environment(device: str) -> dict[str, object]:
-    """What a figure depends on besides the code: commit, machine, versions, date."""
+    """What a figure depends on besides the code: command, commit, machine, versions, date."""
     commit = subprocess.run(
         ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=ROOT
     )
     cpus = [li for li in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in li]
+    script = f"benchmarks/{Path(sys.argv[0]).name}"
     return {
+        "command": shlex.join(["python", script, *sys.argv[1:]]),
         "commit": commit.stdout.strip(),
         "device": device,
         "cpu": f"{len(cpus)} x {cpus[0].split(':')[1].strip()}",

@@ -36,7 +36,6 @@ def main() -> None:
     flags = [*FLAGS.split(), f"--data_dir={args.data_dir}", f"--seed={args.seed}", *more_flags]
     result = {
         "name": "row_updates",
-        "command": f"python benchmarks/row_updates.py {' '.join(sys.argv[1:])}",
         "flags": " ".join(flags),
     }
     for name, dense_rows in (("rows", 0), ("whole", sys.maxsize)):

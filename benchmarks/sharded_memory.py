@@ -38,7 +38,6 @@ def main() -> None:
         data_dir = write_data(Path(folder) / "data", NUM_ITEMS)
         rows = [measure(data_dir, num_ranks) for num_ranks in NUM_RANKS]
     result = {
-        "command": "python benchmarks/sharded_memory.py",
         "setting": f"{NUM_ITEMS:,} items, d {WIDTH}, batch {BATCH} x {LENGTH} events in all, "
         f"{NEGATIVES} + in-batch negatives; GB of the rank that has most",
         "rows": rows,
