@@ -81,6 +81,7 @@ def export_all(
     origin["item_ids"] = catalogue.id_kind
     folder, shape = output_dir / "item_embeddings", (len(catalogue.ids), config.hidden_units)
     publish(folder, shape, embed(model, catalogue), {"id.u64bin": catalogue.ids}, origin)
+    tell_of_re_ids(args, "items", catalogue.id_kind)
     if "test" not in manifest.targets:
         return
     names = ("request_time", "request_action", "trust_pickle")
@@ -96,6 +97,15 @@ def export_all(
     arrays = {"topk.u64bin": top_ids, "id.u64bin": user_ids[users]}
     origin |= {"user_ids": kind, "whole_history": args.whole_history}
     publish(output_dir / "user_embeddings", queries.shape, [queries], arrays, origin)
+    tell_of_re_ids(args, "users", kind)
+
+
+def tell_of_re_ids(args: argparse.Namespace, what: str, id_kind: str) -> None:
+    if id_kind == "re-id" and (Path(args.data_dir) / "indexer.pkl").exists():
+        log.info(
+            "%s have re-ids there, as not all of their ids are whole numbers below 2^63; "
+            "%s/indexer.pkl has both", what, args.data_dir,
+        )  # fmt: skip
 
 
 def check_request_action(args: argparse.Namespace, config: HSTUConfig) -> None:

@@ -279,6 +279,9 @@ def are_dates(times: np.ndarray) -> bool:
 
 
 def show_actions(actions: np.ndarray, names: Sequence[str]) -> None:
+    if not names:
+        print("actions: unknown; if the log has a column of them, name it with --action")
+        return
     shares = np.bincount(actions + 1, minlength=len(names) + 1) / len(actions)
     types = zip(
         ["unknown", *(f"{k} = {name}" for k, name in enumerate(names))], shares, strict=True

@@ -424,9 +424,11 @@ def infer(tmp_path: Path, data: Path, checkpoint: Path, *flags: str, name: str =
     return export
 
 
-def test_inference_exports_what_an_index_and_a_recommender_need(tmp_path, data):
+def test_inference_exports_what_an_index_and_a_recommender_need(tmp_path, data, capsys):
     trained = run(tmp_path, data)
     export = infer(tmp_path, data, trained / "model_epoch_2.pt", "--top_k=4")
+    told = capsys.readouterr().out
+    assert "users have re-ids there" in told and "items have re-ids" not in told
     items = load_emb(export / "item_embeddings" / "embedding.fbin")
     ids = load_emb(export / "item_embeddings" / "id.u64bin")[:, 0]
     assert items.shape == (NUM_ITEMS, 8)
