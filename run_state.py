@@ -17,6 +17,7 @@ from checkpoint import (
     load_newest_state,
     load_weights,
     random_states,
+    read_register,
     save_checkpoint,
     save_state,
     set_random_states,
@@ -71,6 +72,13 @@ def resume(run: Run) -> None:
     is_auto = args.resume == "auto"
     state = load_newest_state(output_dir) if is_auto else load_checkpoint(args.resume)
     if state is None:
+        # A run that was killed in its first save leaves one file without an entry, never more.
+        if len(list(output_dir.glob("*.pt"))) > 1 and not read_register(output_dir):
+            raise DataError(
+                f"{output_dir}: holds checkpoints, but no checkpoints.json that vouches for them; "
+                "copy it as well, name a state with --resume, or start afresh with --resume none "
+                "--overwrite"
+            )
         return
     if "progress" not in state:
         raise DataError(f"{args.resume}: holds weights only; resume from a resume_*.pt file")
@@ -81,7 +89,7 @@ def resume(run: Run) -> None:
             + "; ".join(changed)
             + ". Use the same ones, or another --output_dir and --log_dir"
         )
-    load_weights(run.model, state["weights"], args.resume)
+    load_weights(run.model, state["weights"], output_dir if is_auto else args.resume)
     run.updater.load_state_dict(state)
     set_random_states(state["random"])
     run.progress = Progress(**state["progress"])
@@ -93,7 +101,8 @@ def resume(run: Run) -> None:
 
 def clear(output_dir: Path, overwrite: bool) -> None:
     """Make room for a run that does not go on from what lies in its folder."""
-    if list(output_dir.glob("*.pt")) and not overwrite:
+    # The best model alone is what a kill in move_in leaves.
+    if {path.name for path in output_dir.glob("*.pt")} - {"model_best.pt"} and not overwrite:
         raise DataError(
             f"{output_dir}: holds checkpoints; go on from them with --resume auto, choose an empty "
             "--output_dir, or add --overwrite"

@@ -692,6 +692,55 @@ def test_a_loss_that_is_not_finite_stops_before_the_update(tmp_path, data, monke
     assert are_equal(before[-1], poisoned.model.state_dict())
 
 
+def test_gradients_in_fp16_that_never_get_finite_end_the_run(tmp_path, data, monkeypatch, capsys):
+    forward = main_module.HSTUModel.forward
+
+    def poisoned(model, batch):
+        loss = forward(model, batch)
+        loss.register_hook(lambda grad: grad * torch.nan)
+        return loss
+
+    monkeypatch.setattr(main_module.HSTUModel, "forward", poisoned)
+    folders = [f"--data_dir={data}", f"--output_dir={tmp_path}/o", f"--log_dir={tmp_path}/l"]
+    flags = [*SMALL, "--precision=fp16", "--num_epochs=20", "--batch_size=3"]
+    assert main([*folders, *flags]) == 1
+    assert "gradient norm nan" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("error", [MemoryError(), MemoryError("Unable to allocate 9 GiB")])
+def test_want_of_memory_says_what_to_lower(error):
+    assert "lower --batch_size" in main_module.one_line(error)
+
+
+def test_checkpoints_that_no_register_vouches_for_are_not_overwritten(tmp_path, data, capsys):
+    whole = run(tmp_path, data)
+    (whole / "checkpoints.json").unlink()
+    before = {path.name: path.read_bytes() for path in whole.glob("*.pt")}
+    folders = [f"--data_dir={data}", f"--output_dir={whole}", f"--log_dir={tmp_path}/l"]
+    assert main([*folders, *SMALL]) == 1
+    assert "no checkpoints.json that vouches for them" in capsys.readouterr().err
+    assert {path.name: path.read_bytes() for path in whole.glob("*.pt")} == before
+
+
+def test_a_move_that_was_killed_half_way_goes_on_under_the_same_command(
+    tmp_path, data, monkeypatch
+):
+    whole = run(tmp_path, data, "--save_every_steps=1", "--num_epochs=3")
+    state = sorted(whole.glob("resume_*.pt"))[0]
+    flags = ["--save_every_steps=1", "--num_epochs=3", f"--resume={state}"]
+    with monkeypatch.context() as killed:
+        killed.setattr("run_state.save_state", stop)
+        with pytest.raises(KeyboardInterrupt):
+            run(tmp_path, data, *flags, name="moved")
+    assert [path.name for path in (tmp_path / "moved").glob("*.pt")] == ["model_best.pt"]
+    moved = run(tmp_path, data, *flags, name="moved")
+    assert metrics(moved) == metrics(whole)
+
+
+def stop(*_):
+    raise KeyboardInterrupt
+
+
 def test_what_is_not_finite_is_named(tiny):
     args = get_args([f"--data_dir={tiny}", "--device=cpu", "--hidden_units=8"])
     manifest = main_module.read_manifest(tiny)
