@@ -44,8 +44,14 @@ def join(is_on_cuda: bool) -> None:
     Raises:
         LostRankError: they do not come, or this machine has fewer CUDA devices than ranks.
     """
-    if "RANK" not in os.environ or int(os.environ["WORLD_SIZE"]) == 1:
+    if "RANK" not in os.environ or os.environ.get("WORLD_SIZE") == "1":
         return
+    needed = ("WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    if missing := [name for name in needed if name not in os.environ]:
+        raise LostRankError(
+            f"RANK is set in the environment, but not {', '.join(missing)}; start with torchrun, "
+            "or unset RANK"
+        )
     if is_on_cuda:
         local_rank, count = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
         if local_rank >= count:

@@ -147,8 +147,9 @@ def one_line(error: Exception) -> str:
         return f"{error.filename}: {error.strerror}"
     if isinstance(error, DataError | OSError | LostRankError):
         return text
-    if re.search("out of memory|allocate memory|not enough memory|Unable to allocate", text):
-        first = text.splitlines()[0]
+    wants_memory = "out of memory|allocate memory|not enough memory|Unable to allocate"
+    if isinstance(error, MemoryError) or re.search(wants_memory, text):
+        first = (text or "MemoryError").splitlines()[0]
         return f"not enough memory, lower --batch_size or the model's widths ({first:.150})"
     return ""
 
@@ -357,8 +358,7 @@ def train_one_epoch(run: Run, loader: DataLoader, run_log: RunLog) -> None:
     """The steps that are left of the epoch under way.
 
     Raises:
-        DataError: the data changed; or the loss or the gradient is not finite, and the weights are
-            those of the step before.
+        DataError: the data changed; or the loss or the gradient is not finite.
         Stopped: by a signal, before or after a step.
     """
     args, progress = run.args, run.progress

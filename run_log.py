@@ -70,8 +70,8 @@ class RunLog:
         if rank() == 0:
             if self.first_step == 1 and any(Path(self.log_dir).glob("events.out.*")):
                 log.warning(
-                    "%s: holds the curves of an earlier run, which TensorBoard will hide; give "
-                    "each run its own --log_dir to see both", self.log_dir,
+                    "%s: holds curves from before, which TensorBoard will hide; give each run its "
+                    "own --log_dir to see both", self.log_dir,
                 )  # fmt: skip
             with self._survive():
                 self._writer = SummaryWriter(self.log_dir, purge_step=self.first_step)

@@ -95,6 +95,8 @@ class Updater:
     def step(self, batches: Sequence[Any], epoch: int, step: int) -> dict[str, Tensor | float]:
         """One update from one or several dataset.Batch, as if they and all ranks' were one.
 
+        But for the negatives: each batch has its own.
+
         The host waits for a GPU where a log or a state is due, for fp16's scaler and for the rows
         of sparse gradients; else not.
 
@@ -106,7 +108,8 @@ class Updater:
             TensorBoard tags and values.
 
         Raises:
-            DataError: loss or gradient are not finite; the weights are those of the step before.
+            DataError: loss or gradient are not finite. On the CPU the weights are those of the step
+                before; on a GPU they may be lost, but nothing of them is saved.
             Stopped: another rank is to stop; so they are then.
         """
         if self.shards:
@@ -173,7 +176,8 @@ class Updater:
 
     def check_finite(self, epoch: int, step: int) -> None:
         """Raise DataError if any loss or gradient so far was not finite; waits for a GPU."""
-        if self._is_sound:
+        # Of fp16's overflows the scaler takes care; with a scale below 1 it is something else.
+        if self._is_sound and self.scaler.get_scale() >= 1:
             return
         _, loss, grad_norm = self._newest
         place = "" if self.device.type == "cpu" else " or shortly before"

@@ -502,6 +502,15 @@ def test_torchrun_ranks_say_once_why_they_end(long_data, tmp_path):
     assert errors == ["error: --inference_only exports in one process: start python, not torchrun"]
 
 
+@pytest.mark.parametrize("found", [{}, {"WORLD_SIZE": "2"}])
+def test_half_of_torchruns_environment_is_one_line(long_data, tmp_path, monkeypatch, capsys, found):
+    for name, value in {"RANK": "0", **found}.items():
+        monkeypatch.setenv(name, value)
+    flags = [f"--data_dir={long_data}", f"--output_dir={tmp_path}", "--device=cpu"]
+    assert main_module.main(flags) == 1
+    assert "RANK is set in the environment, but not " in capsys.readouterr().err
+
+
 def test_a_killed_rank_ends_the_others_with_one_line(long_data, tmp_path):
     folders = [f"--data_dir={long_data}", f"--output_dir={tmp_path}", f"--log_dir={tmp_path}/l"]
     processes = start(*folders, *LONG)

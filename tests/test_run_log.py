@@ -152,16 +152,16 @@ def test_the_log_of_a_killed_run_goes_on_as_if_it_had_not_been(
         assert max(step for step, _ in entries(tmp_path / "logs")["Loss/train"]) > state
     time.sleep(1 - time.time() % 1)  # files of one second have no order
     assert main(flags) == 0
-    assert "an earlier run" not in capfd.readouterr().out
+    assert "curves from before" not in capfd.readouterr().out
     assert entries(tmp_path / "logs") == entries(whole / "logs")
 
 
 def test_a_log_folder_that_holds_another_run_is_told_of(data, tmp_path, capfd):
     first, second = (flags_of(data, tmp_path / name, tmp_path / "logs") for name in "ab")
     assert main(first) == 0
-    assert "an earlier run" not in capfd.readouterr().out
+    assert "curves from before" not in capfd.readouterr().out
     assert main(second) == 0
-    assert f"{tmp_path}/logs: holds the curves of an earlier run" in capfd.readouterr().out
+    assert f"{tmp_path}/logs: holds curves from before" in capfd.readouterr().out
 
 
 def kill_at(last_step: int, flags: list[str]) -> None:
