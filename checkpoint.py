@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
 import pickle
 import random
 import re
@@ -45,12 +44,10 @@ def save_checkpoint(path: str | Path, content: Mapping[str, Any], step: int) -> 
     path, sizes = Path(path), {}
     canonical = _canonical(content, sizes)
     register = read_register(path.parent)
+    if register.pop(path.name, None):
+        write_json(path.parent / REGISTER, register)
     with atomic_write(path, sum(sizes.values())) as file:
         _save(canonical, file)
-        file.flush()
-        os.fsync(file.fileno())  # a full disk has failed by now, and the old file is still good
-        if register.pop(path.name, None):
-            write_json(path.parent / REGISTER, register)
     entry = file_entry(path) | {"step": step, "config": _hash(content.get("config"))}
     register[path.name] = entry
     write_json(path.parent / REGISTER, dict(sorted(register.items())))

@@ -107,7 +107,7 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     )
 
     model = parser.add_argument_group("model").add_argument
-    model("--hidden_units", type=at_least(2), default=64, help="embedding width")
+    model("--hidden_units", type=at_least(1), default=64, help="embedding width")
     model("--num_blocks", type=at_least(1), default=2, help="HSTU layers")
     model("--num_heads", type=at_least(1), default=1, help="attention heads")
     model("--attention_dim", type=at_least(1), default=64, help="query and key width per head")
