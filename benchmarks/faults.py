@@ -619,7 +619,7 @@ ROWS = {
     "10": Row("the disk fills", fill_the_disk, 20, 200),
     "10, tmpfs": Row("a small disk", fill_a_real_disk, 4, 40),
     "12": Row("a sync or a rename fails", fail_a_call, 6, 60),
-    "13": Row("SIGTERM, SIGINT, SIGUSR1 at a random time", signal_anywhere, 90, 600),
+    "13": Row("SIGTERM, SIGINT, SIGUSR1 at a random time", signal_anywhere, 60, 600),
     "14": Row("SIGTERM while all loaders hang", hang_loaders, 3, 6),
     "15": Row("a loader killed, crashed, gone, failing", kill_a_loader, 4, 40),
     "17": Row("two trainings in one folder", share_a_folder, 2, 20),
