@@ -690,3 +690,17 @@ def test_kuairand_converts_with_ranked_actions_and_features(tmp_path):
     assert "tag" in load_features(data_dir, "item", manifest.num_items)
     users = load_features(data_dir, "user", manifest.num_users)
     assert {"onehot_feat3", "user_follow_user_num"} <= set(users)
+
+
+def test_a_parquet_files_columns_are_told_where_one_is_missing(tmp_path, capsys):
+    path = write_table(tmp_path / "log.parquet", [{"user_id": 1, "item_id": 2, "ts": 3}])
+    assert prepare_table.main([str(path), str(tmp_path / "data")]) == 1
+    error = capsys.readouterr().err
+    assert "no column user, item, timestamp; there are user_id, item_id, ts. Say" in error
+
+
+def test_a_table_whose_first_row_is_empty_is_refused_in_one_line(tmp_path, capsys):
+    log, items = write_table(tmp_path / "log.csv", random_log()), tmp_path / "items.jsonl"
+    items.write_text('{}\n{"item": 1, "colour": 2}\n')
+    assert prepare_table.main([str(log), str(tmp_path / "d"), "--item_features", str(items)]) == 1
+    assert "items.jsonl: its first column has no name" in capsys.readouterr().err

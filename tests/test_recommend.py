@@ -257,6 +257,21 @@ def test_the_time_of_the_question_counts(trained, tmp_path, capsys):
     assert told[0] == told[1] != told[2]
 
 
+def test_the_action_hoped_for_needs_a_model_that_knows_it_and_then_counts(
+    trained, tmp_path, capsys
+):
+    path = write_events(tmp_path / "events.csv", history_of(trained, 1)[0])
+    flags = [f"--events={path}", "--request_action=1"]
+    assert "was trained without --target_action" in error_of(capsys, trained, *flags)
+    write_tiny(tmp_path / "data")
+    folders = [f"--data_dir={tmp_path}/data", f"--output_dir={tmp_path}/outputs"]
+    more = [f"--log_dir={tmp_path}/logs", "--target_action", "--lr=0.1"]
+    assert main_module.main([*folders, *TRAIN, *more]) == 0
+    infer(tmp_path)
+    unknown = screen(capsys, tmp_path, flags[0])
+    assert screen(capsys, tmp_path, *flags) != unknown
+
+
 def test_events_may_come_in_any_order_and_as_json_lines_or_dates(trained, tmp_path, capsys):
     history, _ = history_of(trained, 1)
     expected = rows_of(screen(capsys, trained, f"--events={write_events(tmp_path / 'e', history)}"))
