@@ -160,7 +160,11 @@ def candidates_of(args: argparse.Namespace, model: HSTUModel) -> Catalogue:
         name: candidate_vectors(args, name, candidates, config.num_items) for name in vectors
     }
     known = {i: (spec["kind"], spec["size"]) for i, spec in config.item_features.items()}
-    if changed := differences(known, {i: (f.kind, f.size) for i, f in features.items()}):
+    found = {i: (f.kind, f.size) for i, f in features.items()}
+    for name, (kind, size) in found.items():
+        if kind in ("sparse", "array"):  # they need not have all of the data's values
+            found[name] = kind, max(size, known[name][1])
+    if changed := differences(known, found):
         raise DataError(f"{args.candidates}: other features than the model's: {'; '.join(changed)}")
     tables = FeatureTables(features, vectors_on_host(args, features)).to(device)
     item_ids = torch.from_numpy(candidates.item_ids.astype(np.int64)).to(device)

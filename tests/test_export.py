@@ -324,6 +324,20 @@ def test_candidates_with_other_features_than_the_model_are_refused(tiny, tmp_pat
         candidates_in(folder, tiny, make_model(tiny))
 
 
+def test_candidates_need_not_have_all_values_of_a_feature(tiny, tmp_path):
+    folder = tmp_path / "candidates"
+    write_candidates(folder, tiny, [2, 0, 3], [5, 6, 7])
+    records = json.loads((folder / "item_feat_dict.json").read_text())
+    for record in records.values():
+        record["100"] = 2
+    (folder / "item_feat_dict.json").write_text(json.dumps(records))
+    statistics = json.loads((folder / "feat_statistics.json").read_text())
+    assert statistics["100"] > 2
+    (folder / "feat_statistics.json").write_text(json.dumps(statistics | {"100": 2}))
+    found = candidates_in(folder, tiny, make_model(tiny))
+    assert found.tables.lookup("100", found.table_rows)[0].tolist() == [2, 2, 2]
+
+
 def test_a_retrieval_id_that_topk_could_not_say_is_refused(tiny, tmp_path):
     folder = tmp_path / "candidates"
     write_candidates(folder, tiny, [2, 0], [5, 6])
