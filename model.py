@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
-from functools import reduce
+from functools import partial, reduce
 from typing import Any
 
 import torch
@@ -23,10 +23,12 @@ from hstu_components import (
 )
 from simplified_hstu import HSTU
 
-# Logits held at once, in floats: on the CPU 8 MB, so that the passes over a chunk stay in the
-# cache; on a GPU 256 MB in few kernels.
-CHUNK_LOGITS = 1 << 21
-GPU_CHUNK_LOGITS = 1 << 26
+# Logits held at once, in floats: on the CPU 4 MB a thread, so that the passes over a chunk stay in
+# the cache; on a GPU 256 MB in few kernels.
+THREAD_LOGITS = 1 << 20
+GPU_LOGITS = 1 << 26
+# Least queries of a thread in a chunk; with fewer, threads share them as BLAS likes.
+LANE_QUERIES = 64
 # e to a logit up to this does not overflow, nor does a sum of millions. A cosine is at most 1, so
 # only temperatures below 1 / 60 need their largest logit taken off first.
 SAFE_LOGIT = 60.0
@@ -279,23 +281,29 @@ class InfoNCE(torch.autograd.Function):
         # A query's logits: M negatives, its positive, and nothing up to a multiple of 16 columns.
         width = -(-(M + 1) // COLUMN_STEP) * COLUMN_STEP
         negatives = F.pad(negatives, (0, 0, 0, width - M))  # (width, D)
-        columns = negatives.T.contiguous()  # (D, width)
+        size, lanes = _chunk_shape(queries, width)
+        num_queries = len(queries)
+        gap = -num_queries % lanes  # filled with queries that have no target
+        queries = F.pad(queries, (0, 0, 0, gap))
+        target_index = F.pad(target_index, (0, gap), value=-1)
         has_target, positives = target_index >= 0, target_index.clamp(min=0)
         weights = has_target.to(queries.dtype)
         weights /= weights.sum().clamp(min=1)  # (T,), each query's share of the mean
         own_column = _column_of_each_row(rows, negative_index)[positives]  # (T,)
-        query_grad, row_grad, column_grad = map(torch.zeros_like, (queries, rows, columns))
+        query_grad, row_grad = map(torch.zeros_like, (queries, rows))
+        negative_grad = negatives.new_zeros(lanes, *negatives.shape)  # each lane's part of the sum
+        negatives = negatives.expand(lanes, -1, -1)
+        by_lane = partial(Tensor.unflatten, dim=0, sizes=(lanes, -1))  # (c, .) -> (lanes, c', .)
         loss = queries.new_zeros(())
         is_safe = 1 / temperature <= SAFE_LOGIT
-        size = CHUNK_LOGITS if queries.device.type == "cpu" else GPU_CHUNK_LOGITS
-        size = max(1, size // width)
         buffer = queries.new_empty(min(size, len(queries)), width)
         log_q = None if log_q is None else log_q / LN_2
         for start in range(0, len(queries), size):
             part = slice(start, start + size)
             q = queries[part] / (temperature * LN_2)
             positive, weight = rows[positives[part]], weights[part]
-            logits = torch.matmul(q, columns, out=buffer[: len(q)])  # (c, width), in bits
+            logits = buffer[: len(q)]  # (c, width), in bits
+            torch.bmm(by_lane(q), negatives.mT, out=by_lane(logits))
             if log_q is not None:
                 logits[:, :M] -= log_q
             logits[:, M:] = -torch.inf
@@ -309,22 +317,38 @@ class InfoNCE(torch.autograd.Function):
                 continue
             scale = (weight / total)[:, None]  # exps * scale: gradient of the logits
             of_positive = exps[:, M : M + 1] * scale - weight[:, None]  # (c, 1)
-            sums = torch.mm(exps, negatives, out=query_grad[part])  # (c, D)
+            sums = query_grad[part]  # (c, D)
+            torch.bmm(by_lane(exps), negatives, out=by_lane(sums))
             sums.mul_(scale).addcmul_(of_positive, positive)
             row_grad.index_add_(0, positives[part], of_positive * q)
-            column_grad.addmm_((q * scale).T, exps)  # 1.3 to 1.8 times faster than exps.T @ q
+            negative_grad.baddbmm_(by_lane(exps).mT, by_lane(q * scale))
         query_grad /= temperature
+        negative_grad = negative_grad.sum(0)[:M]
         if negative_index is None:
-            row_grad += column_grad.T[:M]
+            row_grad += negative_grad
         else:
-            row_grad.index_add_(0, negative_index, column_grad.T[:M])
-        ctx.save_for_backward(query_grad, row_grad.mul_(LN_2))
+            row_grad.index_add_(0, negative_index, negative_grad)
+        ctx.save_for_backward(query_grad[:num_queries], row_grad.mul_(LN_2))
         return loss.mul_(LN_2)
 
     @staticmethod
     def backward(ctx, grad):
         query_grad, row_grad = ctx.saved_tensors
         return query_grad * grad, row_grad * grad, None, None, None, None, None
+
+
+def _chunk_shape(queries: Tensor, width: int) -> tuple[int, int]:
+    """Queries in a chunk of the loss, and lanes that they are cut into, as equal parts.
+
+    On the CPU each thread has a lane: all its products are of the same queries, whose logits are in
+    its own cache. BLAS shares a product out by itself, each one otherwise.
+    """
+    if queries.device.type != "cpu":
+        return max(1, GPU_LOGITS // width), 1
+    threads, size = torch.get_num_threads(), THREAD_LOGITS // width
+    if size < LANE_QUERIES:
+        return max(1, threads * THREAD_LOGITS // width), 1
+    return threads * size, threads
 
 
 def _column_of_each_row(rows: Tensor, negative_index: Tensor | None) -> Tensor:

@@ -91,9 +91,15 @@ def loss_case(case: str) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor 
     return queries, rows, target_index, negative_index, log_q
 
 
-@pytest.fixture(params=[1 << 20, 11], ids=["one chunk", "chunks"])
+@pytest.fixture(params=["one chunk", "chunks", "lanes"])
 def chunk(request, monkeypatch):
-    monkeypatch.setattr(model_module, "CHUNK_LOGITS", request.param)
+    """13 queries at once, one by one, or in chunks of six: two for each of three threads."""
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
+    logits, queries = {"one chunk": (1 << 20, 1 << 20), "chunks": (5, 1), "lanes": (32, 1)}[
+        request.param
+    ]
+    monkeypatch.setattr(model_module, "THREAD_LOGITS", logits)
+    monkeypatch.setattr(model_module, "LANE_QUERIES", queries)
 
 
 @pytest.mark.parametrize("case", ["all items", "some items", "logQ"])
