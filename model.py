@@ -346,7 +346,7 @@ def _chunk_shape(queries: Tensor, width: int) -> tuple[int, int]:
     if queries.device.type != "cpu":
         return max(1, GPU_LOGITS // width), 1
     threads, size = torch.get_num_threads(), THREAD_LOGITS // width
-    if size < LANE_QUERIES:
+    if min(size, len(queries) // threads) < LANE_QUERIES:
         return max(1, threads * THREAD_LOGITS // width), 1
     return threads * size, threads
 

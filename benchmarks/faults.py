@@ -363,7 +363,10 @@ def kill_a_resume(lab: Lab, numbers: range) -> Iterator[str]:
 
 
 def resume_otherwise(lab: Lab, numbers: range) -> Iterator[str]:
-    """With other numbers of loaders and threads: to the same bytes."""
+    """With other numbers of loaders and threads: to the same bytes.
+
+    With other threads only for batches as small as these, which BLAS and the loss leave whole.
+    """
     pairs = list(itertools.product((0, 1, 2), repeat=2))
     for k in numbers:
         with lab.trial() as trial:
