@@ -43,8 +43,12 @@ def plain_attention(x: dict[str, Tensor], offsets: Tensor) -> Tensor:
     return torch.stack(out)
 
 
-@pytest.fixture(params=["one tile", "small tiles", "one sequence at a time", "nothing kept"])
+@pytest.fixture(
+    params=["one tile", "small tiles", "one sequence at a time", "buckets as bytes", "nothing kept"]
+)
 def cuts(request, monkeypatch):
+    if request.param == "buckets as bytes":
+        monkeypatch.setattr(simplified_hstu, "KEPT_INDICES", 0)
     if request.param == "nothing kept":
         monkeypatch.setattr(simplified_hstu, "KEPT_BUCKETS", 0)
         monkeypatch.setattr(simplified_hstu, "KEPT_SCORES", 0)
