@@ -236,10 +236,13 @@ class GatedAttention(torch.autograd.Function):
         biases = _position_table(x, position_weight, ctx.maxlen), time_weight
         num_heads = len(weight) // sum(ctx.sizes)
         x_grad, weight_grad = torch.empty_like(x), torch.zeros_like(weight.T, dtype=_sum_dtype(x))
-        bias_grads = tuple(
-            None if weight is None else torch.zeros_like(table, dtype=_sum_dtype(x))
-            for weight, table in zip((position_weight, time_weight), biases, strict=True)
-        )
+        position_grad = time_grad = None
+        if position_weight is not None:
+            position_grad = x.new_zeros(TILE, len(biases[0]), dtype=_sum_dtype(x))
+        if time_weight is not None:
+            most = max(rectangle.shape[0] for rectangle in ctx.rectangles)
+            time_grad = x.new_zeros(most, NUM_TIME_BUCKETS, dtype=_sum_dtype(x))
+        bias_grads = position_grad, time_grad
         with torch.inference_mode():
             for rectangle in reversed(ctx.rectangles):
                 rows, heads = rectangle.rows, (rectangle.shape[0], num_heads)
@@ -257,9 +260,10 @@ class GatedAttention(torch.autograd.Function):
                 grad = _by_event(grad.mul_(slope), heads)  # (G * L, H * sum of sizes)
                 torch.mm(grad, weight, out=x_grad[rows])
                 weight_grad += x[rows].T @ grad  # faster than its transpose
-        position_grad, time_grad = bias_grads
         if position_grad is not None:
-            position_grad = position_grad[: ctx.maxlen].flip(0)
+            position_grad = position_grad.sum(0)[: ctx.maxlen].flip(0)
+        if time_grad is not None:
+            time_grad = time_grad.sum(0)
         return x_grad, weight_grad.T, position_grad, time_grad, None, None, None
 
 
@@ -344,20 +348,22 @@ def _scores(q, k, tile: Tile, buckets: Tensor | None, position_table, time_weigh
 
 
 def _add_bias_grads(position_grad, time_grad, score_grad, tile: Tile, buckets) -> None:
-    """Add the sums of (G, H, rows, keys) by distance and by bucket."""
+    """Add (G, H, rows, keys) by distance and by bucket.
+
+    Args:
+        position_grad: (TILE, N - 1 + TILE), columns as in `_position_table`, a row for each query
+            of a tile, or None.
+        time_grad: (most sequences in a rectangle, 129), or None.
+    """
     by_cell = score_grad[:, 0] if score_grad.shape[1] == 1 else score_grad.sum(1)
     by_cell = by_cell.to(_sum_dtype(by_cell))  # (G, rows, keys)
     if position_grad is not None:
-        rows, keys = by_cell.shape[1:]
         # Each row stands one column further left than the one above: a column has one distance.
-        skewed = by_cell.new_zeros(rows, rows + keys - 1)
-        places = skewed.as_strided((rows, keys), (rows + keys - 2, 1), rows - 1)
-        torch.sum(by_cell, 0, out=places)
-        start = len(position_grad) - TILE + 1 - tile.rows.stop
-        position_grad[start : start + skewed.shape[1]] += skewed.sum(0)
+        width = position_grad.shape[1]
+        places = by_cell.shape[1:], (width - 1, 1), width - TILE - tile.rows.start
+        position_grad.as_strided(*places).add_(by_cell.sum(0))
     if time_grad is not None:
-        by_sequence = by_cell.new_zeros(len(by_cell), NUM_TIME_BUCKETS)
-        time_grad += by_sequence.scatter_add_(1, buckets, by_cell.flatten(1)).sum(0)
+        time_grad[: len(by_cell)].scatter_add_(1, buckets, by_cell.flatten(1))
 
 
 def _sum_dtype(x: Tensor) -> torch.dtype:
