@@ -223,7 +223,8 @@ class GatedAttention(torch.autograd.Function):
                 normed, _, rstd = torch.native_layer_norm(
                     _by_event(attended, heads), out.shape[1:], None, None, NORM_EPS
                 )  # (G * L, H * dv), (G * L, 1)
-                ctx.kept.append((projected, normed, rstd / maxlen))  # the way back is of N A V
+                # The way back is of N A V.
+                ctx.kept.append((projected, activated, normed, rstd / maxlen))
                 torch.mul(_by_event(u, heads), normed, out=out[rows])
         ctx.save_for_backward(x, weight, position_weight, time_weight)
         ctx.rectangles, ctx.sizes, ctx.maxlen = rectangles, sizes, maxlen
@@ -243,21 +244,24 @@ class GatedAttention(torch.autograd.Function):
             most = max(rectangle.shape[0] for rectangle in ctx.rectangles)
             time_grad = x.new_zeros(most, NUM_TIME_BUCKETS, dtype=_sum_dtype(x))
         bias_grads = position_grad, time_grad
+        zeros, ones = x.new_zeros(len(x), 1), x.new_ones(len(x), 1)
         with torch.inference_mode():
             for rectangle in reversed(ctx.rectangles):
                 rows, heads = rectangle.rows, (rectangle.shape[0], num_heads)
-                projected, normed, rstd = ctx.kept.pop()
-                activated, slope = _silu_and_slope(projected)
+                projected, activated, normed, rstd = ctx.kept.pop()
                 u, *vqk = activated.split(ctx.sizes, -1)  # (G * H, L, .)
                 grad = torch.empty_like(activated)
                 u_grad, *vqk_grads = grad.split(ctx.sizes, -1)
                 torch.mul(_by_head(grad_out[rows], heads), _by_head(normed, heads), out=u_grad)
-                attended_grad = _norm_grad(grad_out[rows] * _by_event(u, heads), normed, rstd)
+                attended_grad = _norm_grad(
+                    grad_out[rows] * _by_event(u, heads), normed, rstd, zeros[rows], ones[rows]
+                )
                 attended_grad = _by_head(attended_grad, heads)  # (G * H, L, dv)
                 _attention_grads(
                     attended_grad, vqk, vqk_grads, rectangle, ctx.kept_scores, biases, bias_grads
                 )
-                grad = _by_event(grad.mul_(slope), heads)  # (G * L, H * sum of sizes)
+                grad = torch.ops.aten.silu_backward(grad, projected)
+                grad = _by_event(grad, heads)  # (G * L, H * sum of sizes)
                 torch.mm(grad, weight, out=x_grad[rows])
                 weight_grad += x[rows].T @ grad  # faster than its transpose
         if position_grad is not None:
@@ -317,12 +321,14 @@ def _by_event(x: Tensor, heads: tuple[int, int]) -> Tensor:
     return x.unflatten(0, heads).transpose(1, 2).flatten(2).flatten(0, 1)
 
 
-def _norm_grad(grad: Tensor, normed: Tensor, rstd: Tensor) -> Tensor:
-    """Gradient of LayerNorm's input, from that of its output and what it gave, (G * L, w) each."""
-    zero, one = torch.zeros_like(rstd), torch.ones_like(rstd)
-    # The norm of what is normalised, but for its scale.
+def _norm_grad(grad: Tensor, normed: Tensor, rstd: Tensor, zeros: Tensor, ones: Tensor) -> Tensor:
+    """Gradient of LayerNorm's input, from that of its output and what it gave.
+
+    (G * L, w), the last three (G * L, 1): but for its scale, it is the norm of what is normalised,
+    of mean 0 and deviation 1.
+    """
     grad, _, _ = torch.ops.aten.native_layer_norm_backward(
-        grad, normed, normed.shape[1:], zero, one, None, None, [True, False, False]
+        grad, normed, normed.shape[1:], zeros, ones, None, None, [True, False, False]
     )
     return grad.mul_(rstd)
 
