@@ -290,39 +290,41 @@ class InfoNCE(torch.autograd.Function):
         weights = has_target.to(queries.dtype)
         weights /= weights.sum().clamp(min=1)  # (T,), each query's share of the mean
         own_column = _column_of_each_row(rows, negative_index)[positives]  # (T,)
-        query_grad, row_grad = map(torch.zeros_like, (queries, rows))
+        q, positive = queries / (temperature * LN_2), rows.index_select(0, positives)  # (T, D)
+        positive_logit = (q * positive).sum(1)  # (T,), in bits as all logits
+        log_q = None if log_q is None else log_q / LN_2
+        is_safe = 1 / temperature <= SAFE_LOGIT
+        peak, total = torch.zeros_like(positive_logit), torch.empty_like(positive_logit)
+        query_grad = torch.empty_like(queries)
         negative_grad = negatives.new_zeros(lanes, *negatives.shape)  # each lane's part of the sum
         negatives = negatives.expand(lanes, -1, -1)
         by_lane = partial(Tensor.unflatten, dim=0, sizes=(lanes, -1))  # (c, .) -> (lanes, c', .)
-        loss = queries.new_zeros(())
-        is_safe = 1 / temperature <= SAFE_LOGIT
         buffer = queries.new_empty(min(size, len(queries)), width)
-        log_q = None if log_q is None else log_q / LN_2
         for start in range(0, len(queries), size):
             part = slice(start, start + size)
-            q = queries[part] / (temperature * LN_2)
-            positive, weight = rows[positives[part]], weights[part]
-            logits = buffer[: len(q)]  # (c, width), in bits
-            torch.bmm(by_lane(q), negatives.mT, out=by_lane(logits))
+            logits = buffer[: len(q[part])]  # (c, width)
+            torch.bmm(by_lane(q[part]), negatives.mT, out=by_lane(logits))
             if log_q is not None:
                 logits[:, :M] -= log_q
             logits[:, M:] = -torch.inf
             logits.scatter_(1, own_column[part, None], -torch.inf)
-            logits[:, M] = positive_logit = (q * positive).sum(1)
-            peak = positive_logit.new_zeros(()) if is_safe else logits.amax(1)
-            exps = (logits if is_safe else logits.sub_(peak[:, None])).exp2_()
-            total = exps.sum(1)
-            loss += weight @ (total.log2() + peak - positive_logit)
-            if not needs_grad:
-                continue
-            scale = (weight / total)[:, None]  # exps * scale: gradient of the logits
-            of_positive = exps[:, M : M + 1] * scale - weight[:, None]  # (c, 1)
-            sums = query_grad[part]  # (c, D)
-            torch.bmm(by_lane(exps), negatives, out=by_lane(sums))
-            sums.mul_(scale).addcmul_(of_positive, positive)
-            row_grad.index_add_(0, positives[part], of_positive * q)
-            negative_grad.baddbmm_(by_lane(exps).mT, by_lane(q * scale))
-        query_grad /= temperature
+            logits[:, M] = positive_logit[part]
+            if not is_safe:
+                torch.amax(logits, 1, out=peak[part])
+                logits -= peak[part, None]
+            exps = logits.exp2_()
+            torch.sum(exps, 1, out=total[part])
+            if needs_grad:
+                torch.bmm(by_lane(exps), negatives, out=by_lane(query_grad[part]))
+                shares = q[part] * (weights[part] / total[part])[:, None]
+                negative_grad.baddbmm_(by_lane(exps).mT, by_lane(shares))
+        loss = weights @ (total.log2() + peak - positive_logit)
+        if not needs_grad:
+            return loss.mul_(LN_2)
+        scale = weights / total  # (T,), exps * scale: gradient of the logits
+        of_positive = torch.exp2(positive_logit - peak) * scale - weights  # (T,)
+        query_grad.mul_(scale[:, None]).addcmul_(of_positive[:, None], positive).div_(temperature)
+        row_grad = torch.zeros_like(rows).index_add_(0, positives, of_positive[:, None] * q)
         negative_grad = negative_grad.sum(0)[:M]
         if negative_index is None:
             row_grad += negative_grad
