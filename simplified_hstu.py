@@ -215,10 +215,9 @@ class GatedAttention(torch.autograd.Function):
                 shares = v / maxlen  # before the sum, which would leave the range of float16
                 attended = torch.empty_like(v)  # A V
                 for tile in rectangle.tiles:
-                    scores = _scores(q, k, tile, tile.time_buckets(), *biases)
+                    scores, weights = _weights(q, k, tile, tile.time_buckets(), *biases)
                     if keeps_scores:
-                        ctx.kept_scores.append(scores)  # (G * H, rows, keys)
-                    weights = F.silu(scores, inplace=not keeps_scores)
+                        ctx.kept_scores.append((scores, weights))
                     attended[:, tile.rows] = torch.bmm(weights, shares[:, tile.keys])
                 normed, _, rstd = torch.native_layer_norm(
                     _by_event(attended, heads), out.shape[1:], None, None, NORM_EPS
@@ -276,7 +275,7 @@ def _attention_grads(
     vqk: list[Tensor],
     vqk_grads: list[Tensor],
     rectangle: Rectangle,
-    kept_scores: list[Tensor],
+    kept_scores: list[tuple[Tensor, Tensor]],
     biases: tuple[Tensor, Tensor | None],
     bias_grads: tuple[Tensor | None, Tensor | None],
 ) -> None:
@@ -287,9 +286,10 @@ def _attention_grads(
     (v, q, k), (v_grad, q_grad, k_grad) = vqk, vqk_grads
     for tile in reversed(rectangle.tiles):
         rows, keys, buckets = tile.rows, tile.keys, tile.time_buckets()
-        scores = kept_scores.pop() if kept_scores else _scores(q, k, tile, buckets, *biases)
-        weights, slope = _silu_and_slope(scores)
-        score_grad = torch.bmm(attended_grad[:, rows], v[:, keys].mT).mul_(slope)
+        kept = kept_scores.pop() if kept_scores else _weights(q, k, tile, buckets, *biases)
+        scores, weights = kept  # (G * H, rows, keys) each
+        score_grad = torch.bmm(attended_grad[:, rows], v[:, keys].mT)
+        score_grad = torch.ops.aten.silu_backward(score_grad, scores)
         # Not with out= or baddbmm_: into a slice, torch makes one product after the other. The last
         # tile comes first and has every key.
         put = Tensor.copy_ if tile is rectangle.tiles[-1] else Tensor.add_
@@ -299,16 +299,6 @@ def _attention_grads(
         _add_bias_grads(
             *bias_grads, score_grad.unflatten(0, (rectangle.shape[0], -1)), tile, buckets
         )
-
-
-def _silu_and_slope(x: Tensor) -> tuple[Tensor, Tensor]:
-    """SiLU and its derivative; x may become the former."""
-    one = x.new_ones(())
-    if x.device.type != "cpu":
-        return F.silu(x), torch.ops.aten.silu_backward(one.expand_as(x), x)
-    gate = torch.sigmoid(x)  # once: half the time of either is its exponential
-    y = x.mul_(gate)
-    return y, torch.lerp(y, one, gate)  # y + gate (1 - y)
 
 
 def _by_head(x: Tensor, heads: tuple[int, int]) -> Tensor:
@@ -339,8 +329,10 @@ def _position_table(like: Tensor, position_weight: Tensor | None, maxlen: int) -
     return torch.cat([weights, weights.new_full((TILE - 1,), FUTURE)])
 
 
-def _scores(q, k, tile: Tile, buckets: Tensor | None, position_table, time_weight) -> Tensor:
-    """(G * H, rows, keys), biases included."""
+def _weights(
+    q, k, tile: Tile, buckets: Tensor | None, position_table, time_weight
+) -> tuple[Tensor, Tensor]:
+    """Scores with their biases, and SiLU of them, (G * H, rows, keys) each."""
     rows, keys, maxlen = tile.rows, tile.keys, len(position_table) - TILE + 1
     # Row i is the table from N - 1 - i on.
     by_start = position_table.unfold(0, keys.stop, 1)[maxlen - rows.stop : maxlen - rows.start]
@@ -350,7 +342,8 @@ def _scores(q, k, tile: Tile, buckets: Tensor | None, position_table, time_weigh
         bias = by_time.view(len(buckets), 1, *bias.shape).add_(bias)  # (G, 1, rows, keys)
         bias = bias.expand(-1, len(q) // len(buckets), -1, -1).flatten(0, 1)
     bias = bias.expand(len(q), -1, -1)  # (G * H, rows, keys)
-    return bias.contiguous().to(q.dtype).baddbmm_(q[:, rows], k[:, keys].mT)
+    scores = bias.contiguous().to(q.dtype).baddbmm_(q[:, rows], k[:, keys].mT)
+    return scores, F.silu(scores)
 
 
 def _add_bias_grads(position_grad, time_grad, score_grad, tile: Tile, buckets) -> None:
