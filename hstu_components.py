@@ -263,7 +263,8 @@ class LearnablePositionalEmbeddingInputFeaturesPreprocessor(nn.Module):
             action_types, target_action_types: (T,) int64, -1 unknown.
             users: (T, D) the event's user's vector, or None.
         """
-        x = torch.add(self.pos_emb(positions), items, alpha=self.scale)  # (T, D)
+        by_position = self.pos_emb.weight.index_select(0, positions)  # two threads sum its gradient
+        x = torch.add(by_position, items, alpha=self.scale)  # (T, D)
         if self.action_emb is not None:
             x = x + self.action_emb(action_types + 1)
         if self.target_action_emb is not None:
