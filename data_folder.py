@@ -60,11 +60,17 @@ def gather(events, starts, ends, user_ids) -> Sequences:
     lengths = ends - starts
     offsets = np.concatenate([[0], lengths.cumsum()])
     picked = events[np.repeat(starts - offsets[:-1], lengths) + np.arange(offsets[-1])]
-    if picked.dtype != EVENT_DTYPE:
-        item_ids, picked = picked, np.zeros(len(picked), EVENT_DTYPE)
-        # A wider id must stay out of range, to be refused, instead of wrapping to a valid one.
-        picked["item_id"], picked["action_type"] = np.clip(item_ids, -(2**31), 2**31 - 1), -1
-    return Sequences(picked, offsets, user_ids)
+    return Sequences(as_records(picked), offsets, user_ids)
+
+
+def as_records(events: np.ndarray) -> np.ndarray:
+    """Records, or plain item ids made into some, without action or time."""
+    if events.dtype == EVENT_DTYPE:
+        return events
+    records = np.zeros(len(events), EVENT_DTYPE)
+    # A wider id must stay out of range, to be refused, instead of wrapping to a valid one.
+    records["item_id"], records["action_type"] = np.clip(events, -(2**31), 2**31 - 1), -1
+    return records
 
 
 # ---------------------------------------------------------------------------------- reading files

@@ -23,8 +23,8 @@ from data_folder import (
     EVENT_DTYPE,
     USER_DTYPE,
     Sequences,
+    as_records,
     check_split,
-    gather,
     item_ids_of,
     open_split,
     read_manifest,
@@ -246,7 +246,7 @@ class MyDataset(Dataset):
     def _gather(self, starts: np.ndarray, ends: np.ndarray, user_ids: np.ndarray) -> Sequences:
         events = _read_rows(self._files[""], self._open()[0], starts, ends)
         offsets = np.concatenate([[0], (ends - starts).cumsum()])
-        return gather(events, offsets[:-1], offsets[1:], user_ids)
+        return Sequences(as_records(events), offsets, user_ids)
 
     def collate_fn(self, fetched: Fetched | Sequence[Fetched]) -> Batch:
         """A Batch of what `__getitems__` returned, or of a list of `self[i]`."""
@@ -508,15 +508,18 @@ def count_items(data_dir: str | Path, split: str, num_items: int) -> np.ndarray:
         DataError: an event's item id lies outside 1..num_items.
     """
     events, offsets, _ = open_split(Path(data_dir), split)
-    counts = np.zeros(num_items + 1, np.int64)
+    # Half the time of np.add.at, and half the bytes, which stay in the cache; bincount would make a
+    # block as long as the catalogue.
+    counts = torch.zeros(num_items + 1, dtype=torch.int32 if len(events) < 2**31 else torch.int64)
+    ones = torch.ones(_BLOCK, dtype=counts.dtype)
     for start in range(0, len(events), _BLOCK):
         ids = np.ascontiguousarray(item_ids_of(events[start : start + _BLOCK]))
         bad = (ids < 1) | (ids > num_items)
         if bad.any():
             event, path = int(bad.argmax()), split_path(Path(data_dir), split, "data")
             raise _bad_item(path, _place(offsets, start + event), ids[event], num_items)
-        np.add.at(counts, ids, 1)  # bincount would make a block as long as the catalogue
-    return counts
+        counts.scatter_add_(0, torch.from_numpy(ids.astype(np.int64)), ones[: len(ids)])
+    return counts.numpy().astype(np.int64)
 
 
 def deal(count: int, rank: int, num_ranks: int) -> np.ndarray:
