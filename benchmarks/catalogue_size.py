@@ -5,7 +5,7 @@
 The same events, 10,000 items of them spread over the ids of each catalogue, with mixed negatives:
 1,024 uniform ones and those of the batch. Each size trains in a process of its own, so that it has
 a peak memory of its own; steps are interleaved. Needs 10 GB of memory. The last line printed is one
-JSON object, which is also what is written.
+JSON object, which is written beside those of other CPUs.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from statistics import median
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import numpy as np
-from reproduce import RESULTS, environment
+from reproduce import environment, write_by_cpu
 
 from atomic_io import write_json
 from data_folder import EVENT_DTYPE, FORMAT_VERSION, read_manifest
@@ -45,8 +45,7 @@ def main() -> None:
         "step_ratio": round(max(r["step_ms"] for r in rows) / min(r["step_ms"] for r in rows), 3),
         **environment("cpu"),
     }
-    RESULTS.mkdir(exist_ok=True)
-    (RESULTS / "catalogue_size.json").write_text(json.dumps(result, indent=1) + "\n")
+    write_by_cpu("catalogue_size", result)
     print("".join(f"{name:>14}" for name in rows[0]))
     for row in rows:
         print("".join(f"{value:>14,}" for value in row.values()))

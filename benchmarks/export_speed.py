@@ -6,7 +6,7 @@ Publishes 5 M items that have ids only, and 500,000 with 13 sparse features and 
 in a memory map (5 M would need 20 GB), width 64, each in a process of its own. Then writes the
 bytes of 5 M vectors as an export does, but unhashed, and with `tofile` (whole, and in parts) and
 `fsync`, interleaved. Weights are random. Needs 4 GB of disk and 4 GB of memory. The last line
-printed is one JSON object, which is also what is written.
+printed is one JSON object, which is written beside those of other CPUs.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import numpy as np
 import torch
-from reproduce import RESULTS, environment
+from reproduce import environment, write_by_cpu
 
 from atomic_io import atomic_write
 from dataset import emb_pieces
@@ -49,8 +49,7 @@ def main() -> None:
         result["features"] = in_a_process(with_features, folder)
         result["write"] = in_a_process(write_figures, folder)
     result |= environment("cpu")
-    RESULTS.mkdir(exist_ok=True)
-    (RESULTS / "export_speed.json").write_text(json.dumps(result, indent=1) + "\n")
+    write_by_cpu("export_speed", result)
     for title, figures in result.items():
         for name, value in figures.items() if isinstance(figures, dict) else [("", figures)]:
             print(f"{title:10} {name:32} {value}")

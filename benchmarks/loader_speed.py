@@ -4,7 +4,7 @@
 
 Takes MovieLens-1M as scripts/prepare_movielens.py writes it, and writes 1 M sequences of 100 events
 over 1 M items beside it, for as long as it runs (1.6 GB of disk; the three splits are one file).
-The last line printed is one JSON object, which is also what is written.
+The last line printed is one JSON object, which is written beside those of other CPUs.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import numpy as np
 import torch
-from reproduce import RESULTS, environment
+from reproduce import environment, write_by_cpu
 from torch.utils.data import DataLoader, Dataset
 
 from data_folder import EVENT_DTYPE, SPLITS, Manifest, fingerprint, open_split, read_manifest
@@ -63,8 +63,7 @@ def main() -> None:
             "worker_uss_mb_large": worker_megabytes(large),
             **environment("cpu"),
         }
-    RESULTS.mkdir(exist_ok=True)
-    (RESULTS / "loader_speed.json").write_text(json.dumps(result, indent=1) + "\n")
+    write_by_cpu("loader_speed", result)
     for name, value in result.items():
         print(f"{name:32} {value}")
     print(json.dumps(result))

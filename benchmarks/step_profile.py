@@ -68,7 +68,7 @@ def watch_code(clock: Clock) -> None:
     attention = hstu_module.GatedAttention
     clock.watch(attention, "forward", "attention forward: projection, SiLU, norm, gate")
     clock.watch(attention, "backward", "attention backward: projection, SiLU, norm, gate")
-    clock.watch(hstu_module, "_scores", "attention: scores with biases")
+    clock.watch(hstu_module, "_weights", "attention: scores with biases, SiLU")
     clock.watch(hstu_module, "_attention_grads", "attention backward: products, SiLU")
     clock.watch(hstu_module, "_add_bias_grads", "attention backward: sums for the biases")
     clock.watch(model_module.InfoNCE, "forward", "loss with its gradients")
