@@ -243,7 +243,9 @@ class GatedAttention(torch.autograd.Function):
             most = max(rectangle.shape[0] for rectangle in ctx.rectangles)
             time_grad = x.new_zeros(most, NUM_TIME_BUCKETS, dtype=_sum_dtype(x))
         bias_grads = position_grad, time_grad
-        zeros, ones = x.new_zeros(len(x), 1), x.new_ones(len(x), 1)
+        # Of the type of a norm's statistics, on a GPU float32 even where x is not.
+        zeros = x.new_zeros(len(x), 1, dtype=ctx.kept[0][-1].dtype)
+        ones = torch.ones_like(zeros)
         with torch.inference_mode():
             for rectangle in reversed(ctx.rectangles):
                 rows, heads = rectangle.rows, (rectangle.shape[0], num_heads)
