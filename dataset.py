@@ -34,6 +34,9 @@ from data_folder import (
 log = logging.getLogger("hstu")
 
 _BLOCK = 1 << 16  # events looked at at once; 1 MB, which a cache holds
+# A file up to this size is read whole when it is opened: a read for each sequence is half of a
+# batch's time.
+HELD_BYTES = 1 << 25
 NEGATIVES = ("all", "batch", "uniform", "mixed")
 EMB_DTYPES = {".fbin": np.dtype("<f4"), ".u64bin": np.dtype("<u8")}
 
@@ -167,7 +170,7 @@ class MyDataset(Dataset):
             )
         self.target = manifest.targets[split] if holds_out else "none"
         self._maps: tuple[np.ndarray, np.ndarray, np.ndarray | None] | None = None
-        self._files: dict[str, int | None] = {}  # of the events, "", and of host_vectors
+        self._rows: dict[str, _Rows] = {}  # of the events, "", and of host_vectors
         events, offsets, users = self._open()
         self.has_timestamps = events.dtype == EVENT_DTYPE
         check_split(self.data_dir, split, offsets, users, self.num_users)
@@ -244,7 +247,7 @@ class MyDataset(Dataset):
         return Fetched(kept, seen, draw.seed, own)
 
     def _gather(self, starts: np.ndarray, ends: np.ndarray, user_ids: np.ndarray) -> Sequences:
-        events = _read_rows(self._files[""], self._open()[0], starts, ends)
+        events = self._rows[""].read(starts, ends)
         offsets = np.concatenate([[0], (ends - starts).cumsum()])
         return Sequences(as_records(events), offsets, user_ids)
 
@@ -296,11 +299,7 @@ class MyDataset(Dataset):
             return None
         picked = {}
         for name, vectors in self.host_vectors.items():
-            file = self._files.get(name)
-            if file is None:
-                values = vectors.values[item_ids]
-            else:
-                values = _read_rows(file, vectors.values, item_ids, item_ids + 1)
+            values = self._rows[name].read(item_ids, item_ids + 1)
             picked[name] = torch.from_numpy(values), torch.from_numpy(vectors.present[item_ids])
         return picked
 
@@ -362,10 +361,7 @@ class MyDataset(Dataset):
             # In memory: a map of a file that is cut short ends the process.
             self._maps = events, np.array(offsets), None if users is None else np.array(users)
             tables = {"": self._maps[0]} | {k: v.values for k, v in self.host_vectors.items()}
-            self._files = {name: _open_map(table) for name, table in tables.items()}
-            for file in self._files.values():
-                if file is not None:
-                    weakref.finalize(self, os.close, file)
+            self._rows = {name: _Rows(table) for name, table in tables.items()}
         return self._maps
 
     def _read_stamps(self) -> dict[Path, tuple[int, int] | None]:
@@ -385,7 +381,7 @@ class MyDataset(Dataset):
                 raise _changed(path)
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_maps": None, "_files": {}}
+        return self.__dict__ | {"_maps": None, "_rows": {}}
 
     def _check(self, kept: Sequences, rows: np.ndarray, skipped: np.ndarray) -> None:
         """Refuse ids and action types out of range before they index anything.
@@ -411,31 +407,47 @@ class MyDataset(Dataset):
         raise _bad_item(path, place, ids[event], self.num_items)
 
 
-def _open_map(table: np.ndarray) -> int | None:
-    """A descriptor of the file that an array is a map of; None: it is none, or its file is gone."""
-    if not isinstance(table.base, mmap.mmap) or not table.flags.c_contiguous:
-        return None
-    with suppress(FileNotFoundError):  # features.py drops a cache that it could not keep
-        return os.open(table.filename, os.O_RDONLY)
-    return None
-
-
-def _read_rows(file: int, table: np.memmap, starts: np.ndarray, ends: np.ndarray) -> np.ndarray:
-    """Rows starts[k]..ends[k]-1 of every k, joined, read from the file that `table` maps.
+class _Rows:
+    """Rows of an array; if it maps a file, they are read from there, or from a copy of a small one.
 
     Through the map a worker would come to own the file: each page it touches counts as its memory,
     with up to 2 MB around it. And a map of a file that is cut short ends the process.
-
-    Raises:
-        DataError: the file was cut short.
     """
-    width = table.strides[0]
-    places, sizes = table.offset + starts * width, (ends - starts) * width
-    parts = [os.pread(file, *part) for part in zip(sizes.tolist(), places.tolist(), strict=True)]
-    data = bytearray().join(parts)
-    if len(data) < sizes.sum():
-        raise _changed(table.filename)
-    return np.frombuffer(data, table.dtype).reshape(-1, *table.shape[1:])
+
+    def __init__(self, table: np.ndarray):
+        self.table, self.file, self.held = table, None, table
+        if not isinstance(table.base, mmap.mmap) or not table.flags.c_contiguous:
+            return
+        with suppress(FileNotFoundError):  # features.py drops a cache that it could not keep
+            self.file = os.open(table.filename, os.O_RDONLY)
+            weakref.finalize(self, os.close, self.file)
+            is_small = table.nbytes <= HELD_BYTES
+            self.held = self._read_file(np.array([0]), np.array([len(table)])) if is_small else None
+
+    def read(self, starts: np.ndarray, ends: np.ndarray) -> np.ndarray:
+        """Rows starts[k]..ends[k]-1 of every k, joined.
+
+        Raises:
+            DataError: the file was cut short.
+        """
+        if self.held is None:
+            return self._read_file(starts, ends)
+        if self.file is not None:
+            size = self.table.offset + self.table.nbytes
+            if os.fstat(self.file).st_size < size:
+                raise _changed(self.table.filename)
+        lengths = ends - starts
+        shifts = np.repeat(starts - (lengths.cumsum() - lengths), lengths)
+        return self.held[np.arange(len(shifts)) + shifts]
+
+    def _read_file(self, starts: np.ndarray, ends: np.ndarray) -> np.ndarray:
+        table, width = self.table, self.table.strides[0]
+        places, sizes = table.offset + starts * width, (ends - starts) * width
+        parts = zip(sizes.tolist(), places.tolist(), strict=True)
+        data = bytearray().join([os.pread(self.file, *part) for part in parts])
+        if len(data) < sizes.sum():
+            raise _changed(table.filename)
+        return np.frombuffer(data, table.dtype).reshape(-1, *table.shape[1:])
 
 
 def _changed(path: str | Path) -> DataError:

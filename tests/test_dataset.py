@@ -73,6 +73,12 @@ def folder(tmp_path_factory) -> Path:
     return write(tmp_path_factory.mktemp("data"), targets={"test": "none"})
 
 
+@pytest.fixture(params=["held", "not held"])
+def each_way_to_read(request, monkeypatch):
+    """Files read when they are opened, and sequence by sequence as large ones are."""
+    monkeypatch.setattr("dataset.HELD_BYTES", {"held": 1 << 25, "not held": 0}[request.param])
+
+
 def histories(lengths=LENGTHS, events=None) -> list[list[tuple[int, int, int]]]:
     """(item, action, time) of each sequence's events."""
     events = make_events(sum(lengths)) if events is None else events
@@ -604,6 +610,7 @@ def write_plain(folder: Path, dtype: str) -> Path:
     return folder
 
 
+@pytest.mark.usefixtures("each_way_to_read")
 @pytest.mark.parametrize("dtype", ["<i4", "<i8"])
 def test_a_worker_reads_plain_ids_as_they_are(tmp_path, dtype):
     dataset = MyDataset(write_plain(tmp_path, dtype), "train", MAXLEN)
@@ -622,6 +629,7 @@ def vectors_in(path: Path, order: str = "C") -> Feature:
     return Feature("emb", 6, np.load(path, mmap_mode="r"), None, np.arange(NUM_ITEMS + 1) % 3 > 0)
 
 
+@pytest.mark.usefixtures("each_way_to_read")
 @pytest.mark.parametrize("kind", ["file", "Fortran order", "file that is gone", "part", "memory"])
 def test_a_worker_brings_the_host_vectors_of_the_items(folder, tmp_path, kind):
     vectors = vectors_in(tmp_path / "81.npy", kind[0])
@@ -650,6 +658,7 @@ def mapped_kb(pid: int, path: Path) -> int:
     return sum(int(re.search(r"^Rss: +(\d+)", area, re.MULTILINE)[1]) for area in of_file)
 
 
+@pytest.mark.usefixtures("each_way_to_read")
 def test_the_data_does_not_become_a_workers_memory(tmp_path):
     vectors = vectors_in(tmp_path / "81.npy")
     write_plain(tmp_path, "<i8")
@@ -663,6 +672,7 @@ def test_the_data_does_not_become_a_workers_memory(tmp_path):
         assert mapped_kb(worker.pid, tmp_path / "81.npy") == 0
 
 
+@pytest.mark.usefixtures("each_way_to_read")
 @pytest.mark.parametrize("num_workers", [0, 1])
 @pytest.mark.parametrize("size", [0, 40, 41])
 def test_a_file_cut_short_under_a_loader_is_refused(tmp_path, size, num_workers):
@@ -683,6 +693,7 @@ def test_offsets_and_users_cut_short_are_in_memory(folder, tmp_path):
     assert_equal_batches(make_batch(dataset, range(3)), before)
 
 
+@pytest.mark.usefixtures("each_way_to_read")
 def test_vectors_cut_short_are_refused(folder, tmp_path):
     vectors = vectors_in(tmp_path / "81.npy")
     dataset = MyDataset(folder, "train", MAXLEN, "batch", host_vectors={"81": vectors})
