@@ -443,11 +443,13 @@ class _Rows:
     def _read_file(self, starts: np.ndarray, ends: np.ndarray) -> np.ndarray:
         table, width = self.table, self.table.strides[0]
         places, sizes = table.offset + starts * width, (ends - starts) * width
-        parts = zip(sizes.tolist(), places.tolist(), strict=True)
-        data = bytearray().join([os.pread(self.file, *part) for part in parts])
-        if len(data) < sizes.sum():
+        rows = np.empty(((ends - starts).sum(), *table.shape[1:]), table.dtype)
+        target, filled = memoryview(rows.reshape(-1).view(np.uint8)), 0
+        for place, size in zip(places.tolist(), sizes.tolist(), strict=True):
+            filled += os.preadv(self.file, [target[filled : filled + size]], place)
+        if filled < len(target):
             raise _changed(table.filename)
-        return np.frombuffer(data, table.dtype).reshape(-1, *table.shape[1:])
+        return rows
 
 
 def _changed(path: str | Path) -> DataError:
