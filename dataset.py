@@ -390,21 +390,28 @@ class MyDataset(Dataset):
         """
         # Each four times over: copied out of the records, they are read in a fraction of the time.
         ids, actions = (kept.events[name].copy() for name in ("item_id", "action_type"))
-        bad = (
-            (ids < 1) | (ids > self.num_items) | (actions < -1) | (actions >= self.num_action_types)
-        )
-        if not bad.any():
+        bad_item = _first_outside(ids, 1, self.num_items)
+        bad_action = _first_outside(actions, -1, self.num_action_types - 1)
+        event = min(bad_item, bad_action)
+        if event == len(ids):
             return
-        event = int(bad.argmax())
         b = int(np.searchsorted(kept.offsets, event, side="right")) - 1
         path = split_path(self.data_dir, self.split, "data")
         place = f"sequence {rows[b]} event {event - kept.offsets[b] + skipped[b]}"
-        if 1 <= ids[event] <= self.num_items:
+        if event < bad_item:
             raise DataError(
                 f"{path}: {place}: action type {actions[event]} is not in "
                 f"-1..{self.num_action_types - 1}; write the split again"
             )
         raise _bad_item(path, place, ids[event], self.num_items)
+
+
+def _first_outside(values: np.ndarray, low: int, high: int) -> int:
+    """Place of the first value outside low..high; their number, if there is none."""
+    # Where all is well two reductions are enough, a fraction of the time of three masks.
+    if not len(values) or low <= values.min() <= values.max() <= high:
+        return len(values)
+    return int(((values < low) | (values > high)).argmax())
 
 
 class _Rows:
@@ -528,9 +535,9 @@ def count_items(data_dir: str | Path, split: str, num_items: int) -> np.ndarray:
     ones = torch.ones(_BLOCK, dtype=torch.int32)
     for start in range(0, len(events), _BLOCK):
         ids = np.ascontiguousarray(item_ids_of(events[start : start + _BLOCK]))
-        bad = (ids < 1) | (ids > num_items)
-        if bad.any():
-            event, path = int(bad.argmax()), split_path(Path(data_dir), split, "data")
+        event = _first_outside(ids, 1, num_items)
+        if event < len(ids):
+            path = split_path(Path(data_dir), split, "data")
             raise _bad_item(path, _place(offsets, start + event), ids[event], num_items)
         counts.scatter_add_(0, torch.from_numpy(ids.astype(np.int64)), ones[: len(ids)])
     return counts.numpy().astype(np.int64)
