@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import logging
 import math
+import os
 import re
 import sys
 import time
@@ -15,7 +16,7 @@ from pathlib import Path
 
 import torch
 from torch.utils.data import DataLoader
-from tqdm.contrib.logging import logging_redirect_tqdm
+from tqdm import tqdm
 
 from atomic_io import DataError, hold_folder, read_json, sweep_temporaries, write_json
 from checkpoint import seed_random
@@ -77,7 +78,7 @@ def main(argv: list[str] | None = None) -> int:
             run_command(args)
     except Stopped as stop:
         if rank() == 0:
-            print(stop)
+            say(str(stop))
         leave()
         return stop.exit_code
     except (DataError, OSError, EOFError, MemoryError, RuntimeError) as error:
@@ -105,14 +106,32 @@ def run_command(args: argparse.Namespace) -> None:
 
 @contextmanager
 def log_to_stdout() -> Iterator[None]:
-    handler = logging.StreamHandler(sys.stdout)
+    handler = Lines()
     log.addHandler(handler)
     log.setLevel(logging.INFO)
     try:
-        with logging_redirect_tqdm(loggers=[log]):
-            yield
+        yield
     finally:
         log.removeHandler(handler)
+
+
+class Lines(logging.Handler):
+    """Log lines as `say` writes them."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        say(self.format(record))
+
+
+def say(line: str) -> None:
+    """To stdout, above a progress bar; in silence from when nobody reads it any more.
+
+    As with `| head`, or with `| tee`, which ends by the same Ctrl-C: the run needs no reader.
+    """
+    try:
+        tqdm.write(line)
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def check_ranks(args: argparse.Namespace) -> None:

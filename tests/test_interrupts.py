@@ -107,6 +107,29 @@ def test_a_signal_to_all_processes_saves_a_state_within_a_step(
     assert_goes_on(data, output, whole, capsys)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [None, signal.SIGINT])
+def test_a_reader_that_leaves_stops_nothing(number, data, whole, tmp_path, capsys):
+    """`| head` closes the pipe, and `| tee` is gone when a Ctrl-C for both has saved the state."""
+    output = tmp_path / "o"
+    process = subprocess.Popen(
+        [sys.executable, "main.py", *flags_of(data, output)],
+        cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    while not process.stdout.readline().startswith("epoch 1 step 3/"):
+        assert process.poll() is None
+    process.stdout.close()
+    if number:
+        process.send_signal(number)
+    assert process.stderr.read() == ""
+    assert process.wait(60) == (130 if number else 0)
+    if number:
+        assert_goes_on(data, output, whole, capsys)
+    else:
+        assert read_json(output / "metrics.json") == read_json(whole / "metrics.json")
+
+
 def signal_in(monkeypatch, owner: type, name: str, call: int, number: int) -> None:
     """The process gets the signal in the middle of a call of owner.name, the call-th, from 1."""
     plain, calls = getattr(owner, name), []
