@@ -195,6 +195,7 @@ def train(args: argparse.Namespace) -> None:
             announce(run, datasets)
             if rank() == 0:  # those of a run that was here before
                 (output_dir / "metrics.json").unlink(missing_ok=True)
+        if not run.progress.is_finished or args.projector:
             first_step = run.progress.step + 1
             lengths = run.updater.total_steps, args.num_epochs, args.log_every
             with RunLog(args.log_dir, first_step, *lengths) as run_log:

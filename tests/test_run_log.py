@@ -126,6 +126,16 @@ def test_the_projector_has_the_most_frequent_items_of_the_best_epoch(
     np.testing.assert_allclose(np.loadtxt(folder / "tensors.tsv"), exported[most - 1], rtol=1e-5)
 
 
+def test_the_projector_can_be_asked_for_when_all_is_done(data, whole, tmp_path, capfd):
+    output = shutil.copytree(whole, tmp_path / "o")
+    capfd.readouterr()
+    assert main([*flags_of(data, output, output / "logs"), "--projector"]) == 0
+    out, err = capfd.readouterr()
+    assert (err, "epoch 1/2" in out, "finished: 2 epochs" in out) == ("", False, True)
+    assert (output / "logs" / "00006" / "items" / "tensors.tsv").exists()
+    assert entries(output / "logs") == entries(whole / "logs")
+
+
 def test_names_of_several_lines_and_cells_stay_in_their_row(tmp_path):
     with RunLog(str(tmp_path), 1, 1, 1, 1) as log:
         log.items(1, torch.eye(2), {"name": ["a\tb\nc", ""], "events": [1, 2]})
