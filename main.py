@@ -24,6 +24,7 @@ from data_folder import Manifest, fingerprint, read_item_names, read_manifest
 from dataset import Batch, MyDataset, count_items
 from distributed import (
     LostRankError,
+    ShardedEmbedding,
     first_goes_ahead,
     is_first_to_fail,
     join,
@@ -419,12 +420,11 @@ def announce(run: Run, datasets: Mapping[str, MyDataset]) -> None:
     """One line that says what will happen."""
     train_set, args = datasets["train"], run.args
     place = run.device if num_ranks() == 1 else f"{num_ranks()} x {run.device.type}"
-    num_weights = sum(p.numel() for p in run.model.parameters())
     first_entry = (run.progress.step // args.log_every + 1) * args.log_every
     log.info(
         f"train on {place} in {args.precision}: {len(train_set):,} sequences, "
         f"{train_set.num_items:,} items, {train_set.item_counts.sum():,} events of "
-        f"{args.data_dir}; {num_weights:,} weights, {train_set.negatives} negatives; "
+        f"{args.data_dir}; {num_weights(run.model):,} weights, {train_set.negatives} negatives; "
         f"{args.num_epochs} epochs, {run.updater.total_steps:,} steps; "
         f"from step {first_entry} on the time that is left is shown"
     )
@@ -436,6 +436,32 @@ def announce(run: Run, datasets: Mapping[str, MyDataset]) -> None:
         )  # fmt: skip
     if not train_set.has_timestamps:
         log.info("the data holds plain item ids: time and actions are off")
+    for flag, reason in idle_flags(run, train_set):
+        log.warning("--%s changes nothing %s", flag, reason)
+
+
+def num_weights(model: HSTUModel) -> int:
+    """Of the whole model, whatever part of its tables this rank holds."""
+    shards = [module for module in model.modules() if isinstance(module, ShardedEmbedding)]
+    elsewhere = [(shard.num_rows - len(shard.weight)) * shard.embedding_dim for shard in shards]
+    return sum(p.numel() for p in model.parameters()) + sum(elsewhere)
+
+
+def idle_flags(run: Run, train_set: MyDataset) -> list[tuple[str, str]]:
+    """Flags that were given and do nothing in this run, each with the reason."""
+    negatives, defaults = train_set.negatives, get_args([])
+    has_vectors = any(spec["kind"] == "emb" for spec in run.model.config.item_features.values())
+    no_draws, no_logq = negatives in ("all", "batch"), negatives in ("all", "uniform")
+    idle = [("num_negatives", no_draws, f"with {negatives} negatives")]
+    idle += [("logq", no_logq, f"with {negatives} negatives")]
+    idle += [("shard_items", num_ranks() == 1, "in a single process")]
+    for name in ("mm_missing", "mm_projection", "mm_emb_device"):
+        idle += [(name, not has_vectors, "without multimodal vectors")]
+    return [
+        (name, reason)
+        for name, is_idle, reason in idle
+        if is_idle and getattr(run.args, name) != getattr(defaults, name)
+    ]
 
 
 @torch.no_grad()

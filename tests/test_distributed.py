@@ -382,19 +382,21 @@ def test_a_sharded_table_is_the_whole_table(ranks):
     assert answers[1][-1].device.type == "meta"
 
 
-def shard_of(data: Path, negatives: str) -> int | str:
-    """Rows of the item table on this rank, or why there is none."""
+def shard_of(data: Path, negatives: str) -> tuple[int, int] | str:
+    """Rows of the item table on this rank, and weights of the model; or why there is no shard."""
     main_module.DENSE_ROWS = 2
     args = get_args([*SMALL, f"--data_dir={data}", "--shard_items"])
     try:
         run = prepare(args, make_set(data, "train", negatives))
     except DataError as error:
         return str(error)
-    return len(run.model.embedding_module.item_emb.weight)
+    return len(run.model.embedding_module.item_emb.weight), main_module.num_weights(run.model)
 
 
 def test_each_rank_holds_its_part_of_the_items(data, ranks):
-    assert ranks(shard_of, data, "mixed") == [12, 12]
+    whole = prepare(get_args([*SMALL, f"--data_dir={data}"]), make_set(data, "train", "mixed"))
+    total = sum(weight.numel() for weight in whole.model.parameters())
+    assert ranks(shard_of, data, "mixed") == [(12, total), (12, total)]
     assert "sampled negatives" in ranks(shard_of, data, "all")[0]
 
 

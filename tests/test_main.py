@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
+import re
 import shutil
 import time
 from collections.abc import Sequence
@@ -246,6 +247,26 @@ def test_a_warm_up_longer_than_the_run_is_told_of(tmp_path, data, capsys):
     assert "--warmup_steps" not in capsys.readouterr().out
     run(tmp_path, data, "--num_epochs=4", "--batch_size=1", "--warmup_steps=44", name="warm")
     assert "there are 44: it never reaches --lr; try --warmup_steps 4" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        (["--num_negatives=5", "--no-logq"], "logq num_negatives"),  # all negatives
+        (["--negatives=uniform", "--num_negatives=5", "--no-logq"], "logq"),
+        (["--negatives=batch", "--num_negatives=5", "--no-logq"], "num_negatives"),
+        (["--negatives=mixed", "--num_negatives=5", "--no-logq", "--mm_missing=zero"], ""),
+        (
+            ["--mm_emb_id", "--mm_missing=zero", "--mm_emb_device=loader"],
+            "mm_emb_device mm_missing",
+        ),
+        (["--shard_items"], "shard_items"),
+    ],
+)
+def test_a_flag_that_changes_nothing_is_told_of(tmp_path, data, capsys, flags, expected):
+    run(tmp_path, data, *flags)
+    found = re.findall(r"^--(\w+) changes nothing ", capsys.readouterr().out, re.MULTILINE)
+    assert sorted(found) == expected.split()
 
 
 def test_targets_that_were_seen_are_told_apart_from_what_an_export_can_find(tmp_path, data, capsys):
