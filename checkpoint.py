@@ -91,8 +91,12 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except _FAULTS as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise DataError(f"{path}: not a readable checkpoint ({reason})") from error
+        # torch's own words advise to load it with any code that it may hold.
+        reason = error if isinstance(error, OSError) else "cut short, damaged, or another file"
+        raise DataError(
+            f"{path}: not a readable checkpoint ({reason}); expected a model_*.pt or resume_*.pt "
+            "that a training wrote"
+        ) from error
     if not isinstance(content, dict) or "config" not in content:
         raise DataError(f"{path}: not a checkpoint of this package (no model config in it)")
     return content

@@ -276,6 +276,14 @@ def test_a_file_without_a_model_config_is_refused_by_name(tmp_path, value):
         load_checkpoint(tmp_path / "other.pt")
 
 
+def test_a_file_of_another_kind_is_refused_without_advice_to_trust_it(tmp_path):
+    (tmp_path / "other.pt").write_text("not a checkpoint\n")
+    with pytest.raises(DataError) as caught:
+        load_checkpoint(tmp_path / "other.pt")
+    assert re.fullmatch(r".*other\.pt: not a readable checkpoint \(.*", str(caught.value))
+    assert "weights_only" not in str(caught.value)
+
+
 def test_a_file_that_would_run_code_is_refused(tmp_path):
     class Payload:
         def __reduce__(self):
