@@ -68,6 +68,8 @@ def get_args(argv: list[str] | None) -> argparse.Namespace:
     action_help = "one: its values are the types; several of 0 and 1: the first that is set counts"
     log("--action", nargs="+", default=[], metavar="COL", help=action_help)
     log("--header", nargs="+", metavar="COL", help="names for a CSV file without a line of them")
+    drop_help = "leave out events without user, item or time; else the first is an error"
+    log("--drop_incomplete", action="store_true", help=drop_help)
     log("--min_user_events", type=at_least(1), default=1, help="drop users with fewer")
     log("--min_item_events", type=at_least(1), default=1, help="drop items with fewer")
 
@@ -154,15 +156,19 @@ def convert(args: argparse.Namespace) -> None:
 
 def read_log(args: argparse.Namespace) -> Log:
     users, items, types = Texts(), Texts(), Texts()
-    actions, times, ties = [], [], []
-    has_times = args.time != "none"
+    actions, times, ties, num_dropped = [], [], [], 0
+    has_times, an_id = args.time != "none", "an id; --drop_incomplete leaves such events out"
     columns = [args.user, args.item, *args.action, *[args.time] * has_times]
     columns += [args.order] if args.order else []
     for rows in read_rows(args.events, columns, args.header):
         if not times:
             check_columns(rows, columns)
-        users.extend(parsed(rows, args.user, not_missing, "an id"))
-        items.extend(parsed(rows, args.item, not_missing, "an id"))
+        if args.drop_incomplete:
+            total, needed = len(rows.records), [args.user, args.item, *[args.time] * has_times]
+            rows = complete(rows, needed)
+            num_dropped += total - len(rows.records)
+        users.extend(parsed(rows, args.user, not_missing, an_id))
+        items.extend(parsed(rows, args.item, not_missing, an_id))
         zeros, dates = [0.0] * len(rows.records), "a number or an ISO date"
         times.append(parsed(rows, args.time, time_of, dates) if has_times else zeros)
         ties.append(parsed(rows, args.order, finite, "a number") if args.order else zeros)
@@ -170,8 +176,10 @@ def read_log(args: argparse.Namespace) -> Log:
             types.extend(texts_of(rows, args.action[0]))
         else:
             actions.append(strongest(rows, args.action))
-    if not times:
+    if not users.texts:
         raise DataError(f"{args.events}: no events in it")
+    if num_dropped:
+        print(f"{args.events.name}: left out {num_dropped:,} events without user, item or time")
     if len(args.action) == 1:
         ranks, names = ranked(types.texts)
         actions = [ranks[types.codes] - 1]
@@ -182,6 +190,14 @@ def read_log(args: argparse.Namespace) -> Log:
         raise DataError(f"{args.events}: {found}, expected at most {MAX_ACTION_TYPES:,} types")
     actions, times, ties = map(np.concatenate, (actions, times, ties))
     return Log(users, items, actions, names, times, ties)
+
+
+def complete(rows: Rows, columns: Sequence[str]) -> Rows:
+    """The rows in which all of these columns have a value."""
+    texts = zip(*(texts_of(rows, column) for column in columns), strict=True)
+    kept = [k for k, values in enumerate(texts) if all(values)]
+    lines, records = ([column[k] for k in kept] for column in (rows.lines, rows.records))
+    return Rows(rows.path, lines, records)
 
 
 def not_missing(text: str) -> str:

@@ -21,7 +21,8 @@ from tqdm import tqdm
 from atomic_io import DataError
 
 ROWS = 50_000  # read at once
-MISSING = {"", "nan", "NaN", "null", "NULL", "None"}
+# As pandas reads them, and Hive's.
+MISSING = {"", "nan", "NaN", "null", "NULL", "None", "NA", "N/A", "n/a", "<NA>", r"\N"}
 LIST_DELIMITER = "|"  # of the lists of JSON and Parquet, as text
 
 

@@ -485,6 +485,21 @@ def test_the_folder_opens_with_every_kind_of_feature(tmp_path):
         assert len(batch.user_ids) == len(dataset) > 3
 
 
+@pytest.mark.parametrize("name", ["log.csv", "log.jsonl", "log.parquet"])
+def test_events_without_user_item_or_time_are_left_out_on_request(tmp_path, capsys, name):
+    log = random_log()
+    expected = run(tmp_path, log, name="whole.csv")
+    gaps = [{"user": "NA"}, {"item": ""}, {"timestamp": None}, {"user": r"\N", "item": ""}]
+    holes = [row | gap for row, gap in zip(log, gaps, strict=False)]
+    path = write_table(tmp_path / name, [*log[:2], *holes[:2], *log[2:], *holes[2:]])
+    capsys.readouterr()
+    assert prepare_table.main([str(path), str(tmp_path / "o"), "--drop_incomplete"]) == 0
+    assert f"{name}: left out 4 events without user, item or time" in capsys.readouterr().out
+    assert read_json(tmp_path / "o" / "manifest.json") == read_json(expected / "manifest.json")
+    assert prepare_table.main([str(path), str(tmp_path / "refused")]) == 1
+    assert "--drop_incomplete" in capsys.readouterr().err
+
+
 # ---------------------------------------------------------------------------------------- refusals
 
 HEAD = "user,item,timestamp\n"
@@ -506,6 +521,7 @@ HEAD = "user,item,timestamp\n"
         ("log.csv", "user,item,time\na,x,5\n", "no column timestamp; there are user, item, time"),
         ("log.csv", "user,user\na,x\n", "line 1 is 'user,user\\n', expected the names"),
         ("log.csv", HEAD, "no events in it"),
+        ("log.jsonl", "", "no events in it"),
         ("log.csv", "", "line 1 is '', expected the names of the columns"),
         ("log.csv", b"user,item,timestamp\n\xff,x,5\n", "can't decode byte 0xff"),
         ("log.csv", HEAD + "a,x,5\nb,x,6\n", "no user has two events to train on"),
