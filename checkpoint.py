@@ -31,10 +31,11 @@ _FAULTS += (RuntimeError, TypeError, ValueError, pickle.UnpicklingError, struct.
 
 
 def save_checkpoint(path: str | Path, content: Mapping[str, Any], step: int) -> None:
-    """Write `content` durably, then enter its size, SHA-256 and step into checkpoints.json.
+    """Write `content` durably, and enter its size, SHA-256 and step into checkpoints.json.
 
-    Equal content gives equal bytes in any process. An old file's entry goes before the file does:
-    a kill in between leaves a file without an entry, never a good one that looks damaged.
+    Equal content gives equal bytes in any process. While a file is replaced, its entry vouches for
+    the old bytes as for the new: at any instant there is a good file under the name, if there was
+    one before. A new file's entry comes last.
 
     Args:
         path: a .pt file; its folder's register is updated.
@@ -44,11 +45,14 @@ def save_checkpoint(path: str | Path, content: Mapping[str, Any], step: int) -> 
     path, sizes = Path(path), {}
     canonical = _canonical(content, sizes)
     register = read_register(path.parent)
-    if register.pop(path.name, None):
-        write_json(path.parent / REGISTER, register)
+    old = register.get(path.name)
     with atomic_write(path, sum(sizes.values())) as file:
         _save(canonical, file)
-    entry = file_entry(path) | {"step": step, "config": _hash(content.get("config"))}
+        file.flush()
+        entry = file_entry(file.name) | {"step": step, "config": _hash(content.get("config"))}
+        if old:
+            both = entry | {"replaces": old["sha256"]}
+            write_json(path.parent / REGISTER, register | {path.name: both})
     register[path.name] = entry
     write_json(path.parent / REGISTER, dict(sorted(register.items())))
 
@@ -69,6 +73,18 @@ def read_register(folder: str | Path) -> dict[str, Any]:
     return read_json(path) if path.exists() else {}
 
 
+def settle_register(folder: str | Path) -> None:
+    """After a kill in `save_checkpoint`: entries that vouch for two files, for the one there is."""
+    register = read_register(folder)
+    unsettled = [name for name, entry in register.items() if "replaces" in entry]
+    for name in unsettled:
+        path, old = Path(folder) / name, register[name].pop("replaces")
+        if path.exists() and (found := file_entry(path))["sha256"] == old:
+            register[name] |= found
+    if unsettled:
+        write_json(Path(folder) / REGISTER, register)
+
+
 def load_checkpoint(path: str | Path) -> dict[str, Any]:
     """The content of a checkpoint, on the CPU, after checking its hash against checkpoints.json.
 
@@ -83,7 +99,7 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
     entry = read_register(path.parent).get(path.name)
     if entry is None:
         log.warning("%s: not in %s, so its integrity is not verified", path, REGISTER)
-    elif (found := sha256_of(path)) != entry["sha256"]:
+    elif (found := sha256_of(path)) not in (entry["sha256"], entry.get("replaces")):
         raise DataError(
             f"{path}: SHA-256 {found[:12]}..., but {REGISTER} says {entry['sha256'][:12]}...; the "
             "file is damaged, use another checkpoint"

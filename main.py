@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from atomic_io import DataError, hold_folder, read_json, sweep_temporaries, write_json
-from checkpoint import seed_random
+from checkpoint import seed_random, settle_register
 from data_folder import Manifest, fingerprint, read_item_names, read_manifest
 from dataset import Batch, MyDataset, count_items
 from distributed import (
@@ -184,6 +184,7 @@ def train(args: argparse.Namespace) -> None:
     with hold_folder(output_dir) if rank() == 0 else nullcontext():
         if rank() == 0:
             sweep_temporaries(output_dir)
+            settle_register(output_dir)
         with stop_signals.waiting():
             manifest = read_manifest(args.data_dir, trust=args.trust_pickle)
             with first_goes_ahead():  # and writes what it made of feature files beside them

@@ -11,6 +11,8 @@ import re
 import resource
 import subprocess
 import sys
+from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -29,6 +31,7 @@ from checkpoint import (
     save_checkpoint,
     save_state,
     set_random_states,
+    settle_register,
 )
 
 ROOT = Path(__file__).parent.parent
@@ -320,6 +323,37 @@ def test_an_unregistered_state_is_not_resumed_from(tmp_path):
     save_state(tmp_path, state(4), 4)
     (tmp_path / "resume_8.pt").write_bytes((tmp_path / "resume_4.pt").read_bytes())
     assert load_newest_state(tmp_path)["step"] == 4
+
+
+class KilledError(BaseException):
+    """Stands for a kill."""
+
+
+@pytest.mark.parametrize("number", range(11))
+def test_a_state_that_is_written_anew_is_there_at_any_instant(tmp_path, monkeypatch, number):
+    """Killed twice before the same sync or rename, the first being 0."""
+    old, new = state(5) | {"epoch": 0}, state(5) | {"epoch": 1}
+    save_state(tmp_path, state(4), 4)
+    save_state(tmp_path, old, 5)
+    calls = []
+
+    def killing(plain, *args):
+        calls.append(plain)
+        if len(calls) > number:
+            raise KilledError
+        return plain(*args)
+
+    for _ in range(2):
+        calls.clear()
+        with monkeypatch.context() as patch, suppress(KilledError):
+            for name in ("fsync", "replace"):
+                patch.setattr(os, name, partial(killing, getattr(os, name)))
+            settle_register(tmp_path)
+            save_state(tmp_path, new, 5)
+        assert load_newest_state(tmp_path) in ((new,) if number > 8 else (old, new))
+    settle_register(tmp_path)
+    assert load_newest_state(tmp_path)["step"] == 5
+    assert set(read_register(tmp_path)["resume_5.pt"]) == {"size", "sha256", "step", "config"}
 
 
 def test_a_file_of_the_users_own_is_never_removed(tmp_path):
