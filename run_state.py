@@ -162,18 +162,5 @@ def save_run(run: Run) -> None:
 
 
 def load_best(run: Run) -> None:
-    """The best epoch's weights into the model; where model_best.pt is damaged, of its epoch's file.
-
-    Raises:
-        DataError: both are missing or damaged.
-    """
-    output_dir = Path(run.args.output_dir)
-    best, epoch = output_dir / "model_best.pt", f"model_epoch_{run.progress.best_epoch}.pt"
-    try:
-        content = load_checkpoint(best)
-    except DataError as error:
-        if not (output_dir / epoch).exists():
-            raise
-        log.warning("%s; here %s, which has the same weights", error, epoch)
-        content = load_checkpoint(output_dir / epoch)
-    load_weights(run.model, content["weights"], best)
+    path = Path(run.args.output_dir) / "model_best.pt"
+    load_weights(run.model, load_checkpoint(path)["weights"], path)
