@@ -35,7 +35,7 @@ def save_checkpoint(path: str | Path, content: Mapping[str, Any], step: int) -> 
 
     Equal content gives equal bytes in any process. While a file is replaced, its entry vouches for
     the old bytes as for the new: at any instant there is a good file under the name, if there was
-    one before. A new file's entry comes last.
+    one before; after a kill `settle_register` comes first. A new file's entry comes last.
 
     Args:
         path: a .pt file; its folder's register is updated.
@@ -51,7 +51,7 @@ def save_checkpoint(path: str | Path, content: Mapping[str, Any], step: int) -> 
         file.flush()
         entry = file_entry(file.name) | {"step": step, "config": _hash(content.get("config"))}
         if old:
-            both = entry | {"replaces": old["sha256"]}
+            both = entry | {"replaces": old}
             write_json(path.parent / REGISTER, register | {path.name: both})
     register[path.name] = entry
     write_json(path.parent / REGISTER, dict(sorted(register.items())))
@@ -79,8 +79,8 @@ def settle_register(folder: str | Path) -> None:
     unsettled = [name for name, entry in register.items() if "replaces" in entry]
     for name in unsettled:
         path, old = Path(folder) / name, register[name].pop("replaces")
-        if path.exists() and (found := file_entry(path))["sha256"] == old:
-            register[name] |= found
+        if path.exists() and sha256_of(path) == old["sha256"]:
+            register[name] = old
     if unsettled:
         write_json(Path(folder) / REGISTER, register)
 
@@ -99,14 +99,18 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
     entry = read_register(path.parent).get(path.name)
     if entry is None:
         log.warning("%s: not in %s, so its integrity is not verified", path, REGISTER)
-    elif (found := sha256_of(path)) not in (entry["sha256"], entry.get("replaces")):
-        raise DataError(
-            f"{path}: SHA-256 {found[:12]}..., but {REGISTER} says {entry['sha256'][:12]}...; the "
-            "file is damaged, use another checkpoint"
-        )
+    else:
+        good = {good["sha256"] for good in (entry, entry.get("replaces", entry))}
+        if (found := sha256_of(path)) not in good:
+            raise DataError(
+                f"{path}: SHA-256 {found[:12]}..., but {REGISTER} says {entry['sha256'][:12]}...; "
+                "the file is damaged, use another checkpoint"
+            )
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except _FAULTS as error:
+        if entry and "allocate memory" in str(error):
+            raise  # its hash was right
         # torch's own words advise to load it with any code that it may hold.
         reason = error if isinstance(error, OSError) else "cut short, damaged, or another file"
         raise DataError(

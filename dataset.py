@@ -297,6 +297,7 @@ class MyDataset(Dataset):
     def _gather_vectors(self, item_ids: np.ndarray) -> dict[str, tuple[Tensor, Tensor]] | None:
         if not self.host_vectors:
             return None
+        self._open()
         picked = {}
         for name, vectors in self.host_vectors.items():
             values = self._rows[name].read(item_ids, item_ids + 1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import logging
 import math
 import os
@@ -124,15 +125,21 @@ class Lines(logging.Handler):
 
 
 def say(line: str) -> None:
-    """To stdout, above a progress bar; in silence from when nobody reads it any more.
+    """To stdout, above a progress bar; a run needs no reader, and none ends for want of one.
 
-    As with `| head`, or with `| tee`, which ends by the same Ctrl-C: the run needs no reader.
+    A pipe is closed by `| head`, or by `| tee`, which the same Ctrl-C ends; then the rest of the
+    lines go nowhere. A full disk loses the line, and an encoding without its characters those.
     """
+    if sys.stdout is None:  # closed before the start
+        return
     try:
         tqdm.write(line)
         sys.stdout.flush()
-    except OSError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except UnicodeEncodeError:
+        say(line.encode("ascii", "backslashreplace").decode())
+    except OSError as error:
+        if error.errno == errno.EPIPE:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def check_ranks(args: argparse.Namespace) -> None:
@@ -184,7 +191,6 @@ def train(args: argparse.Namespace) -> None:
     with hold_folder(output_dir) if rank() == 0 else nullcontext():
         if rank() == 0:
             sweep_temporaries(output_dir)
-            settle_register(output_dir)
         with stop_signals.waiting():
             manifest = read_manifest(args.data_dir, trust=args.trust_pickle)
             with first_goes_ahead():  # and writes what it made of feature files beside them
@@ -192,6 +198,8 @@ def train(args: argparse.Namespace) -> None:
             datasets = open_datasets(args, manifest, vectors_on_host(args, features[0]))
             run = prepare_run(args, manifest, features, datasets["train"])
             resume(run)
+            if rank() == 0:
+                settle_register(output_dir)
             check_same_step(run)
         if not run.progress.is_finished:
             announce(run, datasets)
@@ -459,7 +467,7 @@ def idle_flags(run: Run, train_set: MyDataset) -> list[tuple[str, str]]:
     for name in ("mm_missing", "mm_projection", "mm_emb_device"):
         idle += [(name, not has_vectors, "without multimodal vectors")]
     return [
-        (name, reason)
+        (f"no-{name}" if getattr(run.args, name) is False else name, reason)
         for name, is_idle, reason in idle
         if is_idle and getattr(run.args, name) != getattr(defaults, name)
     ]

@@ -24,7 +24,16 @@ from data_folder import EVENT_DTYPE, Sequences, gather
 from data_writer import leave_one_out, write_dataset
 from flags import at_least, between
 from table_features import ROLES, make_features, names_of, read_table, read_vectors
-from table_source import Rows, Texts, check_columns, parsed, ranked, read_rows, texts_of
+from table_source import (
+    NOT_AVAILABLE,
+    Rows,
+    Texts,
+    check_columns,
+    parsed,
+    ranked,
+    read_rows,
+    texts_of,
+)
 
 # A log whose median time reaches the k-th limit is not in unit k: 1e11 seconds are the year 5138.
 TIME_UNITS = ("seconds", "milliseconds", "microseconds", "nanoseconds")
@@ -157,7 +166,7 @@ def convert(args: argparse.Namespace) -> None:
 def read_log(args: argparse.Namespace) -> Log:
     users, items, types = Texts(), Texts(), Texts()
     actions, times, ties, num_dropped = [], [], [], 0
-    has_times, an_id = args.time != "none", "an id; --drop_incomplete leaves such events out"
+    has_times, remark = args.time != "none", "; --drop_incomplete leaves such events out"
     columns = [args.user, args.item, *args.action, *[args.time] * has_times]
     columns += [args.order] if args.order else []
     for rows in read_rows(args.events, columns, args.header):
@@ -167,19 +176,19 @@ def read_log(args: argparse.Namespace) -> Log:
             total, needed = len(rows.records), [args.user, args.item, *[args.time] * has_times]
             rows = complete(rows, needed)
             num_dropped += total - len(rows.records)
-        users.extend(parsed(rows, args.user, not_missing, an_id))
-        items.extend(parsed(rows, args.item, not_missing, an_id))
-        zeros, dates = [0.0] * len(rows.records), "a number or an ISO date"
+        users.extend(parsed(rows, args.user, not_missing, "an id" + remark))
+        items.extend(parsed(rows, args.item, not_missing, "an id" + remark))
+        zeros, dates = [0.0] * len(rows.records), f"a number or an ISO date{remark}"
         times.append(parsed(rows, args.time, time_of, dates) if has_times else zeros)
         ties.append(parsed(rows, args.order, finite, "a number") if args.order else zeros)
         if len(args.action) == 1:
             types.extend(texts_of(rows, args.action[0]))
         else:
             actions.append(strongest(rows, args.action))
-    if not users.texts:
-        raise DataError(f"{args.events}: no events in it")
     if num_dropped:
         print(f"{args.events.name}: left out {num_dropped:,} events without user, item or time")
+    if not users.texts:
+        raise DataError(f"{args.events}: no events in it")
     if len(args.action) == 1:
         ranks, names = ranked(types.texts)
         actions = [ranks[types.codes] - 1]
@@ -195,15 +204,20 @@ def read_log(args: argparse.Namespace) -> Log:
 def complete(rows: Rows, columns: Sequence[str]) -> Rows:
     """The rows in which all of these columns have a value."""
     texts = zip(*(texts_of(rows, column) for column in columns), strict=True)
-    kept = [k for k, values in enumerate(texts) if all(values)]
+    kept = [k for k, values in enumerate(texts) if not any(map(is_missing, values))]
     lines, records = ([column[k] for k in kept] for column in (rows.lines, rows.records))
     return Rows(rows.path, lines, records)
 
 
 def not_missing(text: str) -> str:
-    if not text:
+    if is_missing(text):
         raise ValueError("no id")
     return text
+
+
+def is_missing(text: str) -> bool:
+    """Of an id, a time or a number."""
+    return text in ("", NOT_AVAILABLE)
 
 
 def finite(text: str) -> float:
@@ -234,7 +248,7 @@ def strongest(rows: Rows, columns: Sequence[str]) -> np.ndarray:
     """
     types = np.full(len(rows.records), 0 if columns else -1, np.int32)
     for k, column in enumerate(reversed(columns), 1):
-        types[np.array(parsed(rows, column, is_set, "0 or 1"))] = k
+        types[np.array(parsed(rows, column, is_set, "0 or 1"), bool)] = k
     return types
 
 

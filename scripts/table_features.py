@@ -22,6 +22,7 @@ from table_source import (
     read_rows,
     reading,
     texts_of,
+    without_na,
 )
 
 DELIMITERS = LIST_DELIMITER + ";, "  # of lists
@@ -56,7 +57,7 @@ def read_table(
         f"{num_rows - found:,} rows, of no event or with a later row of the same id"
     )
     names, rows = dict.fromkeys(itertools.chain(*records)), Rows(path, (), records)
-    return {name: Texts(texts_of(rows, name)) for name in names if name != key}
+    return {name: Texts(without_na(texts_of(rows, name))) for name in names if name != key}
 
 
 def names_of(table: dict[str, Texts], name: str) -> list[str]:

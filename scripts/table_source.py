@@ -21,8 +21,8 @@ from tqdm import tqdm
 from atomic_io import DataError
 
 ROWS = 50_000  # read at once
-# As pandas reads them, and Hive's.
-MISSING = {"", "nan", "NaN", "null", "NULL", "None", "NA", "N/A", "n/a", "<NA>", r"\N"}
+MISSING = {"", "nan", "NaN", "null", "NULL", "None", "N/A", "n/a", "<NA>", r"\N"}
+NOT_AVAILABLE = "NA"  # missing among ids and numbers; a text may mean Namibia
 LIST_DELIMITER = "|"  # of the lists of JSON and Parquet, as text
 
 
@@ -180,6 +180,13 @@ def texts_of(rows: Rows, column: str) -> list[str]:
     return ["" if text in MISSING else text for text in texts]
 
 
+def without_na(texts: Sequence[str]) -> Sequence[str]:
+    """A column whose other values are numbers, with "" for each NA."""
+    if NOT_AVAILABLE not in texts or not are_numbers({*texts} - {NOT_AVAILABLE, ""}):
+        return texts
+    return ["" if text == NOT_AVAILABLE else text for text in texts]
+
+
 def plain_text(value: Any) -> str:
     """None ends as a word of MISSING."""
     if isinstance(value, list):
@@ -210,7 +217,7 @@ def ranked(texts: Sequence[str]) -> tuple[np.ndarray, list[str]]:
     return np.array([rank.get(text, 0) for text in texts], np.int32), known
 
 
-def are_numbers(texts: Sequence[str]) -> bool:
+def are_numbers(texts: Iterable[str]) -> bool:
     try:
         return all(math.isfinite(float(text)) for text in texts)
     except ValueError:

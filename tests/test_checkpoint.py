@@ -353,6 +353,8 @@ def test_a_state_that_is_written_anew_is_there_at_any_instant(tmp_path, monkeypa
         assert load_newest_state(tmp_path) in ((new,) if number > 8 else (old, new))
     settle_register(tmp_path)
     assert load_newest_state(tmp_path)["step"] == 5
+    expected = file_entry(tmp_path / "resume_5.pt")
+    assert expected.items() <= read_register(tmp_path)["resume_5.pt"].items()
     assert set(read_register(tmp_path)["resume_5.pt"]) == {"size", "sha256", "step", "config"}
 
 

@@ -74,9 +74,10 @@ def folder(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(params=["held", "not held"])
-def each_way_to_read(request, monkeypatch):
-    """Files read when they are opened, and sequence by sequence as large ones are."""
+def each_way_to_read(request, monkeypatch) -> bool:
+    """Files read when they are opened, and sequence by sequence as large ones are; which it is."""
     monkeypatch.setattr("dataset.HELD_BYTES", {"held": 1 << 25, "not held": 0}[request.param])
+    return request.param == "held"
 
 
 def histories(lengths=LENGTHS, events=None) -> list[list[tuple[int, int, int]]]:
@@ -610,10 +611,10 @@ def write_plain(folder: Path, dtype: str) -> Path:
     return folder
 
 
-@pytest.mark.usefixtures("each_way_to_read")
 @pytest.mark.parametrize("dtype", ["<i4", "<i8"])
-def test_a_worker_reads_plain_ids_as_they_are(tmp_path, dtype):
+def test_a_worker_reads_plain_ids_as_they_are(tmp_path, dtype, each_way_to_read):
     dataset = MyDataset(write_plain(tmp_path, dtype), "train", MAXLEN)
+    assert (dataset._rows[""].held is not None) == each_way_to_read
     sampler = BatchSampler(len(dataset), 3, seed=5, is_shuffled=True)
     here, there = (list(make_loader(dataset, sampler, workers)) for workers in (0, 1))
     for left, right in zip(here, there, strict=True):
@@ -648,6 +649,15 @@ def test_a_worker_brings_the_host_vectors_of_the_items(folder, tmp_path, kind):
         values, present = batch.item_vectors["81"]
         assert_array_equal(values, expected[batch.distinct_ids])
         assert_array_equal(present, vectors.present[batch.distinct_ids])
+
+
+def test_a_dataset_that_was_unpickled_collates_before_it_reads(folder, tmp_path):
+    vectors = vectors_in(tmp_path / "81.npy")
+    dataset = MyDataset(folder, "train", MAXLEN, "batch", host_vectors={"81": vectors})
+    fetched = dataset[0]
+    other = pickle.loads(pickle.dumps(dataset))
+    values = [each.collate_fn(fetched).item_vectors["81"][0] for each in (other, dataset)]
+    assert_array_equal(*values)
 
 
 def mapped_kb(pid: int, path: Path) -> int:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import io
 import json
 import pickle
 import re
 import shutil
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -252,8 +254,8 @@ def test_a_warm_up_longer_than_the_run_is_told_of(tmp_path, data, capsys):
 @pytest.mark.parametrize(
     ("flags", "expected"),
     [
-        (["--num_negatives=5", "--no-logq"], "logq num_negatives"),  # all negatives
-        (["--negatives=uniform", "--num_negatives=5", "--no-logq"], "logq"),
+        (["--num_negatives=5", "--no-logq"], "no-logq num_negatives"),  # all negatives
+        (["--negatives=uniform", "--num_negatives=5", "--no-logq"], "no-logq"),
         (["--negatives=batch", "--num_negatives=5", "--no-logq"], "num_negatives"),
         (["--negatives=mixed", "--num_negatives=5", "--no-logq", "--mm_missing=zero"], ""),
         (
@@ -265,8 +267,26 @@ def test_a_warm_up_longer_than_the_run_is_told_of(tmp_path, data, capsys):
 )
 def test_a_flag_that_changes_nothing_is_told_of(tmp_path, data, capsys, flags, expected):
     run(tmp_path, data, *flags)
-    found = re.findall(r"^--(\w+) changes nothing ", capsys.readouterr().out, re.MULTILINE)
+    found = re.findall(r"^--([\w-]+) changes nothing ", capsys.readouterr().out, re.MULTILINE)
     assert sorted(found) == expected.split()
+
+
+class Narrow(io.TextIOWrapper):
+    """Where text goes that has no characters but ASCII's."""
+
+    def __init__(self) -> None:
+        super().__init__(io.BytesIO(), "ascii")
+
+
+def test_no_training_ends_for_want_of_a_place_for_its_lines(tmp_path, data, monkeypatch):
+    narrow = Narrow()
+    with suppress(OSError), open("/dev/full", "w", buffering=1) as full:  # that cannot close
+        for number, stdout in enumerate((narrow, None, full)):
+            monkeypatch.setattr("sys.stdout", stdout)
+            output_dir = run(tmp_path, data, name=f"数据{number}")
+            assert (output_dir / "metrics.json").exists()
+    assert number == 2
+    assert rb"\u6570" in narrow.buffer.getvalue()
 
 
 def test_targets_that_were_seen_are_told_apart_from_what_an_export_can_find(tmp_path, data, capsys):

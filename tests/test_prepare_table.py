@@ -486,18 +486,40 @@ def test_the_folder_opens_with_every_kind_of_feature(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["log.csv", "log.jsonl", "log.parquet"])
-def test_events_without_user_item_or_time_are_left_out_on_request(tmp_path, capsys, name):
-    log = random_log()
-    expected = run(tmp_path, log, name="whole.csv")
+@pytest.mark.parametrize("rows_at_once", [2, 50_000])
+def test_events_without_user_item_or_time_are_left_out_on_request(
+    tmp_path, capsys, monkeypatch, name, rows_at_once
+):
+    monkeypatch.setattr(table_source, "ROWS", rows_at_once)
+    log = [row | {"bought": k % 2, "seen": 1} for k, row in enumerate(random_log())]
+    flags = ["--action", "bought", "seen"]
+    expected = run(tmp_path, log, *flags, name="whole.csv")
     gaps = [{"user": "NA"}, {"item": ""}, {"timestamp": None}, {"user": r"\N", "item": ""}]
     holes = [row | gap for row, gap in zip(log, gaps, strict=False)]
     path = write_table(tmp_path / name, [*log[:2], *holes[:2], *log[2:], *holes[2:]])
+    flags = [str(path), str(tmp_path / "o"), *flags]
     capsys.readouterr()
-    assert prepare_table.main([str(path), str(tmp_path / "o"), "--drop_incomplete"]) == 0
+    assert prepare_table.main([*flags, "--drop_incomplete"]) == 0
     assert f"{name}: left out 4 events without user, item or time" in capsys.readouterr().out
     assert read_json(tmp_path / "o" / "manifest.json") == read_json(expected / "manifest.json")
-    assert prepare_table.main([str(path), str(tmp_path / "refused")]) == 1
-    assert "--drop_incomplete" in capsys.readouterr().err
+    assert prepare_table.main(flags) == 1
+    assert "expected an id; --drop_incomplete" in capsys.readouterr().err
+
+
+def test_na_is_missing_among_numbers_and_a_word_among_words(tmp_path):
+    items = [
+        {"id": f"i{k}", "price": "NA" if k == 3 else f"{k}.5", "land": "NA" if k % 2 else "DE"}
+        for k in range(17)
+    ]
+    table = write_table(tmp_path / "items.csv", items)
+    data_dir = run(tmp_path, random_log(), "--item_features", table)
+    manifest = read_manifest(data_dir)
+    features = load_features(data_dir, "item", manifest.num_items)
+    assert {name: f.kind for name, f in features.items()} == {
+        "price": "continual",
+        "land": "sparse",
+    }
+    assert set(features["land"].values[1:].tolist()) == {1, 2}
 
 
 # ---------------------------------------------------------------------------------------- refusals
