@@ -10,7 +10,8 @@ import math
 import os
 import platform
 import shutil
-from collections.abc import Iterable, Iterator
+import sys
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
@@ -20,6 +21,26 @@ _HASH_BLOCK = 1 << 20  # bytes
 
 class DataError(ValueError):
     """A file that cannot be used: the message says where, what was found, expected, and to do."""
+
+
+def cause(error: Exception) -> str:
+    """What went wrong in a line, the file first."""
+    if isinstance(error, OSError) and error.filename:
+        return f"{error.filename}: {error.strerror}"
+    return str(error)
+
+
+def exit_code(work: Callable[[], Any]) -> int:
+    """Of a script: 0; or 1 for a file it cannot use, 130 for Ctrl-C, with one line on stderr."""
+    try:
+        work()
+    except KeyboardInterrupt:
+        print("stopped by SIGINT", file=sys.stderr)
+        return 130
+    except (DataError, OSError) as error:
+        print(f"error: {cause(error)}", file=sys.stderr)
+        return 1
+    return 0
 
 
 @contextmanager

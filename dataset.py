@@ -204,6 +204,11 @@ class MyDataset(Dataset):
         firsts = np.repeat(counts.cumsum() - counts, counts)
         return np.repeat(rows, counts), self.maxlen * (np.arange(len(firsts)) - firsts)
 
+    @property
+    def is_cut(self) -> bool:
+        """Whether an index is a window of a sequence, not a whole one."""
+        return self._windows is not None
+
     def __len__(self) -> int:
         if self._windows is not None:
             return len(self._windows[0])

@@ -23,7 +23,14 @@ from atomic_io import (
     write_json,
 )
 from checkpoint import differences, load_checkpoint, load_weights
-from data_folder import Candidates, Manifest, original_ids, read_candidates, read_manifest
+from data_folder import (
+    Candidates,
+    Manifest,
+    fingerprint,
+    original_ids,
+    read_candidates,
+    read_manifest,
+)
 from dataset import Batch, BatchSampler, MyDataset, emb_pieces, emb_size
 from feature_cache import Feature
 from features import load_features
@@ -78,7 +85,7 @@ def export_all(
 ) -> None:
     path, output_dir, config = Path(args.state_dict_path), Path(args.output_dir), model.config
     origin = {"checkpoint": path.name, "checkpoint_sha256": sha256_of(path)}
-    origin["item_ids"] = catalogue.id_kind
+    origin |= {"item_ids": catalogue.id_kind, "data_files": fingerprint(args.data_dir)}
     folder, shape = output_dir / "item_embeddings", (len(catalogue.ids), config.hidden_units)
     publish(folder, shape, embed(model, catalogue), {"id.u64bin": catalogue.ids}, origin)
     tell_of_re_ids(args, "items", catalogue.id_kind)
@@ -222,13 +229,7 @@ def read_config_features(
     Raises:
         DataError: the data has other items or features than the model knows.
     """
-    sides = config.item_features, config.user_features
-    vectors = [name for name, spec in sides[0].items() if spec["kind"] == "emb"]
-    plain = [[name for name in side if name not in vectors] or ["none"] for side in sides]
-    flags = {"item_features": plain[0], "user_features": plain[1], "mm_emb_id": vectors}
-    features = read_features(argparse.Namespace(**vars(args) | flags), manifest)
-    known = {"items": config.num_items}
-    found = {"items": manifest.num_items}
+    known, found = {"items": config.num_items}, {"items": manifest.num_items}
     if config.item_ids_digest and manifest.item_ids_digest:  # an item, or an order, may differ
         known["digest of the item ids"] = config.item_ids_digest[:8]
         found["digest of the item ids"] = manifest.item_ids_digest[:8]
@@ -236,15 +237,27 @@ def read_config_features(
     if num_types:
         known["action types"] = num_types
         found["action types"] = max(num_types, manifest.num_action_types)
+    refuse_other_data(args, known, found)
+    sides = config.item_features, config.user_features
+    vectors = [name for name, spec in sides[0].items() if spec["kind"] == "emb"]
+    plain = [[name for name in side if name not in vectors] or ["none"] for side in sides]
+    flags = {"item_features": plain[0], "user_features": plain[1], "mm_emb_id": vectors}
+    features = read_features(argparse.Namespace(**vars(args) | flags), manifest)
     for specs, loaded in zip(sides, features, strict=True):
         known |= {name: (spec["kind"], spec["size"]) for name, spec in specs.items()}
         found |= {name: (feature.kind, feature.size) for name, feature in loaded.items()}
+    refuse_other_data(args, known, found)
+    return features
+
+
+def refuse_other_data(
+    args: argparse.Namespace, known: Mapping[str, object], found: Mapping[str, object]
+) -> None:
     if changed := differences(known, found):
         raise DataError(
             f"{args.data_dir}: not the data that {args.state_dict_path} was trained on: "
             + "; ".join(changed)
         )
-    return features
 
 
 def exported_ids(args: argparse.Namespace, side: str, count: int) -> tuple[np.ndarray, str]:

@@ -245,7 +245,7 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     )
     run(
         "--request_time",
-        type=at_least(0),
+        type=unix_seconds,
         default=None,
         metavar="SECONDS",
         help="Unix time of queries whose target is unknown; else that of the last event",
@@ -280,6 +280,14 @@ def device_name(text: str) -> str:
     if not re.fullmatch(r"cpu|cuda(:\d+)?", text):
         raise argparse.ArgumentTypeError(f"{text!r} is not cpu, cuda or cuda:N")
     return text
+
+
+def unix_seconds(text: str) -> int:
+    """An argparse type: a time from 1970 to the year 5138; what is beyond is in milliseconds."""
+    value = int(text)
+    if not 0 <= value < 10**11:
+        raise argparse.ArgumentTypeError(f"{value} is no time in seconds; milliseconds / 1000?")
+    return value
 
 
 def at_least(low: int) -> Any:

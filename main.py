@@ -19,7 +19,7 @@ import torch
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from atomic_io import DataError, hold_folder, read_json, sweep_temporaries, write_json
+from atomic_io import DataError, cause, hold_folder, read_json, sweep_temporaries, write_json
 from checkpoint import seed_random, settle_register
 from data_folder import Manifest, fingerprint, read_item_names, read_manifest
 from dataset import Batch, MyDataset, count_items
@@ -171,7 +171,7 @@ def one_line(error: Exception) -> str:
             f"({text.strip() or type(error).__name__})"
         )
     if isinstance(error, OSError) and error.filename:
-        return f"{error.filename}: {error.strerror}"
+        return cause(error)
     if isinstance(error, DataError | OSError | LostRankError):
         return text
     wants_memory = "out of memory|allocate memory|not enough memory|Unable to allocate"
@@ -430,12 +430,15 @@ def announce(run: Run, datasets: Mapping[str, MyDataset]) -> None:
     train_set, args = datasets["train"], run.args
     place = run.device if num_ranks() == 1 else f"{num_ranks()} x {run.device.type}"
     first_entry = (run.progress.step // args.log_every + 1) * args.log_every
+    what = "windows of sequences" if train_set.is_cut else "sequences"
+    show_from = f"; from step {first_entry} on the time that is left is shown"
     log.info(
-        f"train on {place} in {args.precision}: {len(train_set):,} sequences, "
+        f"train on {place} in {args.precision}: {len(train_set):,} {what}, "
         f"{train_set.num_items:,} items, {train_set.item_counts.sum():,} events of "
         f"{args.data_dir}; {num_weights(run.model):,} weights, {train_set.negatives} negatives; "
-        f"{args.num_epochs} epochs, {run.updater.total_steps:,} steps; "
-        f"from step {first_entry} on the time that is left is shown"
+        f"{args.num_epochs} epochs, {run.updater.total_steps:,} steps"
+        + show_from
+        * (first_entry <= run.updater.total_steps)
     )
     if args.warmup_steps >= run.updater.total_steps:
         log.warning(

@@ -84,6 +84,8 @@ def resume(run: Run) -> None:
         raise DataError(f"{args.resume}: holds weights only; resume from a resume_*.pt file")
     changed = differences(state["binding"], run.binding)
     if changed:
+        flags = [f"--{line}" for line in changed if line.partition(":")[0] in vars(args)]
+        changed = flags or changed  # the rest follows from them
         raise DataError(
             f"{output_dir if is_auto else args.resume}: was trained with other settings: "
             + "; ".join(changed)

@@ -14,7 +14,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import numpy as np
 
-from atomic_io import DataError, read_json, sha256_of
+from atomic_io import DataError, cause, read_json, sha256_of
 from data_folder import (
     EVENT_DTYPE,
     SPLITS,
@@ -53,7 +53,7 @@ def main(argv: list[str] | None = None) -> int:
         if not problems:
             show(*folder)
     except (DataError, OSError) as error:
-        problems = [str(error)]
+        problems = [cause(error)]
     if len(problems) > MAX_PROBLEMS:
         problems[MAX_PROBLEMS:] = ["and more"]
     for problem in problems:

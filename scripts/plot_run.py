@@ -22,7 +22,7 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor
 
-from atomic_io import DataError, atomic_write
+from atomic_io import DataError, atomic_write, exit_code
 from checkpoint import load_newest_state
 from data_folder import open_split, read_manifest
 from evaluation import Ranking, evaluate
@@ -58,6 +58,9 @@ UNITS = {
 }  # fmt: skip
 
 
+FEW_EPOCHS = 5  # and fewer are drawn with the first one's loss
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Pictures of a finished training.")
     parser.add_argument("--output_dir", type=Path, default="outputs", help="that of the training")
@@ -67,20 +70,19 @@ def main(argv: list[str] | None = None) -> int:
     trust_help = "load .pkl files unchecked: they can run any code"
     parser.add_argument("--trust_pickle", action="store_true", help=trust_help)
     args = parser.parse_args(argv)
+    return exit_code(lambda: write_pictures(args))
+
+
+def write_pictures(args: argparse.Namespace) -> None:
+    if "matplotlib" not in globals():
+        raise DataError("no matplotlib here; pip install -r requirements-plot.txt")
     folder = args.picture_dir or args.output_dir
-    try:
-        if "matplotlib" not in globals():
-            raise DataError("no matplotlib here; pip install -r requirements-plot.txt")
-        with matplotlib.rc_context(STYLE):
-            for name, figure in draw_all(args):
-                folder.mkdir(parents=True, exist_ok=True)
-                with atomic_write(folder / f"{name}.png") as file:
-                    figure.savefig(file, dpi=110)
-                print(f"wrote {folder / name}.png")
-    except (DataError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    return 0
+    with matplotlib.rc_context(STYLE):
+        for name, figure in draw_all(args):
+            folder.mkdir(parents=True, exist_ok=True)
+            with atomic_write(folder / f"{name}.png") as file:
+                figure.savefig(file, dpi=110)
+            print(f"wrote {folder / name}.png")
 
 
 def draw_all(args: argparse.Namespace) -> Iterator[tuple[str, Figure]]:
@@ -170,7 +172,7 @@ def draw_learning(curves: Mapping[str, list[float]]) -> Figure:
         ax.xaxis.get_major_locator().set_params(integer=True)
         ax.legend()
     later = [value for tag in parts[top] for value in curves.get(tag, [])[1:]]
-    if later:  # the first epoch's loss would press all others flat
+    if len(later) > 2 * FEW_EPOCHS:  # the first epoch's loss would press all others flat
         top.set_ylim(min(later) - 0.1, max(later) + 0.1)
     return figure
 

@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import numpy as np
 
-from atomic_io import DataError
+from atomic_io import DataError, exit_code
 from data_folder import EVENT_DTYPE
 from data_writer import Column, leave_one_out, write_dataset
 
@@ -31,12 +31,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("source", help="folder of ratings.dat or interactions.csv.gz")
     parser.add_argument("data_dir", help="folder to write")
     args = parser.parse_args(argv)
-    try:
-        convert(Path(args.source), Path(args.data_dir))
-    except (DataError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    return 0
+    return exit_code(lambda: convert(Path(args.source), Path(args.data_dir)))
 
 
 def convert(source: Path, data_dir: Path) -> None:

@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import numpy as np
 
-from atomic_io import DataError
+from atomic_io import exit_code
 from data_folder import EVENT_DTYPE
 from data_writer import Column, leave_one_out, write_dataset
 from flags import at_least
@@ -72,16 +72,15 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("--seed", type=at_least(0), default=7, help="of everything drawn")
     args = parser.parse_args(argv)
-    try:
-        report = write(args.data_dir, args.num_users, args.num_items, args.seed)
-    except (DataError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    return exit_code(lambda: write_and_tell(args))
+
+
+def write_and_tell(args: argparse.Namespace) -> None:
+    report = write(args.data_dir, args.num_users, args.num_items, args.seed)
     print(f"wrote {args.data_dir}: " + ", ".join(f"{n:,} {k}" for k, n in report["counts"].items()))
     print(f"test split, {report['cold']:.1%} of the targets never occur in training; HR@10 of")
     for name, value in report["HR@10"].items():
         print(f"  {name:24}{value:.4f}")
-    return 0
 
 
 def write(data_dir: Path, num_users: int, num_items: int, seed: int) -> dict:

@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import numpy as np
 
-from atomic_io import DataError
+from atomic_io import DataError, exit_code
 from data_folder import EVENT_DTYPE, Sequences, gather
 from data_writer import leave_one_out, write_dataset
 from flags import at_least, between
@@ -28,6 +28,7 @@ from table_source import (
     NOT_AVAILABLE,
     Rows,
     Texts,
+    are_numbers,
     check_columns,
     parsed,
     ranked,
@@ -55,12 +56,7 @@ class Log(NamedTuple):
 
 def main(argv: list[str] | None = None) -> int:
     args = get_args(argv)
-    try:
-        convert(args)
-    except (DataError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    return 0
+    return exit_code(lambda: convert(args))
 
 
 def get_args(argv: list[str] | None) -> argparse.Namespace:
@@ -85,7 +81,7 @@ def get_args(argv: list[str] | None) -> argparse.Namespace:
     split = parser.add_argument_group("splits").add_argument
     split("--split", choices=list(SPLITTERS), default="leave_one_out", help="what is held out")
     cuts_help = "of --split time: where valid and test begin, as ISO date, Unix seconds or share"
-    split("--cuts", nargs=2, type=time_of, default=[0.8, 0.9], metavar="TIME", help=cuts_help)
+    split("--cuts", nargs=2, type=cut, default=[0.8, 0.9], metavar="TIME", help=cuts_help)
     share = between(0, 0.5)
     split("--held_out", type=share, default=0.1, help="of --split user: share, in valid as in test")
     split("--seed", type=at_least(0), default=42, help="of --split user: decides who is held out")
@@ -107,8 +103,6 @@ def convert(args: argparse.Namespace) -> None:
         raise DataError(
             f"{args.data_dir}: a file, expected a folder to write or none; name another"
         )
-    if (args.data_dir / "manifest.json").exists():
-        print(f"{args.data_dir}: replacing the data that is there")
     log = read_log(args)
     kept = frequent(log.users.codes, log.items.codes, args.min_user_events, args.min_item_events)
     user_ids, users = number(log.users, kept)
@@ -126,6 +120,9 @@ def convert(args: argparse.Namespace) -> None:
     events["action_type"] = log.actions[kept][order]
     events["timestamp"] = seconds(log.times[kept][order], args)
     show_actions(events["action_type"], log.action_names)
+    is_twin = (events[1:] == events[:-1]) & (users[order][1:] == users[order][:-1])
+    if is_twin.any():
+        print(f"repeated: {is_twin.sum():,} events equal the one before them; all are kept")
     offsets = np.concatenate([[0], np.bincount(users).cumsum()])
     splits = SPLITTERS[args.split](events, offsets, args)
     for split, part in splits.items():
@@ -145,6 +142,8 @@ def convert(args: argparse.Namespace) -> None:
     vectors = {}
     if args.item_vectors:
         vectors[VECTOR_ID] = read_vectors(args.item_vectors, item_ids)
+    if (args.data_dir / "manifest.json").exists():
+        print(f"{args.data_dir}: replacing the data that is there")
     write_dataset(
         args.data_dir,
         splits,
@@ -166,12 +165,15 @@ def convert(args: argparse.Namespace) -> None:
 def read_log(args: argparse.Namespace) -> Log:
     users, items, types = Texts(), Texts(), Texts()
     actions, times, ties, num_dropped = [], [], [], 0
+    time_like_first = one_kind_of_time()
     has_times, remark = args.time != "none", "; --drop_incomplete leaves such events out"
     columns = [args.user, args.item, *args.action, *[args.time] * has_times]
     columns += [args.order] if args.order else []
     for rows in read_rows(args.events, columns, args.header):
         if not times:
             check_columns(rows, columns)
+            if others := [name for name in rows.records[0] if name not in columns]:
+                print(f"{args.events.name}: columns not used: {', '.join(others)}")
         if args.drop_incomplete:
             total, needed = len(rows.records), [args.user, args.item, *[args.time] * has_times]
             rows = complete(rows, needed)
@@ -179,7 +181,7 @@ def read_log(args: argparse.Namespace) -> Log:
         users.extend(parsed(rows, args.user, not_missing, "an id" + remark))
         items.extend(parsed(rows, args.item, not_missing, "an id" + remark))
         zeros, dates = [0.0] * len(rows.records), f"a number or an ISO date{remark}"
-        times.append(parsed(rows, args.time, time_of, dates) if has_times else zeros)
+        times.append(parsed(rows, args.time, time_like_first, dates) if has_times else zeros)
         ties.append(parsed(rows, args.order, finite, "a number") if args.order else zeros)
         if len(args.action) == 1:
             types.extend(texts_of(rows, args.action[0]))
@@ -236,6 +238,30 @@ def time_of(text: str) -> float:
         return (moment if moment.tzinfo else moment.replace(tzinfo=UTC)).timestamp()
 
 
+def one_kind_of_time() -> Callable[[str], float]:
+    """`time_of`, for numbers alone or dates alone: the numbers may be milliseconds."""
+    is_number = None
+
+    def parse(text: str) -> float:
+        nonlocal is_number
+        value = time_of(text)
+        if is_number is None:
+            is_number = are_numbers([text])
+        elif is_number != are_numbers([text]):
+            raise ValueError("of another kind")
+        return value
+
+    return parse
+
+
+def cut(text: str) -> float:
+    """An argparse type: `time_of`."""
+    try:
+        return time_of(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is no date, Unix time or share") from error
+
+
 def is_set(text: str) -> bool:
     truths = {"": False, "false": False, "true": True}
     return truths[text.lower()] if text.lower() in truths else finite(text) != 0
@@ -290,8 +316,8 @@ def seconds(times: np.ndarray, args: argparse.Namespace) -> np.ndarray:
     farthest = np.abs(values).argmax()
     if abs(values[farthest]) >= TIME_LIMITS[0]:
         raise DataError(
-            f"{args.events}: {args.time} {times[farthest]:g} among {TIME_UNITS[unit]}: no time of "
-            "this age; correct or remove the row"
+            f"{args.events}: {args.time} {times[farthest]:.0f} among {TIME_UNITS[unit]}: no time "
+            "of this age; correct or remove the row"
         )
     values = values.astype(np.int64)
     first, last = (np.datetime64(int(value), "s") for value in (values.min(), values.max()))

@@ -30,7 +30,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import numpy as np
 
-from atomic_io import DataError, atomic_write
+from atomic_io import DataError, atomic_write, exit_code
 from data_folder import (
     EVENT_DTYPE,
     USER_DTYPE,
@@ -90,12 +90,8 @@ def main(argv: list[str] | None = None) -> int:
     add("--num_workers", type=at_least(1), default=2, help="processes that parse JSON lines")
     help_text = "run what a .pkl asks for; off: only plain data is read"
     add("--trust_pickle", action="store_true", help=help_text)
-    try:
-        convert(**vars(parser.parse_args(argv)))
-    except (DataError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    return 0
+    args = parser.parse_args(argv)
+    return exit_code(lambda: convert(**vars(args)))
 
 
 def convert(

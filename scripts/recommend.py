@@ -23,13 +23,14 @@ import torch
 from inspect_data import date
 from prepare_table import Rows, parsed, read_rows, time_of
 
-from atomic_io import DataError, read_json
+from atomic_io import DataError, exit_code, read_json
 from data_folder import (
     EVENT_DTYPE,
     USER_DTYPE,
     Manifest,
     Sequences,
     check_re_ids,
+    fingerprint,
     read_indexer,
     read_item_names,
     read_manifest,
@@ -38,8 +39,7 @@ from data_writer import write_manifest, write_split
 from dataset import MyDataset, load_emb
 from dot_product_similarity import DotProductSimilarity
 from export import check_request_action, load_model
-from flags import at_least
-from main import one_line
+from flags import at_least, unix_seconds
 from model import HSTUModel
 
 NUM_RECENT = 5  # events shown
@@ -70,17 +70,16 @@ class Question(NamedTuple):
 def main(argv: list[str] | None = None) -> int:
     args = get_args(argv)
     sys.stdout.reconfigure(errors="replace")  # for titles that the terminal cannot spell
-    try:
-        export = open_export(args)
-        if args.item is not None:
-            show_neighbours(args, export)
-        else:
-            ask = ask_export if args.events is None else ask_model
-            show_best(args, export, ask(args, export))
-    except (DataError, OSError) as error:
-        print(f"error: {one_line(error)}", file=sys.stderr)
-        return 1
-    return 0
+    return exit_code(lambda: answer(args))
+
+
+def answer(args: argparse.Namespace) -> None:
+    export = open_export(args)
+    if args.item is not None:
+        show_neighbours(args, export)
+    else:
+        ask = ask_export if args.events is None else ask_model
+        show_best(args, export, ask(args, export))
 
 
 def get_args(argv: list[str] | None) -> argparse.Namespace:
@@ -108,7 +107,7 @@ def get_args(argv: list[str] | None) -> argparse.Namespace:
     )
     flag(
         "--request_time",
-        type=at_least(0),
+        type=unix_seconds,
         metavar="SECONDS",
         help="of --events: Unix time of the question; else that of the last event",
     )
@@ -232,7 +231,12 @@ def ask_export(args: argparse.Namespace, export: Export) -> Question:
     name = args.user if origin.get("user_ids") == "original" else str(user)
     rows = np.flatnonzero(ids.astype(str) == name)
     is_of_items = origin["checkpoint_sha256"] == export.checkpoint_sha256
-    if len(rows) != 1 or not is_of_items or queries.shape[1] != export.embeddings.shape[1]:
+    is_of_data = origin.get("data_files") == fingerprint(args.data_dir)  # users may have moved
+    if (
+        len(rows) != 1
+        or not (is_of_items and is_of_data)
+        or queries.shape[1] != export.embeddings.shape[1]
+    ):
         raise DataError(
             f"{args.output_dir / 'user_embeddings'}: not of the export in item_embeddings, or of "
             f"other data than {args.data_dir}; export again: {export_command(args)}"

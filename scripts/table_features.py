@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import re
 from collections.abc import Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -51,7 +52,10 @@ def read_table(
                 records[place[text]] = record
     found = sum(map(bool, records))
     if not found:
-        raise DataError(f"{path}: column {key} holds no id of the events; name it with --*_key")
+        raise DataError(
+            f"{path}: column {key} holds no id of the events; name the one that does "
+            "with --item_key or --user_key"
+        )
     print(
         f"{path.name}: {found:,} of {len(ids):,} ids are in column {key}; dropped "
         f"{num_rows - found:,} rows, of no event or with a later row of the same id"
@@ -102,7 +106,10 @@ def guess(column: Texts, twin: str | None) -> tuple[str, str]:
         return "drop", "constant"
     if are_numbers(known) and not all(float(text).is_integer() for text in known):
         return "continual", ""
-    role = "array" if delimiter_of(known) else "sparse"
+    delimiter = delimiter_of(known)
+    if delimiter == "," and all(re.fullmatch(r"-?\d+(,\d+)?", text) for text in known):
+        return "drop", "numbers with decimal commas, or lists (--array)? write points for numbers"
+    role = "array" if delimiter else "sparse"
     if role == "sparse" and len(known) > num_known / 2:
         return "drop", f"{len(known):,} different values in {num_known:,} rows"
     return ("drop", f"a copy of {twin}") if twin else (role, "")
@@ -185,9 +192,15 @@ def read_vectors(path: Path, item_ids: list) -> np.ndarray:
 
 def npz_vectors(path: Path) -> tuple[list, np.ndarray]:
     """The rows of the file's one float matrix, and their ids: its one array of that length."""
-    with open(path, "rb") as file:
-        content = np.load(file)
-        arrays = {"": content} if isinstance(content, np.ndarray) else dict(content.items())
+    try:
+        with open(path, "rb") as file:
+            content = np.load(file)
+            arrays = {"": content} if isinstance(content, np.ndarray) else dict(content.items())
+    except ValueError as error:  # numpy's words advise to trust it
+        raise DataError(
+            f"{path}: no .npz or .parquet, or one with Python objects; save ids of text as text: "
+            "ids.astype(str)"
+        ) from error
     matrices = [a for a in arrays.values() if a.ndim == 2 and a.dtype.kind == "f"]
     ids = [a for a in arrays.values() if a.ndim == 1 and [len(a)] == [len(m) for m in matrices]]
     if len(ids) != 1:

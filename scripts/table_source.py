@@ -83,7 +83,7 @@ def refuse_absent(path: Path, absent: Sequence[str], found: Iterable[str]) -> No
     if absent:
         raise DataError(
             f"{path}: no column {', '.join(absent)}; there are {', '.join(found)}. Say which it is "
-            "with --user, --item, --time"
+            "with the flag for it: --user, --item, --time, --action, --item_key, ..."
         )
 
 
@@ -94,9 +94,13 @@ def reading(path: Path) -> Iterator[None]:
         yield
     except DataError:
         raise
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path}: {error}; write it again as UTF-8") from error
     except (OSError, ValueError, EOFError, zlib.error, zipfile.BadZipFile) as error:
-        what = (isinstance(error, OSError) and error.strerror) or " ".join(str(error).split())
-        raise DataError(f"{path}: {what}; it is missing, damaged or in another format") from error
+        if isinstance(error, OSError) and error.strerror:
+            raise DataError(f"{path}: {error.strerror}") from error
+        what = " ".join(str(error).split())
+        raise DataError(f"{path}: {what}; it is damaged or in another format") from error
 
 
 def text_rows(path: Path, header: Sequence[str] | None, may_span: bool) -> Iterator[Rows]:
@@ -124,7 +128,10 @@ def csv_records(
     try:
         names = header or next(lines)
         if not first or len(set(names)) < len(names):
-            raise DataError(f"{path}: line 1 is {first!r:.60}, expected the names of the columns")
+            twice = "".join(f"; {n!r} occurs twice" for n in set(names) if names.count(n) > 1)
+            raise DataError(
+                f"{path}: line 1 is {first!r:.60}, expected the names of the columns{twice}"
+            )
         line = lines.line_num
         for fields in lines:
             if lines.line_num > line + 1 and (delimiter == "\t" or not may_span):

@@ -727,7 +727,7 @@ def test_29_an_export_that_is_refused_leaves_the_one_before_as_it_was(
         ("--resume={}", r"no such checkpoint file"),
         ("--resume={}/model_best.pt", r"holds weights only; resume from a resume_\*\.pt"),
         ("--resume={}/checkpoints.json", r"checkpoints\.json: not a readable checkpoint"),
-        ("--hidden_units=9", r"was trained with other settings: .*hidden_units: 8 then, 9 now"),
+        ("--hidden_units=9", r"with other settings: --hidden_units: 8 then, 9 now\. Use the same"),
     ],
 )
 def test_28_what_cannot_be_resumed_is_said_in_one_line(good, trained, capsys, flag, message):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import gzip
 import json
+import re
 import sys
 from collections import Counter
 from datetime import UTC, datetime
@@ -539,16 +540,18 @@ HEAD = "user,item,timestamp\n"
         ("log.csv", HEAD + 'a,"x,5\nb,y",6\n', "line 2 has a quote that is closed in line 3 alone"),
         ("log.tsv", 'user\titem\ttimestamp\na\tx\t"5\nb\ty\t6"\n', "line 2 has a quote that is"),
         ("log.csv", HEAD + "a,x,20240103\na,y,20231231\n", "20231231 and so on, a date in digits"),
-        ("log.csv", HEAD + "a,x,5\na,y,6\na,z,1e20\n", "timestamp 1e+20 among seconds: no time"),
+        ("log.csv", HEAD + "a,x,5\na,y,6\na,z,1e20\n", "timestamp 100000000000000000000 among"),
         ("log.csv", "user,item,time\na,x,5\n", "no column timestamp; there are user, item, time"),
-        ("log.csv", "user,user\na,x\n", "line 1 is 'user,user\\n', expected the names"),
+        ("log.csv", "user,user\na,x\n", "the names of the columns; 'user' occurs twice"),
+        ("log.csv", HEAD + "a,x,2024-01-03\na,y,1704300000000\n", "line 3: timestamp is '17043"),
+        ("log.csv", HEAD + "a,x,5\na,y,2024-01-03\n", "line 3: timestamp is '2024-01-03', expe"),
         ("log.csv", HEAD, "no events in it"),
         ("log.jsonl", "", "no events in it"),
         ("log.csv", "", "line 1 is '', expected the names of the columns"),
         ("log.csv", b"user,item,timestamp\n\xff,x,5\n", "can't decode byte 0xff"),
         ("log.csv", HEAD + "a,x,5\nb,x,6\n", "no user has two events to train on"),
         ("log.csv.gz", b"user", "Not a gzipped file"),
-        ("log.csv.gz", gzip.compress(HEAD.encode() * 99)[:-9], "it is missing, damaged or"),
+        ("log.csv.gz", gzip.compress(HEAD.encode() * 99)[:-9], "it is damaged or in another"),
         ("log.jsonl", '{"user": 1}\n{"user": \n', "line 2: Expecting value"),
         ("log.jsonl", '{"user": "\\ud800"}\n', "line 1: 'utf-8' codec can't encode"),
         ("log.jsonl", "[1]\n", "line 1 is '[1]\\n', expected a JSON object"),
@@ -581,7 +584,7 @@ def test_a_bad_log_is_refused_with_file_and_line(tmp_path, capsys, name, text, m
         (["--item_names", "title"], "--item_names: no column title; there are none"),
         (
             ["--item_features", "nowhere.csv"],
-            "nowhere.csv: No such file or directory; it is missing, ",
+            "nowhere.csv: No such file or directory",
         ),
         (["--item_vectors", "log.csv"], "log.csv: "),
         (["--item_vectors", "flat.npz"], "flat.npz: ids int64[2]; expected ids [n] and float"),
@@ -658,6 +661,36 @@ def test_parquet_without_vectors_is_refused(tmp_path, capsys, ids, message):
     flags = ["--item_vectors", str(vectors)]
     assert prepare_table.main([str(path), str(tmp_path / "data"), *flags]) == 1
     assert capsys.readouterr().err == f"error: {vectors}: {message}\n"
+
+
+def test_what_may_surprise_is_told(tmp_path, capsys):
+    log = random_log()
+    items = [{"item": f"i{k}", "price": f"{k},5"} for k in range(17)]
+    table = write_table(tmp_path / "items.csv", items)
+    run(tmp_path, [log[0], *log], "--item_features", table)
+    text = capsys.readouterr().out
+    assert "columns not used: kind" in text
+    assert re.search(r"price +drop +numbers with decimal commas", text)
+    num_repeated = int(re.search(r"repeated: (\d+) events equal the one before", text)[1])
+    run(tmp_path, log)
+    assert f"repeated: {num_repeated - 1} events" in capsys.readouterr().out
+
+
+def test_vectors_with_ids_that_are_python_objects_say_how_to_save_them(tmp_path, capsys):
+    path = write_table(tmp_path / "log.csv", random_log())
+    np.savez(tmp_path / "v.npz", ids=np.array(["i1", "i2"], object), emb=np.eye(2))
+    flags = ["--item_vectors", str(tmp_path / "v.npz")]
+    assert prepare_table.main([str(path), str(tmp_path / "data"), *flags]) == 1
+    assert "save ids of text as text: ids.astype(str)" in capsys.readouterr().err
+
+
+def test_ctrl_c_is_one_line(tmp_path, capsys, monkeypatch):
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(prepare_table, "read_log", interrupted)
+    assert prepare_table.main([str(tmp_path / "log.csv"), str(tmp_path / "data")]) == 130
+    assert capsys.readouterr().err == "stopped by SIGINT\n"
 
 
 @pytest.mark.parametrize(

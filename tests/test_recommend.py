@@ -386,7 +386,7 @@ def test_a_pipe_that_cannot_spell_a_title_gets_question_marks(films):
     "flags",
     [[], ["--user=1", "--item=1"], ["--item=1", "--events=e"], ["--user=1", "--request_time=5"],
      ["--user=1", "--request_action=1"],
-     ["--user=1", "--top_k=0"]],
+     ["--user=1", "--top_k=0"], ["--events=e", "--request_time=1700000000000"]],
 )  # fmt: skip
 def test_flags_that_make_no_question_are_refused(flags, capsys):
     with pytest.raises(SystemExit) as stop:
@@ -465,12 +465,17 @@ def test_an_export_of_the_same_number_of_other_items_is_refused(copied, capsys):
     assert "its items are not those of" in error_of(capsys, copied, "--item=1003")
 
 
-@pytest.mark.parametrize("change", ["checkpoint", "users"])
+@pytest.mark.parametrize("change", ["checkpoint", "users", "data"])
 def test_queries_of_another_export_than_the_items_are_refused(copied, capsys, change):
     folder = copied / "outputs" / "user_embeddings"
     if change == "checkpoint":
         path = folder / "manifest.json"
         manifest = json.loads(path.read_text()) | {"checkpoint_sha256": "0" * 64}
+        path.write_text(json.dumps(manifest))
+    elif change == "data":  # the same items, and users of whom each may have another number
+        path = copied / "data" / "manifest.json"
+        manifest = json.loads(path.read_text())
+        manifest["files"]["train_users.bin"]["sha256"] = "0" * 64
         path.write_text(json.dumps(manifest))
     else:
         ids = np.fromfile(folder / "id.u64bin", "<u8")
