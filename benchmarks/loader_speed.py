@@ -55,10 +55,10 @@ def main() -> None:
         large = write_large(Path(folder) / "large", args.sequences)
         result = {
             "threads": torch.get_num_threads(),
+            "large_events": args.sequences * LENGTH,
+            **opening_seconds(large, args.rounds),  # first: a run opens data with a fresh heap
             **event_rates(data_dir, Path(folder) / "users.jsonl", args.rounds),
             **epoch_seconds(data_dir, args.rounds, args.steps),
-            "large_events": args.sequences * LENGTH,
-            **opening_seconds(large, args.rounds),
             "worker_uss_mb_ml_1m": worker_megabytes(data_dir),
             "worker_uss_mb_large": worker_megabytes(large),
             **environment("cpu"),
