@@ -431,14 +431,13 @@ def announce(run: Run, datasets: Mapping[str, MyDataset]) -> None:
     place = run.device if num_ranks() == 1 else f"{num_ranks()} x {run.device.type}"
     first_entry = (run.progress.step // args.log_every + 1) * args.log_every
     what = "windows of sequences" if train_set.is_cut else "sequences"
-    show_from = f"; from step {first_entry} on the time that is left is shown"
+    remark = f"; from step {first_entry} on the time that is left is shown"
     log.info(
         f"train on {place} in {args.precision}: {len(train_set):,} {what}, "
         f"{train_set.num_items:,} items, {train_set.item_counts.sum():,} events of "
         f"{args.data_dir}; {num_weights(run.model):,} weights, {train_set.negatives} negatives; "
         f"{args.num_epochs} epochs, {run.updater.total_steps:,} steps"
-        + show_from
-        * (first_entry <= run.updater.total_steps)
+        + (remark if first_entry <= run.updater.total_steps else "")
     )
     if args.warmup_steps >= run.updater.total_steps:
         log.warning(

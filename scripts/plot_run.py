@@ -56,9 +56,7 @@ UNITS = {
     "≤ 1 s": 1, "1 min": 60, "1 h": 3600, "1 day": 86_400,
     "1 month": 30 * 86_400, "1 year": 365 * 86_400,
 }  # fmt: skip
-
-
-FEW_EPOCHS = 5  # and fewer are drawn with the first one's loss
+FEW_EPOCHS = 5  # up to so many, the first one's loss is drawn too
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -172,7 +170,9 @@ def draw_learning(curves: Mapping[str, list[float]]) -> Figure:
         ax.xaxis.get_major_locator().set_params(integer=True)
         ax.legend()
     later = [value for tag in parts[top] for value in curves.get(tag, [])[1:]]
-    if len(later) > 2 * FEW_EPOCHS:  # the first epoch's loss would press all others flat
+    if (
+        len(curves.get("Loss/train_epoch", [])) > FEW_EPOCHS
+    ):  # the first epoch's loss would press all others flat
         top.set_ylim(min(later) - 0.1, max(later) + 0.1)
     return figure
 

@@ -287,6 +287,16 @@ def test_a_file_of_another_kind_is_refused_without_advice_to_trust_it(tmp_path):
     assert "weights_only" not in str(caught.value)
 
 
+def test_want_of_memory_is_no_damage(tmp_path, content, monkeypatch):
+    def load(*_, **__):
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
+
+    save_checkpoint(tmp_path / "resume_1.pt", content, 1)
+    monkeypatch.setattr(torch, "load", load)
+    with pytest.raises(RuntimeError, match="allocate memory"):
+        load_checkpoint(tmp_path / "resume_1.pt")
+
+
 def test_a_file_that_would_run_code_is_refused(tmp_path):
     class Payload:
         def __reduce__(self):

@@ -77,6 +77,14 @@ def test_the_curves_have_a_value_per_epoch(trained):
     assert list(top.lines[1].get_ydata()) == curves["Loss/valid"]
 
 
+@pytest.mark.parametrize(("epochs", "shows_first"), [(5, True), (6, False)])
+def test_the_first_loss_is_left_out_where_others_are_enough(epochs, shows_first):
+    losses = [9.0, *(3.0 - 0.1 * k for k in range(1, epochs))]
+    top, _ = plot_run.draw_learning({"Loss/train_epoch": losses, "Loss/valid": losses}).axes
+    assert (top.get_ylim()[1] > 9) == shows_first
+    assert top.get_ylim()[0] < losses[-1]
+
+
 def test_groups_are_ranges_of_about_one_size():
     rng = np.random.default_rng(0)
     values = rng.permutation(np.arange(1, 101))
