@@ -37,6 +37,23 @@ class Manifest(NamedTuple):
     num_action_types: int
     targets: dict[str, str]  # split -> "next" | "last" | "none"
     item_ids_digest: str | None = None  # of the original ids in the order of their re-ids
+    action_names: list[str] | None = None  # of the types 0, 1, ...; None: not known
+
+    def action_name(self, action_type: int) -> str:
+        names = self.action_names or []
+        return names[action_type] if action_type < len(names) else f"action {action_type}"
+
+    def action_types(self) -> dict[str, int]:
+        """Each type by its name, and by its number where no name is one of these numbers."""
+        names = {name: number for number, name in enumerate(self.action_names or [])}
+        numbers = {str(number): number for number in range(self.num_action_types)}
+        return names if names.keys() & numbers.keys() else names | numbers
+
+    def legal_actions(self) -> str:
+        """What `action_types` knows, for a message."""
+        if self.action_names:
+            return f"one of {', '.join(self.action_names)}"
+        return f"a type in 0..{self.num_action_types - 1}" if self.num_action_types else "no type"
 
 
 class Sequences(NamedTuple):
@@ -123,9 +140,17 @@ def read_manifest(data_dir: str | Path, *, trust: bool = False) -> Manifest:
 
 
 def _check_manifest(path: Path, manifest: Manifest, indexer_size: int | None) -> None:
-    *counts, targets, digest = manifest
+    *counts, targets, digest, names = manifest
     if not isinstance(digest, str | None):
         raise DataError(f"{path}: item_ids_digest is {digest!r:.60}, expected a text")
+    if names is not None and (
+        not all(isinstance(name, str) for name in names)
+        or not len(names) == len(set(names)) == manifest.num_action_types
+    ):
+        raise DataError(
+            f"{path}: action_names is {names!r:.60}, expected {manifest.num_action_types} "
+            "different names"
+        )
     for name, count in zip(Manifest._fields, counts, strict=False):
         limit = MOST_ACTION_TYPES if name == "num_action_types" else 2**31
         if type(count) is not int or not 0 <= count < limit:

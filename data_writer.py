@@ -85,6 +85,7 @@ def write_dataset(
     user_features: Mapping[str, Column] | None = None,
     item_vectors: Mapping[str, np.ndarray] | None = None,
     item_names: Sequence[str] | None = None,
+    action_names: Sequence[str] | None = None,
 ) -> None:
     """Write a data folder; the manifest comes last, so a folder with one is complete.
 
@@ -97,6 +98,7 @@ def write_dataset(
         item_features: feature id -> Column; so `user_features`.
         item_vectors: feature id -> (X, W) float, NaN rows for items without a vector.
         item_names: a line of text per item, for people.
+        action_names: of the action types 0, 1, ..., all different.
 
     Raises:
         DataError: the features could not be read again; the data that was there is as it was.
@@ -114,6 +116,8 @@ def write_dataset(
         raise ValueError("an original id occurs twice in user_ids or item_ids")
     if item_names is not None and len(item_names) != len(item_ids):
         raise ValueError(f"item_names: {len(item_names)} names, not {len(item_ids)}")
+    if action_names is not None and len(set(action_names)) != num_action_types:
+        raise ValueError(f"action_names: {list(action_names)}, not {num_action_types} names")
     num_rows = {"item": len(item_ids), "user": len(user_ids)}
     _check_features(data_dir, sides, item_vectors, num_rows)
     old_files = retire_manifest(data_dir)
@@ -139,6 +143,7 @@ def write_dataset(
             for split in splits
         },
         digest_of_ids(indexer["i"]),
+        None if action_names is None else list(action_names),
     )
     write_manifest(data_dir, manifest, files, old_files)
 

@@ -66,7 +66,7 @@ def infer(args: argparse.Namespace, model_class: type[HSTUModel]) -> None:
         manifest = read_manifest(args.data_dir, trust=args.trust_pickle)
         model = load_model(args, model_class, manifest)
         catalogue = candidates_of(args, model) if args.candidates else all_items(args, model)
-    check_request_action(args, model.config)
+    args.request_action = request_action(args, model.config, manifest)
     is_held_out = manifest.targets.get("test") == "last" and not args.whole_history
     if is_held_out and (args.request_time is not None or args.request_action >= 0):
         raise DataError(
@@ -115,9 +115,21 @@ def tell_of_re_ids(args: argparse.Namespace, what: str, id_kind: str) -> None:
         )  # fmt: skip
 
 
-def check_request_action(args: argparse.Namespace, config: HSTUConfig) -> None:
-    if args.request_action >= 0 and not config.num_target_action_types:
+def request_action(args: argparse.Namespace, config: HSTUConfig, manifest: Manifest) -> int:
+    """The type that --request_action names.
+
+    Raises:
+        DataError: the data has no such type, or the model does not ask for one.
+    """
+    types = {"-1": -1, **manifest.action_types()}
+    if args.request_action not in types:
+        raise DataError(
+            f"--request_action {args.request_action}: no action of {args.data_dir}, expected "
+            f"{manifest.legal_actions()}, or -1"
+        )
+    if types[args.request_action] >= 0 and not config.num_target_action_types:
         raise DataError("--request_action: the model was trained without --target_action")
+    return types[args.request_action]
 
 
 def load_model(
@@ -237,6 +249,9 @@ def read_config_features(
     if num_types:
         known["action types"] = num_types
         found["action types"] = max(num_types, manifest.num_action_types)
+        if config.action_names and manifest.action_names:
+            known["action names"] = config.action_names
+            found["action names"] = manifest.action_names[:num_types]
     refuse_other_data(args, known, found)
     sides = config.item_features, config.user_features
     vectors = [name for name, spec in sides[0].items() if spec["kind"] == "emb"]

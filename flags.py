@@ -252,10 +252,10 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     )
     run(
         "--request_action",
-        type=at_least(-1),
-        default=-1,
+        default="-1",
         metavar="TYPE",
-        help="action type of queries whose target is unknown, for --target_action; -1: unknown",
+        help="action of queries whose target is unknown, for --target_action: the type's name or "
+        "number; -1: unknown",
     )
     run("--debug", action="store_true", help="show where in the code an error was raised")
     args = parser.parse_args(argv)
@@ -263,7 +263,7 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
         parser.error("--inference_only needs --state_dict_path: a model_*.pt file of a training")
     if not args.inference_only and (args.state_dict_path or args.candidates):
         parser.error("--state_dict_path and --candidates are for --inference_only")
-    asks = args.whole_history or args.request_time is not None or args.request_action >= 0
+    asks = args.whole_history or args.request_time is not None or args.request_action != "-1"
     if asks and not args.inference_only:
         parser.error(
             "--whole_history, --request_time and --request_action are for --inference_only"

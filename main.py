@@ -314,6 +314,7 @@ def make_config(
         position_bias=args.position_bias,
         infonce_temp=args.infonce_temp,
         item_ids_digest=manifest.item_ids_digest,
+        action_names=manifest.action_names,
     )
 
 

@@ -65,6 +65,7 @@ class HSTUConfig:
     position_bias: bool
     infonce_temp: float
     item_ids_digest: str | None = None  # of the items that the rows stand for; None: not known
+    action_names: list[str] | None = None  # of the action types; None: not known
 
 
 class HSTUModel(nn.Module):

@@ -69,7 +69,7 @@ def main(argv: list[str] | None = None) -> int:
 def show(data_dir: Path, trust: bool) -> None:
     manifest = read_manifest(data_dir, trust=trust)
     show_splits(data_dir, manifest)
-    show_actions(open_split(data_dir, "train")[0], manifest.num_action_types)
+    show_actions(open_split(data_dir, "train")[0], manifest)
     show_features(data_dir, manifest, trust)
     show_sequences(data_dir, manifest, trust)
 
@@ -116,15 +116,18 @@ def date(seconds: int) -> str:
     return str(np.datetime64(int(seconds), "s")).replace("T", " ")
 
 
-def show_actions(events: np.ndarray, num_types: int) -> None:
+def show_actions(events: np.ndarray, manifest: Manifest) -> None:
+    num_types = manifest.num_action_types
     if events.dtype != EVENT_DTYPE or not len(events):
         return
     counts = np.zeros(num_types + 1, np.int64)
     for block in blocks(events):
         types = block["action_type"].clip(-1, num_types - 1)
         counts += np.bincount(types + 1, minlength=num_types + 1)
-    names = ["unknown", *map(str, range(num_types))]
-    shares = zip(names, counts / len(events), strict=True)
+    names = map(str, range(num_types))
+    if manifest.action_names:
+        names = map(" = ".join, zip(names, manifest.action_names, strict=True))
+    shares = zip(["unknown", *names], counts / len(events), strict=True)
     print(
         "actions in train: " + ", ".join(f"{name} {share:.1%}" for name, share in shares if share)
     )
@@ -177,7 +180,8 @@ def show_sequences(data_dir: Path, manifest: Manifest, trust: bool) -> None:
             text = f"item {item_names.get(item, item)}"
             if is_record:
                 action, time = int(event["action_type"]), int(event["timestamp"])
-                text = f"{when(time, before)} {text}" + f" (action {action})" * (action >= 0)
+                how = f" ({manifest.action_name(action)})" if action >= 0 else ""
+                text = f"{when(time, before)} {text}{how}"
                 before = time
             parts.append(text.strip())
         more = f", ... {end - start} events" if end - start > NUM_EVENTS else ""

@@ -64,6 +64,7 @@ def convert(source: Path, data_dir: Path) -> None:
         item_ids=item_ids,
         user_ids=user_ids,
         num_action_types=NUM_RATINGS,
+        action_names=["1 star", *(f"{number} stars" for number in range(2, NUM_RATINGS + 1))],
         item_features=item_features,
         user_features=person_features(people),
         item_names=titles,

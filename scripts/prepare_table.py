@@ -154,6 +154,7 @@ def convert(args: argparse.Namespace) -> None:
         user_features=features["user"],
         item_vectors=vectors,
         item_names=names_of(tables["item"], args.item_names) if args.item_names else None,
+        action_names=log.action_names,
     )
     counts = f"{len(user_ids):,} users, {len(item_ids):,} items, {len(events):,} events"
     print(f"wrote {args.data_dir}: {counts}")

@@ -45,8 +45,8 @@ from data_writer import retire_manifest, write_manifest, write_records, write_sc
 from flags import at_least
 from item_vectors import find_vectors
 from tencentgr_source import (
+    ACTIONS,
     FAULTS,
-    NUM_ACTIONS,
     SAME_AS_ITEM,
     Block,
     Limits,
@@ -57,7 +57,7 @@ from tencentgr_source import (
     read_blocks,
 )
 
-CLICK = 1
+CLICK = ACTIONS.index("click")
 SCHEMA = {
     **{str(i): "user_sparse" for i in (103, 104, 105, 109)},
     **{str(i): "user_array" for i in (106, 107, 108, 110)},
@@ -128,7 +128,8 @@ def convert(
     files += splits + link_item_files(source, data_dir)
     files += describe_features(data_dir, index, kinds)
     files.append(write_index(source, data_dir, index, trust_pickle))
-    manifest = Manifest(index.limits.num_items, len(index.users), NUM_ACTIONS, targets, digest)
+    sizes = index.limits.num_items, len(index.users), len(ACTIONS)
+    manifest = Manifest(*sizes, targets, digest, ACTIONS)
     write_manifest(data_dir, manifest, files, set())
     counts["users that indexer.pkl lacks, added"] = len(index.users) - index.limits.num_users
     print(f"wrote {data_dir}: {manifest.num_items:,} items, {manifest.num_users:,} users")

@@ -38,7 +38,7 @@ from data_folder import (
 from data_writer import write_manifest, write_split
 from dataset import MyDataset, load_emb
 from dot_product_similarity import DotProductSimilarity
-from export import check_request_action, load_model
+from export import load_model, request_action
 from flags import at_least, unix_seconds
 from model import HSTUModel
 
@@ -113,10 +113,10 @@ def get_args(argv: list[str] | None) -> argparse.Namespace:
     )
     flag(
         "--request_action",
-        type=at_least(-1),
-        default=-1,
+        default="-1",
         metavar="TYPE",
-        help="of --events: action type that is hoped for, for --target_action; -1: unknown",
+        help="of --events: action that is hoped for, for --target_action: the type's name or "
+        "number; -1: unknown",
     )
     flag(
         "--trust_pickle",
@@ -127,7 +127,7 @@ def get_args(argv: list[str] | None) -> argparse.Namespace:
     has_history = args.user is not None or args.events is not None
     if has_history == (args.item is not None):
         parser.error("name a --user, a file of --events, or an --item and none of the others")
-    if args.events is None and (args.request_time is not None or args.request_action >= 0):
+    if args.events is None and (args.request_time is not None or args.request_action != "-1"):
         parser.error("--request_time and --request_action are of --events; --user has the export's")
     return args
 
@@ -259,10 +259,12 @@ def ask_model(args: argparse.Namespace, export: Export) -> Question:
         user = re_id_of(args.user, export.user_ids, args, "user")
     events = read_events(args, export)
     model = load_exported_model(args, export)
-    check_request_action(args, model.config)
+    asked = {
+        "request_time": args.request_time,
+        "request_action": request_action(args, model.config, export.manifest),
+    }
     with tempfile.TemporaryDirectory() as folder:
         write_history(Path(folder), export.manifest, events)
-        asked = {"request_time": args.request_time, "request_action": args.request_action}
         dataset = MyDataset(folder, "test", model.config.maxlen, "batch", **asked)
         batch = dataset.collate_fn(dataset[0])
     batch = batch._replace(user_ids=torch.full_like(batch.user_ids, user))
@@ -297,16 +299,16 @@ def write_history(folder: Path, manifest: Manifest, events: np.ndarray) -> None:
 def read_events(args: argparse.Namespace, export: Export) -> np.ndarray:
     """(n,) EVENT_DTYPE, the file's events in the order of time; without times in their own."""
     known = {text: re_id for re_id, text in enumerate(export.item_ids) if re_id}
-    num_types = export.manifest.num_action_types
+    actions = {"": -1, **export.manifest.action_types()}
     items = f"one of the {len(known):,} items of {args.data_dir}: {examples(export.item_ids)}"
-    types = f"a type in 0..{num_types - 1}, or nothing" if num_types else "nothing"
+    types = f"{export.manifest.legal_actions()}, or nothing"
     dates = "Unix seconds, not milliseconds, or an ISO date, or nothing"
     parts = []
     for rows in read_rows(args.events, (), None):
         check_columns(rows)
         part = np.empty(len(rows.records), EVENT_DTYPE)
         part["item_id"] = parsed(rows, "item", lambda text: member(known, text), items)
-        part["action_type"] = parsed(rows, "action", lambda text: action(text, num_types), types)
+        part["action_type"] = parsed(rows, "action", lambda text: member(actions, text), types)
         part["timestamp"] = parsed(rows, "timestamp", seconds, dates)
         parts.append(part)
     if not parts:
@@ -334,13 +336,6 @@ def member(known: dict[str, int], text: str) -> int:
     if text not in known:
         raise ValueError(text)
     return known[text]
-
-
-def action(text: str, num_types: int) -> int:
-    value = int(text or -1)
-    if text and not 0 <= value < num_types:
-        raise ValueError(text)
-    return value
 
 
 def seconds(text: str) -> int:
@@ -398,7 +393,8 @@ def show_top(
 
 def event_row(export: Export, event: Any) -> list[str]:
     time, kind = int(event["timestamp"]), int(event["action_type"])
-    when, how = date(time) if time > 0 else "", f"action {kind}" if kind >= 0 else ""
+    when = date(time) if time > 0 else ""
+    how = export.manifest.action_name(kind) if kind >= 0 else ""
     return [when, how, *label(export, int(event["item_id"]))]
 
 

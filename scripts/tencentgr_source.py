@@ -27,7 +27,7 @@ try:
 except ImportError:
     fast_loads = json.loads
 
-NUM_ACTIONS = 3  # exposure, click, conversion
+ACTIONS = ["exposure", "click", "conversion"]
 SAME_AS_ITEM = "111"  # a feature with a value per item: it says what the item's id says
 BLOCK_BYTES = 4 << 20  # of JSON lines, parsed at once
 BLOCK_ROWS = 10_000  # of Parquet, parsed at once
@@ -204,7 +204,7 @@ def make_block(
     events = np.empty(len(items), EVENT_DTYPE)
     events["item_id"] = np.where(item_ids <= num_items, item_ids, 0)
     codes = [-1 if action is None else action for action in actions]
-    events["action_type"] = whole_numbers("action type", codes, -1, NUM_ACTIONS - 1)
+    events["action_type"] = whole_numbers("action type", codes, -1, len(ACTIONS) - 1)
     events["timestamp"] = whole_numbers("time", times, 0, 2**63 - 1)
     rows = np.repeat(np.arange(len(lengths)), lengths)
     steps, is_same_row = np.diff(events["timestamp"]), np.diff(rows) == 0

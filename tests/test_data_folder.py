@@ -151,6 +151,23 @@ def test_the_manifest_tells_counts_and_targets(tmp_path):
     assert read_manifest(folder)[:4] == Manifest(*counts, targets)[:4]
 
 
+def test_an_action_is_known_by_its_name_and_by_its_number_unless_names_are_numbers(tmp_path):
+    def types(names):
+        write(tmp_path, {"train": make_sequences(np.random.default_rng(1), [3])}, **names)
+        return read_manifest(tmp_path).action_types()
+
+    numbers = {"0": 0, "1": 1, "2": 2}
+    assert types({}) == numbers
+    assert types({"action_names": ["view", "cart", "-"]}) == numbers | {
+        "view": 0,
+        "cart": 1,
+        "-": 2,
+    }
+    assert types({"action_names": ["1", "2", "3"]}) == {"1": 0, "2": 1, "3": 2}
+    with pytest.raises(ValueError, match="action_names"):
+        types({"action_names": ["view", "cart"]})
+
+
 def test_without_a_manifest_counts_come_from_the_indexer_and_the_events(folder):
     actions = np.concatenate([read(folder, split).events["action_type"] for split in SPLITS[::2]])
     manifest = read_manifest(remove_manifest(folder))
@@ -447,6 +464,10 @@ def edit_manifest(folder: Path, **fields) -> None:
         {"num_users": -1},
         {"num_action_types": 3.0},
         {"num_action_types": True},
+        {"action_names": 3},
+        {"action_names": ["view"]},
+        {"action_names": ["view"] * NUM_ACTIONS},
+        {"action_names": list(range(NUM_ACTIONS))},
         {"targets": ["train"]},
         {"targets": {"train": "last"}},
         {"targets": {"train": "next", "test": "next"}},

@@ -103,6 +103,10 @@ def test_the_screen_tells_the_first_sequences_in_plain_words(tmp_path, capsys):
     ) in screen(capsys, tmp_path / "a")
     write_dataset(tmp_path / "b", {"train": sequences}, **common, item_names=["a pear", "a fig"])
     assert "22:13:20 item 'a pear' (action 0), then item 'a fig'," in screen(capsys, tmp_path / "b")
+    write_dataset(tmp_path / "c", {"train": sequences}, **common, action_names=["see", "buy"])
+    text = screen(capsys, tmp_path / "c")
+    assert "actions in train: unknown 20.0%, 0 = see 60.0%, 1 = buy 20.0%\n" in text
+    assert "22:13:20 item x (see), then item y, 30 seconds later item x (buy)," in text
 
 
 def test_synthetic_data_has_cold_test_targets_and_all_features(tmp_path, capsys):

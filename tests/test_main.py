@@ -654,19 +654,19 @@ def test_a_checkpoint_is_for_data_whose_re_ids_mean_the_same_items_and_actions(
         tmp_path, data, "--item_features", "none", "--user_features", "none", "--mm_emb_id"
     )
 
-    def export(name: str, item_ids: Sequence[int], num_users: int = 11, num_types: int = 3) -> int:
+    def export(name: str, item_ids: Sequence[int], num_types: int = 3, **options) -> int:
         write_dataset(
             tmp_path / name,
             {"train": read_split(data, "train")},
             item_ids=item_ids,
-            user_ids=range(1, num_users + 1),
             num_action_types=num_types,
+            **{"user_ids": range(1, 12)} | options,
         )
         flags = [f"--state_dict_path={trained}/model_best.pt", f"--output_dir={tmp_path}/e_{name}"]
         return main(["--inference_only", "--device=cpu", f"--data_dir={tmp_path}/{name}", *flags])
 
     same = [1000 + 3 * k for k in range(NUM_ITEMS)]
-    assert export("more_users", same, num_users=15) == 0
+    assert export("more_users", same, user_ids=range(1, 16)) == 0
     assert export("other_item", [*same[:-1], 7]) == 1
     assert "digest of the item ids" in capsys.readouterr().err
     assert export("other_order", same[::-1]) == 1
@@ -674,6 +674,12 @@ def test_a_checkpoint_is_for_data_whose_re_ids_mean_the_same_items_and_actions(
     assert export("more_types", same, num_types=8) == 1
     assert "action types: 3 then, 8 now" in capsys.readouterr().err
     assert export("fewer_types", same, num_types=2) == 0
+    assert export("named", same, action_names=["view", "cart", "buy"]) == 0
+    trained = run(tmp_path, tmp_path / "named", "--mm_emb_id", name="of_named")
+    assert export("renamed", same, action_names=["view", "buy", "cart"]) == 1
+    assert "action names: ['view', 'cart', 'buy'] then, ['view', 'b" in capsys.readouterr().err
+    assert export("one more", same, 4, action_names=["view", "cart", "buy", "like"]) == 1
+    assert "action types: 3 then, 4 now" in capsys.readouterr().err
 
 
 # ------------------------------------------------------------------------------------------- errors

@@ -207,7 +207,8 @@ def test_the_values_of_one_action_column_are_the_types(tmp_path):
     type_of = {"buy": 0, "cart": 1, "view": 2, "": -1}
     for user, events in read_back(data_dir, "test").items():
         assert [a for _, a, _ in events] == [type_of[r["kind"]] for r in histories(rows)[user]]
-    assert read_manifest(data_dir).num_action_types == 3
+    manifest = read_manifest(data_dir)
+    assert (manifest.num_action_types, manifest.action_names) == (3, ["buy", "cart", "view"])
 
 
 def test_types_that_are_numbers_count_in_their_order(tmp_path):
@@ -229,7 +230,9 @@ def test_of_several_action_columns_the_first_that_is_set_counts(tmp_path, yes, n
     for user, events in read_back(data_dir, "test").items():
         assert [a for _, a, _ in events] == [row["type"] for row in histories(rows)[user]]
     assert set(expected) == {0, 1, 2, 3}
-    assert read_manifest(data_dir).num_action_types == 4
+    manifest = read_manifest(data_dir)
+    assert manifest.num_action_types == 4
+    assert manifest.action_names == ["none", "clicked", "liked", "bought"]
 
 
 def test_without_an_action_column_the_types_are_unknown(tmp_path):

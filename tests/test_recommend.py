@@ -272,6 +272,36 @@ def test_the_action_hoped_for_needs_a_model_that_knows_it_and_then_counts(
     assert screen(capsys, tmp_path, *flags) != unknown
 
 
+def test_actions_go_by_their_names(tmp_path, capsys):
+    events = np.ones(8, EVENT_DTYPE)
+    events["action_type"], events["timestamp"] = [0, 1, 0, 1, 1, 0, 1, -1], 0
+    splits = leave_one_out(events, np.array([0, 4, 8]))
+    ids = {"item_ids": ["a", "b"], "user_ids": ["ann", "bob"], "num_action_types": 2}
+    write_dataset(tmp_path / "data", splits, **ids, action_names=["see", "buy"])
+    folders = [f"--data_dir={tmp_path}/data", f"--output_dir={tmp_path}/outputs"]
+    flags = [f"--log_dir={tmp_path}/logs", "--target_action", "--lr=0.1", "--warmup_steps=0"]
+    assert main_module.main([*folders, *TRAIN, *flags]) == 0
+    infer(tmp_path)
+    lines = screen(capsys, tmp_path, "--user=ann").splitlines()
+    assert [line.split() for line in lines[1:4]] == [["see", "a"], ["buy", "a"], ["see", "a"]]
+
+    def answer(rows: str, *flags: str) -> str:
+        (tmp_path / "events.csv").write_text(f"item,action\n{rows}")
+        return screen(capsys, tmp_path, f"--events={tmp_path}/events.csv", *flags)
+
+    assert answer("a,buy\nb,\na,see") == answer("a,1\nb,\na,0") != answer("a,see\nb,\na,see")
+    hoped = [answer("a,buy", f"--request_action={name}") for name in ("buy", "1", "see", "-1")]
+    assert hoped[0] == hoped[1] and len(set(hoped)) == 3
+    asked = [f"--events={tmp_path}/events.csv", "--request_action=sell"]
+    assert f"sell: no action of {tmp_path}/data, expected one of see, buy, or -1" in error_of(
+        capsys, tmp_path, *asked
+    )
+    (tmp_path / "events.csv").write_text("item,action\na,sell\n")
+    assert "line 2: action is 'sell', expected one of see, buy, or nothing" in error_of(
+        capsys, tmp_path, asked[0]
+    )
+
+
 def test_events_may_come_in_any_order_and_as_json_lines_or_dates(trained, tmp_path, capsys):
     history, _ = history_of(trained, 1)
     expected = rows_of(screen(capsys, trained, f"--events={write_events(tmp_path / 'e', history)}"))
