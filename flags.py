@@ -44,6 +44,7 @@ DEFAULT_MM_EMB_ID = ["81"]
 def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     """The flags; the only place with defaults."""
     parser = argparse.ArgumentParser(
+        usage="python main.py [--flag value ...]; --help tells them all",  # two screens otherwise
         description="Train HSTU on user-event sequences, or export embeddings.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )

@@ -103,6 +103,9 @@ def convert(args: argparse.Namespace) -> None:
         raise DataError(
             f"{args.data_dir}: a file, expected a folder to write or none; name another"
         )
+    for path in (args.item_features, args.user_features, args.item_vectors):
+        if path is not None and not path.exists():  # before the log, which may take minutes
+            raise DataError(f"{path}: No such file or directory")
     log = read_log(args)
     kept = frequent(log.users.codes, log.items.codes, args.min_user_events, args.min_item_events)
     user_ids, users = number(log.users, kept)

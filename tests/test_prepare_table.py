@@ -585,10 +585,6 @@ def test_a_bad_log_is_refused_with_file_and_line(tmp_path, capsys, name, text, m
         (["--item_features", "items.csv", "--drop", "absent"], "no column is called absent; there"),
         (["--item_features", "items.csv", "--item_names", "absent"], "--item_names: no column abs"),
         (["--item_names", "title"], "--item_names: no column title; there are none"),
-        (
-            ["--item_features", "nowhere.csv"],
-            "nowhere.csv: No such file or directory",
-        ),
         (["--item_vectors", "log.csv"], "log.csv: "),
         (["--item_vectors", "flat.npz"], "flat.npz: ids int64[2]; expected ids [n] and float"),
         (["--item_vectors", "other.npz"], "other.npz: none of its 2 ids is an item"),
@@ -608,6 +604,14 @@ def test_a_flag_that_does_not_fit_the_files_is_refused(
     error = capsys.readouterr().err
     assert error.startswith("error: ") and error.count("\n") == 1
     assert message in error
+
+
+@pytest.mark.parametrize("flag", ["--item_features", "--user_features", "--item_vectors"])
+def test_a_missing_table_is_told_of_before_the_log_is_read(tmp_path, capsys, flag):
+    path = write_table(tmp_path / "log.csv", random_log())
+    assert prepare_table.main([str(path), str(tmp_path / "data"), flag, "nowhere.csv"]) == 1
+    out, error = capsys.readouterr()
+    assert (out, error) == ("", "error: nowhere.csv: No such file or directory\n")
 
 
 def test_cuts_behind_which_nothing_lies_are_refused(tmp_path, capsys):
