@@ -25,6 +25,7 @@ from data_folder import (
     Sequences,
     as_records,
     check_split,
+    gather,
     item_ids_of,
     open_split,
     read_manifest,
@@ -34,6 +35,7 @@ from data_folder import (
 log = logging.getLogger("hstu")
 
 _BLOCK = 1 << 16  # events looked at at once; 1 MB, which a cache holds
+_SEQUENCES = 1 << 12  # whose events that are no targets are gathered at once
 # A file up to this size is read whole when it is opened: a read for each sequence is half of a
 # batch's time.
 HELD_BYTES = 1 << 25
@@ -94,11 +96,13 @@ class Batch(NamedTuple):
         moved = {name: move(value) for name, value in self._asdict().items() if name not in stay}
         return self._replace(**moved)
 
+    def last_events(self) -> Tensor:
+        """(B,) int64, each sequence's last row."""
+        return (self.offsets[1:] - 1).to(self.item_index.device)
+
     def target_ids(self) -> Tensor:
         """(B,) int64 in 1..X, the item of each sequence's last target."""
-        return self.distinct_ids[
-            self.target_index[(self.offsets[1:] - 1).to(self.item_index.device)]
-        ]
+        return self.distinct_ids[self.target_index[self.last_events()]]
 
 
 class MyDataset(Dataset):
@@ -112,9 +116,10 @@ class MyDataset(Dataset):
         maxlen: events seen, N; the newest are kept.
         negatives: "all", "batch" (the batch's targets), "uniform", or "mixed" (both).
         num_negatives: distinct uniform ones per batch, for "uniform" and "mixed".
-        item_counts: (X + 1,) how often each item is trained on; given, an item that never is will
+        item_counts: (X + 1,) how often each item occurs in training.
+        target_counts: (X + 1,) how often it is a target there; given, an item that never is will
             not be a negative: it could only be pushed away, whatever its features say.
-        has_logq: correct in-batch negatives for how often their items come (needs item_counts).
+        has_logq: correct in-batch negatives for how often their items come (needs target_counts).
         holds_out: where a split's last events are its targets, keep them from the inputs; else they
             are seen, and what follows them is the target, which is unknown.
         request_time: Unix seconds of a query whose target is unknown; None: its last event's.
@@ -137,6 +142,7 @@ class MyDataset(Dataset):
         negatives: str = "all",
         num_negatives: int = 0,
         item_counts: np.ndarray | None = None,
+        target_counts: np.ndarray | None = None,
         has_logq: bool = False,
         holds_out: bool = True,
         request_time: int | None = None,
@@ -160,10 +166,10 @@ class MyDataset(Dataset):
                 "types, from 0"
             )
         self.host_vectors = dict(host_vectors or {})
-        self.item_counts = item_counts
+        self.item_counts, self.target_counts = item_counts, target_counts
         self.trained_ids = np.arange(1, self.num_items + 1, dtype=np.int32)
-        if item_counts is not None:
-            self.trained_ids = np.flatnonzero(item_counts).astype(np.int32)
+        if target_counts is not None:
+            self.trained_ids = np.flatnonzero(target_counts).astype(np.int32)
         if split not in manifest.targets:
             raise DataError(
                 f"{self.data_dir}: no {split} split there, only {', '.join(manifest.targets)}"
@@ -351,15 +357,15 @@ class MyDataset(Dataset):
         negatives estimates what the same number of uniform ones would give.
         """
         num_items = len(self.trained_ids)
-        share = (self.item_counts[item_ids] + 1.0) / (self._total_count + num_items)
+        share = (self.target_counts[item_ids] + 1.0) / (self._total_count + num_items)
         uniform = 0 if self.negatives == "batch" else min(self.num_negatives, num_items)
         absent = np.exp(num_targets * np.log1p(-share)) * (1 - uniform / num_items)
         return np.log((1 - absent) / (len(item_ids) / num_items)).astype(np.float32)
 
     @cached_property
     def _total_count(self) -> int:
-        """The sum of item_counts, taken once: there may be millions of items."""
-        return int(self.item_counts.sum())
+        """The sum of target_counts, taken once: there may be millions of items."""
+        return int(self.target_counts.sum())
 
     def _open(self) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
         if self._maps is None:
@@ -431,7 +437,7 @@ class _Rows:
         self.table, self.file, self.held = table, None, table
         if not isinstance(table.base, mmap.mmap) or not table.flags.c_contiguous:
             return
-        with suppress(FileNotFoundError):  # features.py drops a cache that it could not keep
+        with suppress(FileNotFoundError):  # feature_cache.py drops a cache that it could not keep
             self.file = os.open(table.filename, os.O_RDONLY)
             weakref.finalize(self, os.close, self.file)
             is_small = table.nbytes <= HELD_BYTES
@@ -547,6 +553,22 @@ def count_items(data_dir: str | Path, split: str, num_items: int) -> np.ndarray:
             raise _bad_item(path, _place(offsets, start + event), ids[event], num_items)
         counts.scatter_add_(0, torch.from_numpy(ids.astype(np.int64)), ones[: len(ids)])
     return counts.numpy().astype(np.int64)
+
+
+def count_targets(data_dir: str | Path, item_counts: np.ndarray, maxlen: int | None) -> np.ndarray:
+    """(X + 1,) int64: how often each item is a target in training, of its `item_counts` there.
+
+    A sequence's first event is none, nor is one older than its newest `maxlen`, if that is given.
+    """
+    events, offsets, _ = open_split(Path(data_dir), "train")
+    counts, starts, ends = item_counts.copy(), offsets[:-1], offsets[1:]
+    firsts = starts + 1 if maxlen is None else np.maximum(starts + 1, ends - maxlen)
+    firsts = np.minimum(firsts, ends)  # targets; there may be no events
+    for k in range(0, len(starts), _SEQUENCES):
+        some = slice(k, k + _SEQUENCES)
+        others = gather(events, starts[some], firsts[some], None).events["item_id"]
+        np.subtract.at(counts, others, 1)
+    return counts
 
 
 def deal(count: int, rank: int, num_ranks: int) -> np.ndarray:

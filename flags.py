@@ -104,11 +104,12 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
         "--num_workers",
         type=at_least(0),
         default=4,
-        help="loader processes, at most one per core; 0: load in the main process",
+        help="loader processes, at most one per core, and as many for the validation; 0: load in "
+        "the main process",
     )
 
     model = parser.add_argument_group("model").add_argument
-    model("--hidden_units", type=at_least(1), default=64, help="embedding width")
+    model("--hidden_units", type=at_least(2), default=64, help="embedding width")
     model("--num_blocks", type=at_least(1), default=2, help="HSTU layers")
     model("--num_heads", type=at_least(1), default=1, help="attention heads")
     model("--attention_dim", type=at_least(1), default=64, help="query and key width per head")
@@ -133,7 +134,7 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
         "--negatives",
         choices=["auto", "all", "batch", "uniform", "mixed"],
         default="auto",
-        help="every item that is trained on, the batch's targets, uniform ones, or batch and "
+        help="every item that training predicts, the batch's targets, uniform ones, or batch and "
         f"uniform; auto: all up to {ALL_NEGATIVES_UP_TO:,} items, else mixed",
     )
     loss(

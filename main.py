@@ -22,7 +22,7 @@ from tqdm import tqdm
 from atomic_io import DataError, cause, hold_folder, read_json, sweep_temporaries, write_json
 from checkpoint import seed_random, settle_register
 from data_folder import Manifest, fingerprint, read_item_names, read_manifest
-from dataset import Batch, MyDataset, count_items
+from dataset import Batch, MyDataset, count_items, count_targets
 from distributed import (
     LostRankError,
     ShardedEmbedding,
@@ -234,10 +234,12 @@ def open_datasets(
         "trust_pickle": args.trust_pickle,
     }
     counts = count_items(args.data_dir, "train", manifest.num_items)
-    return {
-        split: MyDataset(args.data_dir, split, item_counts=counts, **options)
-        for split in manifest.targets
+    maxlen = None if args.windows else args.maxlen
+    options |= {
+        "item_counts": counts,
+        "target_counts": count_targets(args.data_dir, counts, maxlen),
     }
+    return {split: MyDataset(args.data_dir, split, **options) for split in manifest.targets}
 
 
 def prepare_run(

@@ -139,7 +139,7 @@ class HSTUModel(nn.Module):
     def predict_with_loss(self, batch: Any) -> tuple[Tensor, Tensor]:
         """`predict`, (B, D), and the InfoNCE of each sequence's last target, scalar."""
         rows = self._rows(batch)  # (R, D)
-        last = (batch.offsets[1:] - 1).to(rows.device)
+        last = batch.last_events()
         queries = self.encode(batch, rows)[last]  # (B, D)
         return queries, self._loss(batch, queries, rows, batch.target_index[last])
 
@@ -180,7 +180,7 @@ class HSTUModel(nn.Module):
 
     def predict(self, batch: Any) -> Tensor:
         """The query for each sequence's next event: (B, D) float32 of length 1."""
-        return self.encode(batch)[(batch.offsets[1:] - 1).to(batch.item_index.device)]
+        return self.encode(batch)[batch.last_events()]
 
     def item_tower(
         self,
@@ -290,7 +290,9 @@ class InfoNCE(torch.autograd.Function):
         has_target, positives = target_index >= 0, target_index.clamp(min=0)
         weights = has_target.to(queries.dtype)
         weights /= weights.sum().clamp(min=1)  # (T,), each query's share of the mean
-        own_column = _column_of_each_row(rows, negative_index)[positives]  # (T,)
+        own_column = positives  # (T,)
+        if negative_index is not None:
+            own_column = _column_of_each_row(rows, negative_index)[positives]
         q, positive = queries / (temperature * LN_2), rows.index_select(0, positives)  # (T, D)
         positive_logit = (q * positive).sum(1)  # (T,), in bits as all logits
         log_q = None if log_q is None else log_q / LN_2
@@ -354,10 +356,8 @@ def _chunk_shape(queries: Tensor, width: int) -> tuple[int, int]:
     return threads * size, threads
 
 
-def _column_of_each_row(rows: Tensor, negative_index: Tensor | None) -> Tensor:
+def _column_of_each_row(rows: Tensor, negative_index: Tensor) -> Tensor:
     """(R,) int64: each row's column among the M negatives; M, one too many, if it is not there."""
-    if negative_index is None:
-        return torch.arange(len(rows), device=rows.device)
     M = len(negative_index)
     columns = torch.full((len(rows),), M, device=rows.device)
     return columns.index_copy_(0, negative_index, torch.arange(M, device=rows.device))

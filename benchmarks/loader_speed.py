@@ -221,7 +221,7 @@ def opening_parts(data_dir: Path) -> dict[str, float]:
     for split in SPLITS:
         parts[f"open_s_{split}"], dataset = timed(
             lambda split=split: MyDataset(
-                data_dir, split, MAXLEN, "mixed", 1024, item_counts=counts, has_logq=True
+                data_dir, split, MAXLEN, "mixed", 1024, target_counts=counts, has_logq=True
             )
         )
     sampler = BatchSampler(len(dataset), BATCH, 1, True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import os
 import pickle
@@ -18,7 +19,7 @@ from numpy.testing import assert_array_equal
 from torch.utils.data import DataLoader
 
 from atomic_io import DataError
-from data_folder import EVENT_DTYPE, Sequences
+from data_folder import EVENT_DTYPE, Sequences, open_split
 from data_writer import write_dataset
 from dataset import (
     Batch,
@@ -26,6 +27,7 @@ from dataset import (
     Draw,
     MyDataset,
     count_items,
+    count_targets,
     emb_pieces,
     load_emb,
     save_emb,
@@ -549,7 +551,7 @@ def test_log_q_makes_negatives_of_the_batch_as_good_as_uniform_ones(
     popular, negatives, num_negatives
 ):
     dataset = MyDataset(popular, "train", MAXLEN, negatives, num_negatives)
-    dataset.has_logq, dataset.item_counts = True, counts_of(dataset)
+    dataset.has_logq, dataset.target_counts = True, counts_of(dataset)
     weights = inclusion(dataset, 3000, is_weighted=True)
     # A uniform negative counts 1 on average. Monte Carlo: 5 standard errors, passed for one of 13
     # items once in 130,000 seeds. The + 1 that smooths the counts: less than 1 %.
@@ -562,7 +564,7 @@ def test_log_q_makes_negatives_of_the_batch_as_good_as_uniform_ones(
 
 def test_log_q_is_a_function_of_frequency_and_batch(popular):
     dataset = MyDataset(popular, "train", MAXLEN, "batch")
-    dataset.has_logq, dataset.item_counts = True, counts_of(dataset)
+    dataset.has_logq, dataset.target_counts = True, counts_of(dataset)
     batch = make_batch(dataset, range(6))
     ids = batch.distinct_ids[batch.negative_index].tolist()
     total = 2 * POPULARITY.sum() + len(POPULARITY)
@@ -574,7 +576,7 @@ def test_log_q_is_a_function_of_frequency_and_batch(popular):
 
 def test_uniform_negatives_need_no_correction(popular):
     dataset = MyDataset(popular, "train", MAXLEN, "uniform", 4)
-    dataset.has_logq, dataset.item_counts = True, counts_of(dataset)
+    dataset.has_logq, dataset.target_counts = True, counts_of(dataset)
     assert make_batch(dataset, [0, 1, 2]).negative_log_q is None
 
 
@@ -594,7 +596,7 @@ def make_loader(dataset: MyDataset, sampler: BatchSampler, num_workers: int) -> 
 @pytest.mark.parametrize("negatives", ["all", "batch", "mixed"])
 def test_any_number_of_workers_gives_the_same_batches(folder, negatives):
     dataset = MyDataset(folder, "train", MAXLEN, negatives, 5)
-    dataset.has_logq, dataset.item_counts = True, counts_of(dataset)
+    dataset.has_logq, dataset.target_counts = True, counts_of(dataset)
     sampler = BatchSampler(len(dataset), 2, seed=5, is_shuffled=True)
     sampler.epoch = 3
     runs = [list(make_loader(dataset, sampler, workers)) for workers in (0, 1, 2)]
@@ -714,9 +716,9 @@ def test_vectors_cut_short_are_refused(folder, tmp_path):
 
 def test_the_counts_are_summed_once_however_many_batches(popular):
     dataset = MyDataset(popular, "train", MAXLEN, "batch", has_logq=True)
-    dataset.item_counts = counts_of(dataset)
+    dataset.target_counts = counts_of(dataset)
     first = make_batch(dataset, range(6))
-    dataset.item_counts = dataset.item_counts.view(NoSum)
+    dataset.target_counts = dataset.target_counts.view(NoSum)
     assert_equal_batches(make_batch(dataset, range(6)), first)
 
 
@@ -919,11 +921,30 @@ def test_every_truncation_of_an_embedding_file_is_refused_by_name(tmp_path, name
             load_emb(path)
 
 
+@pytest.mark.parametrize("maxlen", [None, 1, 2, 3, 9])
+def test_an_item_is_trained_on_where_events_before_it_are_its_query(folder, maxlen):
+    events, offsets, _ = open_split(folder, "train")
+    expected = np.zeros(NUM_ITEMS + 1, np.int64)
+    for start, end in itertools.pairwise(offsets.tolist()):
+        for event in range(start + 1, end):
+            if maxlen is None or event >= end - maxlen:
+                expected[events["item_id"][event]] += 1
+    counts = count_items(folder, "train", NUM_ITEMS)
+    found = count_targets(folder, counts, maxlen)
+    assert_array_equal(found, expected)
+    dataset = MyDataset(folder, "train", maxlen or 3, "all", has_windows=maxlen is None)
+    targets = np.zeros_like(expected)
+    for index in range(len(dataset)):
+        batch = make_batch(dataset, [index])
+        np.add.at(targets, batch.distinct_ids[batch.target_index].numpy(), 1)
+    assert_array_equal(targets, expected)
+
+
 @pytest.mark.parametrize("negatives", ["all", "uniform", "mixed"])
 def test_an_item_that_is_never_trained_on_is_no_negative(tiny, negatives):
     counts = np.ones(24, np.int64)
     counts[[0, 4, 17]] = 0
-    dataset = MyDataset(tiny, "train", 1, negatives=negatives, num_negatives=23, item_counts=counts)
+    dataset = MyDataset(tiny, "train", 1, negatives, num_negatives=23, target_counts=counts)
     batch = dataset.collate_fn(dataset.__getitems__([0]))  # one event, so one target
     ids = set(batch.distinct_ids[batch.negative_index].tolist())
     targets = set(batch.distinct_ids[batch.target_index].tolist())

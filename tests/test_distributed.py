@@ -147,7 +147,7 @@ def gradients(
 
 def make_set(data: Path, split: str, negatives: str) -> MyDataset:
     counts = count_items(data, "train", NUM_ITEMS)
-    return MyDataset(data, split, 6, negatives, 4, item_counts=counts, has_logq=True)
+    return MyDataset(data, split, 6, negatives, 4, target_counts=counts, has_logq=True)
 
 
 def prepare(args: Any, train_set: MyDataset) -> main_module.Run:
@@ -403,6 +403,7 @@ def test_each_rank_holds_its_part_of_the_items(data, ranks):
 def ranks_of(split_at: int, *arguments: torch.Tensor) -> torch.Tensor:
     """Ranks of this rank's queries among all items, of which it holds some."""
     queries, items, target_ids, seen_ids, offsets = arguments
+    distributed.SHARDED_QUERIES = 4
     part = [slice(0, split_at), slice(split_at, None)][distributed.rank()]
     bounds = offsets[part.start : None if part.stop is None else part.stop + 1]
     return distributed.ranks_over_shards(
@@ -421,6 +422,7 @@ def test_ranks_among_sharded_items_are_those_among_all(split_at, ranks):
     items = torch.randn(23, 3, generator=generator)
     items[11] = items[6]  # a tie, on the other rank
     queries = torch.randn(9, 3, generator=generator)
+    queries[3] = torch.nan
     target_ids = torch.tensor([7, 12, 23, 1, 2, 7, 5, 5, 9])
     seen_ids = torch.randint(1, 24, (27,), generator=generator)
     offsets = torch.arange(0, 28, 3)
@@ -511,6 +513,15 @@ def test_half_of_torchruns_environment_is_one_line(long_data, tmp_path, monkeypa
     flags = [f"--data_dir={long_data}", f"--output_dir={tmp_path}", "--device=cpu"]
     assert main_module.main(flags) == 1
     assert "RANK is set in the environment, but not " in capsys.readouterr().err
+
+
+def test_a_rank_without_a_number_on_its_machine_is_one_line_on_cuda(monkeypatch):
+    for name in ("RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.setenv(name, "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    with pytest.raises(distributed.LostRankError, match="but not LOCAL_RANK"):
+        distributed.join(is_on_cuda=True)
 
 
 def test_a_killed_rank_ends_the_others_with_one_line(long_data, tmp_path):
