@@ -1,7 +1,7 @@
 """Several processes that train one model: what they tell each other, sum and wait for.
 
-A rank is one of them, as torchrun starts them. In a process of its own every function here is
-there and costs nothing: the one rank is 0.
+A rank is one of them, as torchrun starts them. In a process of its own the one rank is 0; what
+says so works there too and costs nothing, what sums or gathers is not called.
 """
 
 from __future__ import annotations
@@ -24,6 +24,8 @@ from torch.autograd.function import once_differentiable
 TIMEOUT = timedelta(minutes=30)
 # Rows of a sharded table that one message carries, or that are drawn at once: 16 MB of 64 numbers.
 CHUNK_ROWS = 1 << 16
+# Queries whose targets stand behind a rank's items at once: each leaves out the others' ones.
+SHARDED_QUERIES = 256
 
 
 class LostRankError(RuntimeError):
@@ -46,7 +48,7 @@ def join(is_on_cuda: bool) -> None:
     """
     if "RANK" not in os.environ or os.environ.get("WORLD_SIZE") == "1":
         return
-    needed = ("WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    needed = ["WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", *["LOCAL_RANK"] * is_on_cuda]
     if missing := [name for name in needed if name not in os.environ]:
         raise LostRankError(
             f"RANK is set in the environment, but not {', '.join(missing)}; start with torchrun, "
@@ -297,9 +299,8 @@ def ranks_over_shards(
     """
     counts = [count for (count,) in tell([len(queries)])]
     queries, target_ids, targets = map(gather_rows, (queries, target_ids, targets))
-    num_queries, num_items, device = len(queries), len(items), items.device
-    lines = torch.arange(num_queries, device=device)
-    # A query leaves out its seen items, its target, which stands behind, and other queries' ones.
+    lines = torch.arange(len(queries), device=items.device)
+    # A query leaves out its seen items and its target, which stands behind all items.
     left_out, owners = [target_ids], [lines]
     if seen is not None:
         left_out.append(gather_rows(seen[0]))
@@ -307,11 +308,19 @@ def ranks_over_shards(
     ids, owners = torch.cat(left_out), torch.cat(owners)
     is_here = ids % num_ranks() == rank()
     rows, owners = (ids[is_here] - (rank() or num_ranks())) // num_ranks(), owners[is_here]
-    others = (lines[:, None] != lines).nonzero()  # (B (B - 1), 2)
-    owners, order = torch.cat([owners, others[:, 0]]).sort(stable=True)
-    rows = torch.cat([rows, num_items + others[:, 1]])[order]
-    offsets = F.pad(owners.bincount(minlength=num_queries).cumsum(0), (1, 0))
-    candidates = torch.cat([items, targets])
-    above = target_ranks(queries, candidates, num_items + lines, (rows, offsets)) - 1
-    sum_over_ranks([above])
-    return above.split(counts)[rank()] + 1
+    num_items = torch.tensor(len(items), device=items.device)
+    above = [lines[:0]]
+    for first in range(0, len(queries), SHARDED_QUERIES):
+        stop = min(first + SHARDED_QUERIES, len(queries))
+        is_own = (owners >= first) & (owners < stop)
+        own_lines = lines[: stop - first]  # each leaves out the others' targets, too
+        others = (own_lines[:, None] != own_lines).nonzero()  # (b (b - 1), 2)
+        own, order = torch.cat([owners[is_own] - first, others[:, 0]]).sort(stable=True)
+        left = torch.cat([rows[is_own], len(items) + others[:, 1]])[order]
+        offsets = F.pad(own.bincount(minlength=stop - first).cumsum(0), (1, 0))
+        candidates = torch.cat([items, targets[first:stop]])
+        places = len(items) + own_lines
+        above.append(target_ranks(queries[first:stop], candidates, places, (left, offsets)) - 1)
+    above = torch.cat(above)
+    sum_over_ranks([above, num_items])
+    return (above.split(counts)[rank()] + 1).clamp_max(num_items)  # NaN is last on each rank

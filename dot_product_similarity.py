@@ -77,13 +77,12 @@ class DotProductSimilarity(nn.Module):
         return self._walk(queries, items, seen, k=k)[1:]
 
     def sample_scores(
-        self, queries: Tensor, items: Tensor, target_rows: Tensor
+        self, queries: Tensor, items: Tensor, target_rows: Tensor, generator: torch.Generator
     ) -> tuple[Tensor, Tensor]:
         """Scores of each query's target, and of one other item, each as likely; (B,) and (B,).
 
-        The draw is the same in every call. Where there is one item only, it is the other one too.
+        `generator`: of the CPU. Where there is one item only, it is the other one too.
         """
-        generator = torch.Generator().manual_seed(0)  # not the global one: dropout draws from it
         shifts = torch.randint(1, max(2, len(items)), target_rows.shape, generator=generator)
         other_rows = (target_rows + shifts.to(items.device)) % len(items)
         of_targets = (queries * items[target_rows]).sum(1)

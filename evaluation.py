@@ -25,7 +25,7 @@ class Ranking(NamedTuple):
     num_seen: Tensor  # (S,) int64, events of the whole history
     is_repeat: Tensor  # (S,) bool, the target is an item of that history
     of_targets: Tensor  # (S,) float32 cosine of the query with its target
-    of_others: Tensor  # (S,) float32, with another item drawn uniformly
+    of_others: Tensor  # (S,) float32, with another item drawn uniformly (sharded: of the batch's)
     loss: float  # mean InfoNCE
 
     def metrics(self) -> dict[str, float]:
@@ -67,11 +67,12 @@ def evaluate(updater: Updater, loader: DataLoader, removes_seen: bool) -> Rankin
     chunks = stop_signals.between(model.item_embedding_chunks(item_ids), check)
     items = keep_own_items(chunks) if updater.shards else torch.cat(list(chunks))
     parts, loss_sum = [], torch.zeros(1, dtype=torch.float64)
+    generator = torch.Generator().manual_seed(0)  # not the global one: dropout draws from it
     for batch in stop_signals.between(loader, check):
         batch = batch.to(updater.device)
         with updater.autocast():
             queries, loss = model.predict_with_loss(batch)
-        ranked = _rank_targets(updater, batch, queries, items, removes_seen)
+        ranked = _rank_targets(updater, batch, queries, items, removes_seen, generator)
         target_ids, num_seen = batch.target_ids(), batch.seen_offsets.diff()
         owners = torch.arange(len(num_seen), device=num_seen.device).repeat_interleave(num_seen)
         repeats = owners[batch.seen_ids == target_ids[owners]]
@@ -86,7 +87,12 @@ def evaluate(updater: Updater, loader: DataLoader, removes_seen: bool) -> Rankin
 
 
 def _rank_targets(
-    updater: Updater, batch: Any, queries: Tensor, items: Tensor, removes_seen: bool
+    updater: Updater,
+    batch: Any,
+    queries: Tensor,
+    items: Tensor,
+    removes_seen: bool,
+    generator: torch.Generator,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Ranks and cosines of a batch's targets, and cosines of other items, (B,) each.
 
@@ -96,10 +102,10 @@ def _rank_targets(
     if not updater.shards:
         seen = (batch.seen_ids - 1, batch.seen_offsets) if removes_seen else None
         ranks = model.similarity.target_ranks(queries, items, target_ids - 1, seen)
-        return ranks, *model.similarity.sample_scores(queries, items, target_ids - 1)
+        return ranks, *model.similarity.sample_scores(queries, items, target_ids - 1, generator)
     rows = model.item_embeddings(batch.distinct_ids)  # of the same items on all ranks
     places = torch.searchsorted(batch.distinct_ids, target_ids)
     seen = (batch.seen_ids, batch.seen_offsets) if removes_seen else None
     target_ranks = model.similarity.target_ranks
     ranks = ranks_over_shards(target_ranks, items, queries, target_ids, rows[places], seen)
-    return ranks, *model.similarity.sample_scores(queries, rows, places)
+    return ranks, *model.similarity.sample_scores(queries, rows, places, generator)

@@ -283,7 +283,10 @@ class L2NormEmbeddingPostprocessor(nn.Module):
 
 
 class _Direction(torch.autograd.Function):
-    """torch.nn.functional.normalize with a third of the passes on the way back."""
+    """torch.nn.functional.normalize with a third of the passes on the way back.
+
+    The gradient is that of vectors longer than L2_EPS.
+    """
 
     @staticmethod
     def forward(ctx, x):

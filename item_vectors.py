@@ -208,10 +208,10 @@ def _fill(source: Path, rows: Iterable[tuple], num_items: int, stem: Path) -> Fe
             table[row] = values
             present[row] = True
         if table is None:
-            raise DataError(
-                f"{source}: none of its ids is an item of indexer.pkl (text and numbers compare "
-                "alike); it is empty or of another data set"
-            )
+            reason = "every vector in it is missing (NaN)"
+            if not is_by_re_id(source):
+                reason = "none of its ids is an item of indexer.pkl (text and numbers are alike)"
+            raise DataError(f"{source}: {reason}; it is empty or of another data set")
         table.flush()
     return Feature("emb", table.shape[1], table, present=present)
 

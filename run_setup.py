@@ -65,6 +65,11 @@ def read_features(args: argparse.Namespace, manifest: Manifest) -> tuple[dict, d
     if wanted_vectors is DEFAULT_MM_EMB_ID and not set(wanted_vectors) <= set(available):
         log.info("no multimodal vectors %s in this data: going on without", *wanted_vectors)
         wanted_vectors = []
+    if twice := (items.keys() | users.keys()) & set(wanted_vectors):
+        raise DataError(
+            f"{folder}: {', '.join(sorted(twice))} is a feature and a multimodal vector, but an id "
+            "is unique; choose with --item_features, --user_features and --mm_emb_id"
+        )
     if wanted_vectors:
         item_ids, path = {}, Path(folder) / "indexer.pkl"
         by_re_id = {name for name, source in available.items() if is_by_re_id(source)}

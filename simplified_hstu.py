@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
-from hstu_components import Dropout
+from hstu_components import INIT_STD, Dropout
 
 # Queries in an attention tile. Keys after a tile's last query are not computed.
 TILE = 128
@@ -49,19 +49,22 @@ KEPT_SCORES = 1 << 22
 # log10(2). Kept, because the published results have it.
 BUCKET_LOG_WIDTH = 0.301
 NUM_TIME_BUCKETS = 129
-# The bias of a key after its query: SiLU and its derivative are exactly zero there.
+# The bias of a key after its query: SiLU and its derivative are exactly zero there, as long as the
+# other terms of a score stay below 9,000.
 FUTURE = -1e4
 NORM_EPS = 1e-6
-INIT_STD = 0.02
 
 
 class Tile(NamedTuple):
     """Some queries of a rectangle and every key that one of them may see."""
 
     rows: slice  # queries
-    keys: slice  # 0 .. rows.stop
     times: tuple[Tensor, Tensor] | None  # (G, rows) and (G, keys) float64 seconds, or no buckets
     kept_buckets: Tensor | None  # (G, rows * keys) uint8 or int64 in 0..128
+
+    @property
+    def keys(self) -> slice:
+        return slice(0, self.rows.stop)
 
     def time_buckets(self) -> Tensor | None:
         """(G, rows * keys) int64 in 0..128; None without times."""
@@ -96,7 +99,8 @@ def cut_rectangles(
     Batches come ordered by length, so there are few gaps; any order is correct.
 
     Args:
-        offsets: (B + 1,) int64 on the CPU: the cuts need no wait for the device.
+        offsets: (B + 1,) int64 on the CPU: the cuts need no wait for the device. No sequence is
+            empty.
         key_times: (T,) int64 seconds.
         query_times: (T,) int64 seconds, or None for no time buckets.
         num_heads: whose scores lie side by side.
@@ -117,13 +121,14 @@ def cut_rectangles(
         # float64 is exact up to 2^53, and faster to subtract than int64.
         times = torch.stack([query_times, key_times], 1).double()  # (T, 2)
         times = times.new_zeros(int(starts[-1]), 2).index_copy_(0, events, times)
-    num_cells = sum((b - a) * L**2 for (a, b), L in zip(bounds, longest, strict=True))
+    shapes = [(b - a, L) for (a, b), L in zip(bounds, longest, strict=True)]
+    num_cells = sum(G * L**2 for G, L in shapes)
     kept = torch.int64 if num_cells <= KEPT_INDICES else torch.uint8  # type of the kept buckets
     if num_cells > KEPT_BUCKETS:
         kept = None
     rectangles = [
-        _rectangle(slice(int(starts[a]), int(starts[b])), (b - a, L), times, kept)
-        for (a, b), L in zip(bounds, longest, strict=True)
+        _rectangle(slice(int(starts[a]), int(starts[b])), shape, times, kept)
+        for (a, b), shape in zip(bounds, shapes, strict=True)
     ]
     return rectangles, events
 
@@ -152,17 +157,16 @@ def _rectangle(
 
 
 def _tile(rows: slice, times: Tensor | None, kept: torch.dtype | None) -> Tile:
-    keys = slice(0, rows.stop)
     if times is None:
-        return Tile(rows, keys, None, None)
-    tile = Tile(rows, keys, (times[:, rows, 0], times[:, keys, 1]), None)
+        return Tile(rows, None, None)
+    tile = Tile(rows, (times[:, rows, 0], times[:, : rows.stop, 1]), None)
     return tile if kept is None else tile._replace(kept_buckets=tile.time_buckets().to(kept))
 
 
 def time_buckets(seconds: Tensor) -> Tensor:
     """floor(ln(max(1, |seconds|)) / 0.301), at most 128, int64 (reference bucketization_fn)."""
     highest = math.exp((NUM_TIME_BUCKETS - 0.5) * BUCKET_LOG_WIDTH)  # the last bucket's middle
-    return seconds.float().abs_().clamp_(1, highest).log_().div_(BUCKET_LOG_WIDTH).long()
+    return seconds.float().abs().clamp_(1, highest).log_().div_(BUCKET_LOG_WIDTH).long()
 
 
 class RelativeAttentionBias(nn.Module):

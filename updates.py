@@ -39,7 +39,7 @@ class Updater:
 
     Each rank computes the gradients of its share of a batch; their sum is the whole batch's, and
     all ranks make the same update from it. Not torch's DistributedDataParallel: it takes the mean
-    of ranks that each have something, and knows no sparse gradients.
+    of ranks that each have something.
 
     Args:
         model: on its device.
@@ -97,8 +97,8 @@ class Updater:
 
         But for the negatives: each batch has its own.
 
-        The host waits for a GPU where a log or a state is due, for fp16's scaler and for the rows
-        of sparse gradients; else not.
+        The host waits for a GPU where a log or a state is due, for fp16's scaler, for the rows of
+        sparse gradients and for list features; else not.
 
         Args:
             batches: on the CPU.
@@ -117,10 +117,10 @@ class Updater:
         if num_ranks() > 1:  # each its own dropout, and that of the step whatever was before
             seeds = np.random.SeedSequence((self.args.seed, step, rank()))
             torch.manual_seed(int(seeds.generate_state(1, np.uint64)[0]))
-        counts = [int((batch.target_index >= 0).sum()) for batch in batches]
         total = max(1, sum(int(batch.num_targets) for batch in batches))
         loss = torch.zeros((), device=self.device)
-        for batch, count in zip(batches, counts, strict=True):
+        for batch in batches:
+            count = int((batch.target_index >= 0).sum())
             with self.autocast():
                 part = self.model(batch.to(self.device)) * (count / total)
             self.scaler.scale(part).backward()
@@ -235,7 +235,7 @@ def learning_rate(step: int, total_steps: int, args: argparse.Namespace) -> floa
     if step < args.warmup_steps:
         return args.lr * (step + 1) / args.warmup_steps
     done = (step - args.warmup_steps) / max(1, total_steps - args.warmup_steps)
-    return args.lr * 0.5 * (1.0 + math.cos(math.pi * min(1.0, done)))
+    return args.lr * 0.5 * (1.0 + math.cos(math.pi * done))
 
 
 def _some(values: Sequence[Any]) -> str:

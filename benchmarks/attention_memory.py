@@ -49,7 +49,7 @@ def plain(block: HSTUAttention, x: torch.Tensor, times: torch.Tensor, length: in
     u, v, q, k = projected.view(SEQUENCES, length, -1).split(block.split_sizes, -1)  # (B, N, d)
     distances = torch.arange(length)[:, None] - torch.arange(length)  # (N, N)
     times = times.view(SEQUENCES, length)
-    buckets = time_buckets((times + 60)[:, :, None] - times[:, None]).long()  # (B, N, N)
+    buckets = time_buckets((times + 60)[:, :, None] - times[:, None])  # (B, N, N)
     bias = block.relative_bias
     scores = q @ k.mT + bias.position_weight[distances.clamp(min=0)] + bias.time_weight[buckets]
     weights = F.silu(scores) * (distances >= 0)

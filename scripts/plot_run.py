@@ -217,7 +217,7 @@ def draw_time_bias(layers: Iterable[Tensor], span: int) -> Figure:
     """Each layer's bias by elapsed time, up to the longest that was trained on."""
     figure, (ax,) = make_figure(3.6, "What attention has learnt about elapsed time")
     seconds = torch.from_numpy(np.unique(np.geomspace(1, max(2, span), 5000).round()))
-    buckets = time_buckets(seconds).long()
+    buckets = time_buckets(seconds)
     used = buckets.unique()  # a few cover no whole second
     middles = [seconds[buckets == bucket].log().mean().exp().item() for bucket in used]
     for number, (weights, line) in enumerate(zip(layers, cycle(LINES), strict=False), 1):

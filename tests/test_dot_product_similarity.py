@@ -241,7 +241,9 @@ def test_sampled_scores_are_the_targets_and_any_other_items():
     items = torch.eye(X)  # an item's score is the query's number in its place
     queries = torch.arange(X).float().expand(2000, -1)
     targets = torch.full((2000,), 6)
-    of_targets, of_others = DotProductSimilarity().sample_scores(queries, items, targets)
+    generator = torch.Generator()
+    scores = DotProductSimilarity().sample_scores(queries, items, targets, generator)
+    of_targets, of_others = scores
     assert (of_targets == targets).all()
     assert set(of_others.tolist()) == set(range(X)) - {6}
 
@@ -249,7 +251,7 @@ def test_sampled_scores_are_the_targets_and_any_other_items():
 def test_a_sample_of_one_item_is_that_item_and_draws_no_global_number():
     state = torch.get_rng_state()
     scores = DotProductSimilarity().sample_scores(
-        torch.ones(3, D), torch.ones(1, D), torch.zeros(3, dtype=torch.int64)
+        torch.ones(3, D), torch.ones(1, D), torch.zeros(3, dtype=torch.int64), torch.Generator()
     )
     assert [part.tolist() for part in scores] == [[D] * 3, [D] * 3]
     assert torch.equal(state, torch.get_rng_state())

@@ -200,7 +200,7 @@ def test_a_bad_line_of_vectors_is_refused_with_file_and_line(tmp_path, line, mes
         (np.zeros((5, 2)), r"81\.npy: float64 \(5, 2\), expected float \(6, width\)"),
         (np.zeros((6, 2), np.int64), r"81\.npy: int64"),
         (np.zeros(6), r"81\.npy: float64 \(6,\)"),
-        (np.full((6, 2), np.nan), r"81\.npy: none of its"),
+        (np.full((6, 2), np.nan), r"81\.npy: every vector in it is missing"),
         (np.array([[1, 2]] * 5 + [[np.nan, 1]]), r"81\.npy: id 5: NaN"),
         (np.array([None] * 6), r"81\.npy"),
     ],

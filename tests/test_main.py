@@ -22,8 +22,8 @@ import main as main_module
 import run_setup
 from atomic_io import DataError
 from checkpoint import load_checkpoint
-from data_folder import EVENT_DTYPE, Sequences
-from data_writer import write_dataset
+from data_folder import EVENT_DTYPE, USER_DTYPE, Sequences
+from data_writer import Column, write_dataset
 from dataset import MyDataset, load_emb
 from flags import get_args
 from main import main
@@ -186,6 +186,19 @@ def test_a_machine_without_cuda_falls_back_with_one_line(tmp_path, data, capsys)
         pytest.skip("this machine has CUDA")
     run(tmp_path, data, "--device=cuda")
     assert capsys.readouterr().out.count("running on the CPU") == 1
+
+
+@pytest.mark.parametrize("side", ["item", "user"])
+def test_an_id_of_both_a_feature_and_a_vector_is_refused(tmp_path, capsys, side):
+    feature = {"81": Column("sparse", [1, 2])}
+    ones = Sequences(np.ones(2, EVENT_DTYPE), np.array([0, 2]), np.ones(1, USER_DTYPE))
+    ids = {"item_ids": [4, 5], "user_ids": [1, 2], "num_action_types": 2}
+    folder = tmp_path / "data"
+    write_dataset(folder, {"train": ones}, **ids, **{f"{side}_features": feature})
+    (folder / "creative_emb").mkdir()
+    np.save(folder / "creative_emb" / "81.npy", np.ones((3, 2)))
+    assert main([f"--data_dir={folder}", f"--output_dir={tmp_path}/o", *SMALL]) == 1
+    assert "81 is a feature and a multimodal vector, but" in capsys.readouterr().err
 
 
 def test_absent_vectors_81_are_said_once_and_others_are_an_error(tmp_path, data, capsys):

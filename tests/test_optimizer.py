@@ -279,6 +279,10 @@ def test_clipping_is_torchs_on_whole_gradients(limit):
         torch.testing.assert_close(ours.grad.to_dense(), theirs.grad)
 
 
+def test_where_nothing_has_a_gradient_the_norm_is_zero():
+    assert clip_gradients([nn.Parameter(torch.ones(2))], 1.0) == 0
+
+
 def test_a_gradient_that_is_not_finite_shows_in_the_norm():
     table = make_table()
     (table(torch.tensor([3, 3])) * torch.tensor([torch.inf, 1.0, 1.0])).sum().backward()
