@@ -9,10 +9,11 @@ import json
 import math
 import os
 import platform
+import re
 import shutil
 import sys
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
@@ -119,7 +120,7 @@ def hold_folder(folder: str | Path) -> Iterator[None]:
     Raises:
         DataError: another process holds it.
     """
-    with open(Path(folder) / ".lock", "a+") as file:
+    with open(Path(folder) / ".hstu.lock", "a+") as file:
         try:
             # Not flock: loader processes would inherit it, and outlive a parent that is killed.
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -127,20 +128,22 @@ def hold_folder(folder: str | Path) -> Iterator[None]:
             file.seek(0)
             raise DataError(
                 f"{folder}: process {file.read() or '(unknown)'} is at work in it; wait for its "
-                "end, or choose another --output_dir"
+                "end, or choose another folder"
             ) from error
         except OSError:  # no locks on this disk
             pass
-        file.truncate(0)
-        file.write(f"{os.getpid()} on {platform.node()}")
-        file.flush()
+        with suppress(OSError):  # a full disk: the lock holds, without a name
+            file.truncate(0)
+            file.write(f"{os.getpid()} on {platform.node()}")
+            file.flush()
         yield
 
 
 def sweep_temporaries(folder: str | Path) -> None:
     """Remove what a killed writer left in `folder`."""
     for stray in Path(folder).glob(".*.tmp"):
-        stray.unlink(missing_ok=True)
+        if re.fullmatch(r"\..+\.\d+\.tmp", stray.name):  # of `atomic_write`
+            stray.unlink(missing_ok=True)
 
 
 def sha256_of(path: str | Path) -> str:

@@ -70,7 +70,13 @@ def _save(content: Any, file: IO[bytes]) -> None:
 def read_register(folder: str | Path) -> dict[str, Any]:
     """checkpoints.json: file name -> size, sha256, step, config; empty where there is none."""
     path = Path(folder) / REGISTER
-    return read_json(path) if path.exists() else {}
+    register = read_json(path) if path.exists() else {}
+    entries = register.values() if isinstance(register, dict) else [None]
+    for entry in entries:
+        fields = entry if isinstance(entry, dict) else {}
+        if type(fields.get("step")) is not int or not isinstance(fields.get("sha256"), str):
+            raise DataError(f"{path}: {entry!r:.60}, expected a step and a sha256; not a register")
+    return register
 
 
 def settle_register(folder: str | Path) -> None:

@@ -19,6 +19,7 @@ from atomic_io import (
     DataError,
     atomic_write,
     file_entry,
+    hold_folder,
     read_json,
     sweep_temporaries,
     write_json,
@@ -120,32 +121,38 @@ def write_dataset(
         raise ValueError(f"action_names: {list(action_names)}, not {num_action_types} names")
     num_rows = {"item": len(item_ids), "user": len(user_ids)}
     _check_features(data_dir, sides, item_vectors, num_rows)
-    old_files = retire_manifest(data_dir)
-    files = []
-    for split, chunks in splits.items():
-        files += write_split(data_dir, split, [chunks] if isinstance(chunks, Sequences) else chunks)
-    with atomic_write(data_dir / "indexer.pkl") as file:
-        pickle.dump(indexer, file, protocol=4)
-    files.append("indexer.pkl")
-    files += _write_features(data_dir, sides, list(item_vectors))
-    for feature_id, vectors in item_vectors.items():
-        files.append(_write_vectors(data_dir, feature_id, vectors))
-    if item_names is not None:
-        with atomic_write(data_dir / "item_names.txt") as file:
-            file.writelines((" ".join(name.splitlines()) + "\n").encode() for name in item_names)
-        files.append("item_names.txt")
-    manifest = Manifest(
-        len(item_ids),
-        len(user_ids),
-        num_action_types,
-        {
-            split: (targets or {}).get(split, "next" if split == "train" else "last")
-            for split in splits
-        },
-        digest_of_ids(indexer["i"]),
-        None if action_names is None else list(action_names),
-    )
-    write_manifest(data_dir, manifest, files, old_files)
+    data_dir.mkdir(parents=True, exist_ok=True)
+    with hold_folder(data_dir):
+        old_files = retire_manifest(data_dir)
+        files = []
+        for split, chunks in splits.items():
+            files += write_split(
+                data_dir, split, [chunks] if isinstance(chunks, Sequences) else chunks
+            )
+        with atomic_write(data_dir / "indexer.pkl") as file:
+            pickle.dump(indexer, file, protocol=4)
+        files.append("indexer.pkl")
+        files += _write_features(data_dir, sides, list(item_vectors))
+        for feature_id, vectors in item_vectors.items():
+            files.append(_write_vectors(data_dir, feature_id, vectors))
+        if item_names is not None:
+            with atomic_write(data_dir / "item_names.txt") as file:
+                file.writelines(
+                    (" ".join(name.splitlines()) + "\n").encode() for name in item_names
+                )
+            files.append("item_names.txt")
+        manifest = Manifest(
+            len(item_ids),
+            len(user_ids),
+            num_action_types,
+            {
+                split: (targets or {}).get(split, "next" if split == "train" else "last")
+                for split in splits
+            },
+            digest_of_ids(indexer["i"]),
+            None if action_names is None else list(action_names),
+        )
+        write_manifest(data_dir, manifest, files, old_files)
 
 
 def _check_features(
@@ -187,6 +194,7 @@ def retire_manifest(data_dir: Path) -> set[str]:
     files are not ours, nor is any outside of the folder.
     """
     data_dir.mkdir(parents=True, exist_ok=True)
+    refuse_foreign_manifest(data_dir)
     (data_dir / UNFINISHED).touch()
     for folder in (data_dir, data_dir / "creative_emb", data_dir / "candidates"):
         sweep_temporaries(folder)
@@ -198,6 +206,16 @@ def retire_manifest(data_dir: Path) -> set[str]:
         path.unlink()
     places = {file.parent.resolve() / file.name for file in files if file.is_file()}
     return {place.relative_to(root).as_posix() for place in places if place.is_relative_to(root)}
+
+
+def refuse_foreign_manifest(data_dir: Path) -> None:
+    """Many programs have a manifest.json, and this one's would take its place."""
+    path, content = data_dir / "manifest.json", None
+    if path.exists():
+        with suppress(DataError):  # damaged
+            content = read_json(path)
+    if content and isinstance(content, dict) and not content.keys() & {"format_version", "files"}:
+        raise DataError(f"{path}: of another program; name another folder to write")
 
 
 def write_manifest(

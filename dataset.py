@@ -555,12 +555,18 @@ def count_items(data_dir: str | Path, split: str, num_items: int) -> np.ndarray:
     return counts.numpy().astype(np.int64)
 
 
-def count_targets(data_dir: str | Path, item_counts: np.ndarray, maxlen: int | None) -> np.ndarray:
+def count_targets(
+    data_dir: str | Path, num_users: int, item_counts: np.ndarray, maxlen: int | None
+) -> np.ndarray:
     """(X + 1,) int64: how often each item is a target in training, of its `item_counts` there.
 
     A sequence's first event is none, nor is one older than its newest `maxlen`, if that is given.
+
+    Raises:
+        DataError: the offsets or the users are wrong.
     """
-    events, offsets, _ = open_split(Path(data_dir), "train")
+    events, offsets, users = open_split(Path(data_dir), "train")
+    check_split(Path(data_dir), "train", offsets, users, num_users)
     counts, starts, ends = item_counts.copy(), offsets[:-1], offsets[1:]
     firsts = starts + 1 if maxlen is None else np.maximum(starts + 1, ends - maxlen)
     firsts = np.minimum(firsts, ends)  # targets; there may be no events

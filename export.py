@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import fields
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -87,7 +87,8 @@ def export_all(
     origin = {"checkpoint": path.name, "checkpoint_sha256": sha256_of(path)}
     origin |= {"item_ids": catalogue.id_kind, "data_files": fingerprint(args.data_dir)}
     folder, shape = output_dir / "item_embeddings", (len(catalogue.ids), config.hidden_units)
-    publish(folder, shape, embed(model, catalogue), {"id.u64bin": catalogue.ids}, origin)
+    of_users = output_dir / "user_embeddings"
+    publish(folder, shape, embed(model, catalogue), {"id.u64bin": catalogue.ids}, origin, of_users)
     tell_of_re_ids(args, "items", catalogue.id_kind)
     if "test" not in manifest.targets:
         return
@@ -103,7 +104,8 @@ def export_all(
     top_ids = np.where(top_rows < 0, -1, catalogue.ids.view(np.int64)[top_rows])
     arrays = {"topk.u64bin": top_ids, "id.u64bin": user_ids[users]}
     origin |= {"user_ids": kind, "whole_history": args.whole_history}
-    publish(output_dir / "user_embeddings", queries.shape, [queries], arrays, origin)
+    origin |= {"request_time": args.request_time, "request_action": args.request_action}
+    publish(of_users, queries.shape, [queries], arrays, origin)
     tell_of_re_ids(args, "users", kind)
 
 
@@ -320,7 +322,8 @@ def publish(
     shape: tuple[int, int],
     embeddings: Iterable[np.ndarray],
     arrays: Mapping[str, np.ndarray],
-    origin: Mapping[str, str],
+    origin: Mapping[str, Any],
+    *followers: Path,
 ) -> None:
     """Write an export's files, and last the manifest that names their sizes and hashes.
 
@@ -330,6 +333,7 @@ def publish(
         embeddings: their rows in order, (c, d) at a time; two chunks at most are held.
         arrays: the other files, (n, ...) each, `id.u64bin` among them.
         origin: goes into the manifest.
+        followers: folders of exports that go with the old files, and not with these.
 
     Raises:
         DataError: no index takes these vectors; the export that was there is as it was.
@@ -346,7 +350,8 @@ def publish(
             path = folder / name
             file = complete.enter_context(atomic_write(path, emb_size(path, size)))
             files[name] = write_hashed(file, emb_pieces(path, size, rows))
-        (folder / "manifest.json").unlink(missing_ok=True)
+        for old in (folder, *followers):
+            (old / "manifest.json").unlink(missing_ok=True)
     n, d = shape
     write_json(folder / "manifest.json", {"n": n, "d": d, **origin, "files": files})
     log.info("wrote %s: %s vectors of width %d", folder, f"{n:,}", d)

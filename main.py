@@ -8,6 +8,7 @@ import logging
 import math
 import os
 import re
+import shlex
 import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping
@@ -56,6 +57,7 @@ from run_state import (
     Run,
     check_same_step,
     load_best,
+    restore_best,
     resume,
     save_epoch,
     save_run,
@@ -150,12 +152,14 @@ def check_ranks(args: argparse.Namespace) -> None:
 
 
 def check_folders(args: argparse.Namespace) -> None:
-    if Path(args.output_dir).resolve() == Path(args.data_dir).resolve():
+    if os.path.realpath(args.output_dir) == os.path.realpath(args.data_dir):
         raise DataError(f"{args.output_dir}: --output_dir is the data folder; name another one")
     for flag in ("output_dir", "log_dir"):
         path = Path(vars(args)[flag])
-        if any(place.exists() and not place.is_dir() for place in (path, *path.parents)):
-            raise DataError(f"{path}: --{flag} is not a folder, or below a file; name another one")
+        if any(os.path.lexists(place) and not place.is_dir() for place in (path, *path.parents)):
+            raise DataError(
+                f"{path}: --{flag} is not a folder, or below a file or a broken link; name another"
+            )
 
 
 def one_line(error: Exception) -> str:
@@ -200,6 +204,7 @@ def train(args: argparse.Namespace) -> None:
             resume(run)
             if rank() == 0:
                 settle_register(output_dir)
+                restore_best(run)
             check_same_step(run)
         if not run.progress.is_finished:
             announce(run, datasets)
@@ -237,7 +242,7 @@ def open_datasets(
     maxlen = None if args.windows else args.maxlen
     options |= {
         "item_counts": counts,
-        "target_counts": count_targets(args.data_dir, counts, maxlen),
+        "target_counts": count_targets(args.data_dir, manifest.num_users, counts, maxlen),
     }
     return {split: MyDataset(args.data_dir, split, **options) for split in manifest.targets}
 
@@ -408,7 +413,8 @@ def train_one_epoch(run: Run, loader: DataLoader, run_log: RunLog) -> None:
             progress.loss_steps += 1
             loss_sum += values["Loss/train"]
             run_log.step(progress.epoch + 1, progress.step, batches, values)
-            if args.save_every_steps and progress.step % args.save_every_steps == 0:
+            is_due = args.save_every_steps and progress.step % args.save_every_steps == 0
+            if is_due and progress.batch < num_batches:  # else save_epoch does, behind its curves
                 progress.loss_sum = loss_sum.item()
                 run_log.flush()  # a resumed run logs what comes after the state
                 save_run(run)
@@ -531,10 +537,13 @@ def report(run: Run, datasets: Mapping[str, MyDataset]) -> None:
             summary(repeats), repeats["targets"],
         )  # fmt: skip
     log.info("  wrote  %s, model_epoch_*.pt, %s", best, path)
-    folders = f"--data_dir {run.args.data_dir} --output_dir {output_dir}"
+    best, data, output, logs = (
+        shlex.quote(str(path)) for path in (best, run.args.data_dir, output_dir, run.args.log_dir)
+    )
+    folders = f"--data_dir {data} --output_dir {output}"
     log.info("  next   python main.py --inference_only --state_dict_path %s %s", best, folders)
-    log.info("  curves tensorboard --logdir %s", run.args.log_dir)
-    log.info("  plots  python scripts/plot_run.py %s --log_dir %s", folders, run.args.log_dir)
+    log.info("  curves tensorboard --logdir %s", logs)
+    log.info("  plots  python scripts/plot_run.py %s --log_dir %s", folders, logs)
 
 
 if __name__ == "__main__":

@@ -85,6 +85,8 @@ class RunLog:
 
     def start(self, flags: Mapping[str, Any], settings: Collection[str]) -> None:
         """The page of charts, and the flags as a table; `settings` are those to compare runs by."""
+        # A path may be no text; protobuf takes nothing else.
+        flags = {k: _as_text(v) if isinstance(v, str) else v for k, v in flags.items()}
         rows = [f"| {name} | {value} |" for name, value in sorted(flags.items())]
         table = "\n".join(["| flag | value |", "|---|---|", *rows])
         # A bool would be shown as 1.0000.
@@ -212,10 +214,11 @@ class RunLog:
         """The end of the log, where its folder fails; TensorBoard's thread raises it here later."""
         try:
             yield
-        except OSError as error:
+        except (OSError, UnicodeEncodeError) as error:  # the latter: TensorBoard wants a text
+            path = getattr(error, "filename", None) or self.log_dir
             log.warning(
                 "%s: %s; training goes on, but no more is logged there",
-                error.filename or self.log_dir, error.strerror or error,
+                path, getattr(error, "strerror", None) or error,
             )  # fmt: skip
             self._writer = None
 
@@ -238,6 +241,10 @@ class RunLog:
 
 def summary(metrics: Mapping[str, float]) -> str:
     return f"HR@10 {metrics['HR@10']:.4f}, NDCG@10 {metrics['NDCG@10']:.4f}"
+
+
+def _as_text(path: str) -> str:
+    return path.encode(errors="replace").decode()
 
 
 def progress_bar(batches: Iterable[Any] | None = None, **options: Any) -> tqdm:

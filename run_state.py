@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import re
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -72,12 +73,14 @@ def resume(run: Run) -> None:
     is_auto = args.resume == "auto"
     state = load_newest_state(output_dir) if is_auto else load_checkpoint(args.resume)
     if state is None:
+        found = {path.name for path in own_files(output_dir) if path.suffix == ".pt"}
         # A run that was killed in its first save leaves one file without an entry, never more.
-        if len(list(output_dir.glob("*.pt"))) > 1 and not read_register(output_dir):
+        is_first_save = len(found) == 1 and "model_best.pt" not in found
+        if found and not is_first_save and not read_register(output_dir):
             raise DataError(
-                f"{output_dir}: holds checkpoints, but no checkpoints.json that vouches for them; "
-                "copy it as well, name a state with --resume, or start afresh with --resume none "
-                "--overwrite"
+                f"{output_dir}: holds {', '.join(sorted(found)[:3])}, but no checkpoints.json that "
+                "vouches for them; copy it as well, name a state with --resume, start afresh with "
+                "--resume none --overwrite, or choose another --output_dir"
             )
         return
     if "progress" not in state:
@@ -85,6 +88,11 @@ def resume(run: Run) -> None:
     changed = differences(state["binding"], run.binding)
     if changed:
         flags = [f"--{line}" for line in changed if line.partition(":")[0] in vars(args)]
+        if not flags and "data files" in {line.partition(":")[0] for line in changed}:
+            raise DataError(
+                f"{output_dir if is_auto else args.resume}: was trained on other data than "
+                f"{args.data_dir}; name that, or another --output_dir and --log_dir"
+            )
         changed = flags or changed  # the rest follows from them
         raise DataError(
             f"{output_dir if is_auto else args.resume}: was trained with other settings: "
@@ -101,17 +109,23 @@ def resume(run: Run) -> None:
         log.info("resuming at epoch %d, step %d", run.progress.epoch + 1, run.progress.step)
 
 
+def own_files(output_dir: Path) -> list[Path]:
+    """What a training writes there, the register first; other people's files are none of it."""
+    names = r"checkpoints\.json|metrics\.json|model_(epoch_\d+|best)\.pt|resume_\d+\.pt"
+    return sorted(path for path in output_dir.iterdir() if re.fullmatch(names, path.name))
+
+
 def clear(output_dir: Path, overwrite: bool) -> None:
     """Make room for a run that does not go on from what lies in its folder."""
     # The best model alone is what a kill in move_in leaves.
-    if {path.name for path in output_dir.glob("*.pt")} - {"model_best.pt"} and not overwrite:
+    found = own_files(output_dir)
+    if {path.name for path in found if path.suffix == ".pt"} - {"model_best.pt"} and not overwrite:
         raise DataError(
             f"{output_dir}: holds checkpoints; go on from them with --resume auto, choose an empty "
             "--output_dir, or add --overwrite"
         )
-    for pattern in ("model_*.pt", "resume_*.pt", "checkpoints.json", "metrics.json"):
-        for old in output_dir.glob(pattern) if rank() == 0 else ():
-            old.unlink()
+    for old in found if rank() == 0 else ():
+        old.unlink()
 
 
 def move_in(run: Run, source: Path) -> None:
@@ -127,6 +141,22 @@ def move_in(run: Run, source: Path) -> None:
     if best and rank() == 0:
         save_checkpoint(output_dir / "model_best.pt", best, progress.step)
     save_run(run)
+
+
+def restore_best(run: Run) -> None:
+    """Make model_best.pt that of the state's best epoch.
+
+    A kill between an epoch's checkpoints and its state leaves a newer one, whose epoch is trained
+    again: with other ranks or on another device to other weights.
+    """
+    output_dir, best_epoch = Path(run.args.output_dir), run.progress.best_epoch
+    source, best = output_dir / f"model_epoch_{best_epoch}.pt", output_dir / "model_best.pt"
+    register = read_register(output_dir)
+    if source.name not in register or not source.exists():
+        return
+    is_same = register.get(best.name, {}).get("sha256") == register[source.name]["sha256"]
+    if not (is_same and best.exists()):
+        save_checkpoint(best, load_checkpoint(source), register[source.name]["step"])
 
 
 def check_same_step(run: Run) -> None:

@@ -279,7 +279,8 @@ class Trial:
 
     def files(self, pattern: str = "") -> dict[str, bytes]:
         """Path in the output folder -> bytes, of all files that match but the lock."""
-        paths = [path for path in self.output.rglob("*") if path.is_file() and path.name != ".lock"]
+        found = self.output.rglob("*")
+        paths = [path for path in found if path.is_file() and path.name != ".hstu.lock"]
         names = {str(path.relative_to(self.output)): path for path in paths}
         return {name: path.read_bytes() for name, path in names.items() if re.match(pattern, name)}
 

@@ -52,6 +52,9 @@ def main(argv: list[str] | None = None) -> int:
             problems = list(itertools.islice(find_problems(*folder), MAX_PROBLEMS + 1))
         if not problems:
             show(*folder)
+    except KeyboardInterrupt:
+        print("stopped by SIGINT", file=sys.stderr)
+        return 130
     except (DataError, OSError) as error:
         problems = [cause(error)]
     if len(problems) > MAX_PROBLEMS:

@@ -30,7 +30,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import numpy as np
 
-from atomic_io import DataError, atomic_write, exit_code
+from atomic_io import DataError, atomic_write, exit_code, hold_folder
 from data_folder import (
     EVENT_DTYPE,
     USER_DTYPE,
@@ -112,25 +112,27 @@ def convert(
         raise DataError(f"{data_dir}: is the source; name another folder to write")
     indexer = read_indexer(source, trust=trust_pickle)
     index, counts, kinds = make_index(source, indexer), Counter(), {}
-    for name in retire_manifest(data_dir):
-        (data_dir / name).unlink(missing_ok=True)
-    files = write_candidates(predict_dir, data_dir, indexer["i"], counts)
-    digest = digest_of_ids(sorted(indexer["i"], key=indexer["i"].get))
-    del indexer
-    folders = {"seq": source}
-    if (predict_dir / "predict_seq.jsonl").exists():
-        folders["predict_seq"] = predict_dir
-    blocks = {
-        name: read_blocks(folder, name, index.limits, num_workers, trust_pickle)
-        for name, folder in folders.items()
-    }
-    splits, targets = write_sequences(data_dir, blocks, index, kinds, counts, valid_users, seed)
-    files += splits + link_item_files(source, data_dir)
-    files += describe_features(data_dir, index, kinds)
-    files.append(write_index(source, data_dir, index, trust_pickle))
-    sizes = index.limits.num_items, len(index.users), len(ACTIONS)
-    manifest = Manifest(*sizes, targets, digest, ACTIONS)
-    write_manifest(data_dir, manifest, files, set())
+    data_dir.mkdir(parents=True, exist_ok=True)
+    with hold_folder(data_dir):
+        for name in retire_manifest(data_dir):
+            (data_dir / name).unlink(missing_ok=True)
+        files = write_candidates(predict_dir, data_dir, indexer["i"], counts)
+        digest = digest_of_ids(sorted(indexer["i"], key=indexer["i"].get))
+        del indexer
+        folders = {"seq": source}
+        if (predict_dir / "predict_seq.jsonl").exists():
+            folders["predict_seq"] = predict_dir
+        blocks = {
+            name: read_blocks(folder, name, index.limits, num_workers, trust_pickle)
+            for name, folder in folders.items()
+        }
+        splits, targets = write_sequences(data_dir, blocks, index, kinds, counts, valid_users, seed)
+        files += splits + link_item_files(source, data_dir)
+        files += describe_features(data_dir, index, kinds)
+        files.append(write_index(source, data_dir, index, trust_pickle))
+        sizes = index.limits.num_items, len(index.users), len(ACTIONS)
+        manifest = Manifest(*sizes, targets, digest, ACTIONS)
+        write_manifest(data_dir, manifest, files, set())
     counts["users that indexer.pkl lacks, added"] = len(index.users) - index.limits.num_users
     print(f"wrote {data_dir}: {manifest.num_items:,} items, {manifest.num_users:,} users")
     for text, count in counts.items():
@@ -167,6 +169,8 @@ def write_index(source: Path, data_dir: Path, index: Index, trust_pickle: bool) 
 def link(source: Path, target: Path) -> str:
     """A hard link, or a copy on another file system; the target's name."""
     target.parent.mkdir(parents=True, exist_ok=True)
+    if target.exists() and target.samefile(source):  # through a link of the folder's, say
+        return target.name
     target.unlink(missing_ok=True)
     try:
         os.link(source.resolve(), target)

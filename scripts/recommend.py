@@ -7,6 +7,7 @@ Reads what `main.py --inference_only` wrote. A user's query lies there, and item
 from __future__ import annotations
 
 import argparse
+import shlex
 import shutil
 import signal
 import sys
@@ -177,9 +178,10 @@ def read_folder(args: argparse.Namespace, name: str) -> tuple[dict, torch.Tensor
 
 
 def export_command(args: argparse.Namespace) -> str:
+    output_dir, data_dir = shlex.quote(str(args.output_dir)), shlex.quote(str(args.data_dir))
     return (
-        f"python main.py --inference_only --state_dict_path {args.output_dir}/model_best.pt "
-        f"--data_dir {args.data_dir} --output_dir {args.output_dir}"
+        f"python main.py --inference_only --state_dict_path {output_dir}/model_best.pt "
+        f"--data_dir {data_dir} --output_dir {output_dir}"
     )
 
 

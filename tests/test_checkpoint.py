@@ -241,6 +241,13 @@ def test_a_damaged_register_is_refused_by_name(tmp_path, content):
         load_newest_state(tmp_path)
 
 
+@pytest.mark.parametrize("register", ["[]", "3", '{"a": 1}', '{"resume_1.pt": {}}', '{"a": null}'])
+def test_what_is_no_register_is_refused_by_name(tmp_path, register):
+    (tmp_path / "checkpoints.json").write_text(register)
+    with pytest.raises(DataError, match=r"checkpoints\.json: .*not a register"):
+        load_newest_state(tmp_path)
+
+
 def test_an_unregistered_file_loads_with_one_warning(tmp_path, content, caplog):
     save_checkpoint(tmp_path / "model_best.pt", content, 5)
     (tmp_path / "elsewhere").mkdir()

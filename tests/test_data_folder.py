@@ -317,6 +317,14 @@ def test_a_damaged_manifest_can_be_written_over(folder, text):
     assert load_features(folder, "item", NUM_ITEMS) == {}
 
 
+def test_the_manifest_of_another_program_is_never_replaced(tmp_path):
+    (tmp_path / "manifest.json").write_text('{"name": "my app"}')
+    with pytest.raises(DataError, match=r"manifest\.json: of another program"):
+        write(tmp_path, {"train": make_sequences(np.random.default_rng(1), [3])})
+    assert (tmp_path / "manifest.json").read_text() == '{"name": "my app"}'
+    assert not (tmp_path / ".unfinished").exists()
+
+
 def test_files_put_beside_complete_data_by_hand_survive_a_rewrite(folder):
     sequences = {"train": read(folder)}
     write(folder, sequences)

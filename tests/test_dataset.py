@@ -930,7 +930,7 @@ def test_an_item_is_trained_on_where_events_before_it_are_its_query(folder, maxl
             if maxlen is None or event >= end - maxlen:
                 expected[events["item_id"][event]] += 1
     counts = count_items(folder, "train", NUM_ITEMS)
-    found = count_targets(folder, counts, maxlen)
+    found = count_targets(folder, NUM_USERS, counts, maxlen)
     assert_array_equal(found, expected)
     dataset = MyDataset(folder, "train", maxlen or 3, "all", has_windows=maxlen is None)
     targets = np.zeros_like(expected)

@@ -14,8 +14,9 @@ from pathlib import Path
 import prepare_synthetic
 import pytest
 import torch
+from conftest import write_tiny
 
-from atomic_io import read_json
+from atomic_io import DataError, read_json
 from checkpoint import load_checkpoint
 from dataset import MyDataset
 from interrupts import SIGNALS, stop_signals
@@ -245,6 +246,8 @@ def test_a_stopped_export_leaves_the_old_files(method, data, whole, tmp_path, mo
     signal_in(monkeypatch, HSTUModel, method, 1, signal.SIGINT)
     monkeypatch.setattr("model.CHUNK_ITEMS", 7)
     assert main([*flags, new]) == 130
+    if method == "predict":  # whose items are gone
+        del before["manifest.json"]
     assert before == {path.name: path.read_bytes() for path in folder.iterdir()}
     assert capsys.readouterr().out.splitlines()[-1] == "stopped by SIGINT"
 
@@ -277,6 +280,12 @@ def test_a_signal_that_comes_when_all_is_done_changes_nothing(number, monkeypatc
     with stop_signals:
         monkeypatch.setattr(signal, "signal", restore_late)
     assert signal.alarm(0) == 0
+
+
+def test_data_are_not_written_where_another_process_writes_some(tmp_path, hold):
+    hold(tmp_path)
+    with pytest.raises(DataError, match="is at work in it"):
+        write_tiny(tmp_path)
 
 
 @pytest.fixture
@@ -317,7 +326,7 @@ def test_a_second_training_is_refused_until_the_first_dies(data, tmp_path, hold,
     assert (tmp_path / ".model_best.pt.4711.tmp").exists()  # the first one may be writing it
     first.kill()
     first.wait()
-    assert (tmp_path / ".lock").exists()
+    assert (tmp_path / ".hstu.lock").exists()
     assert main([*flags_of(data, tmp_path), "--num_epochs=1"]) == 0
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import pickle
 import re
 import shutil
@@ -21,7 +22,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 import main as main_module
 import run_setup
 from atomic_io import DataError
-from checkpoint import load_checkpoint
+from checkpoint import load_checkpoint, save_checkpoint
 from data_folder import EVENT_DTYPE, USER_DTYPE, Sequences
 from data_writer import Column, write_dataset
 from dataset import MyDataset, load_emb
@@ -60,7 +61,7 @@ def metrics(output_dir: Path) -> dict:
     return json.loads((output_dir / "metrics.json").read_text())
 
 
-GOLDEN = [8.2413, 6.1764, 11.4804, 6.5539, 7.0763, 8.1289, 6.7628, 5.5327, 7.0084, 5.7022]
+GOLDEN = [8.0213, 6.1519, 10.9516, 6.4139, 6.6071, 7.3455, 6.7600, 4.8788, 6.7433, 5.5839]
 
 # Flag -> (flags of one run, flags of the other): the trained weights must differ.
 TRAINING_FLAGS = {
@@ -373,6 +374,66 @@ def test_an_interrupted_run_ends_like_a_whole_one(tmp_path, data, monkeypatch, s
     assert metrics(whole) == metrics(resumed)
     for tag in ("Loss/train", "Loss/train_epoch", "Loss/valid", "Train/lr", "Metrics/MRR"):
         assert scalars(whole, tag) == scalars(resumed, tag), tag
+
+
+def test_an_epochs_points_are_logged_once_whatever_is_saved_at_its_end(tmp_path, data, monkeypatch):
+    flags = ["--save_every_steps=3", "--log_every=1"]  # as many steps as an epoch has
+    whole = run(tmp_path, data, *flags)
+    with monkeypatch.context() as patch:
+        patch.setattr(main_module, "save_epoch", stop)
+        with pytest.raises(KeyboardInterrupt):
+            run(tmp_path, data, *flags, name="o")
+    time.sleep(1 - time.time() % 1)  # TensorBoard orders files by the second
+    resumed = run(tmp_path, data, *flags, name="o")
+    for tag in ("Loss/train", "Loss/train_epoch", "Metrics/MRR"):
+        assert scalars(whole, tag) == scalars(resumed, tag), tag
+    assert [step for step, _ in scalars(resumed, "Metrics/MRR")] == [3, 6]
+
+
+def test_the_best_model_is_that_of_an_epoch_of_this_run(tmp_path, data, monkeypatch):
+    output_dir = run(tmp_path, data, "--num_epochs=3")
+    (output_dir / "metrics.json").unlink()
+    best = metrics(run(tmp_path, data, "--num_epochs=3"))["best_epoch"]
+    expected = (output_dir / f"model_epoch_{best}.pt").read_bytes()
+    assert (output_dir / "model_best.pt").read_bytes() == expected
+    other = output_dir / f"model_epoch_{2 if best == 1 else 1}.pt"
+    # As a kill before an epoch's state leaves it, if the epoch ends otherwise afterwards.
+    save_checkpoint(output_dir / "model_best.pt", load_checkpoint(other), 99)
+    run(tmp_path, data, "--num_epochs=3")
+    assert (output_dir / "model_best.pt").read_bytes() == expected
+    (output_dir / "model_best.pt").unlink()
+    run(tmp_path, data, "--num_epochs=3")
+    assert (output_dir / "model_best.pt").read_bytes() == expected
+
+
+def test_other_peoples_files_survive_in_an_output_folder(tmp_path, data, capsys):
+    output_dir = run(tmp_path, data)
+    others = ["model_before_change.pt", "resume_keep.pt", ".mine.tmp", ".lock"]
+    for name in others:
+        (output_dir / name).write_text("mine")
+    run(tmp_path, data, "--resume=none", "--overwrite", "--lr=0.5")
+    assert [(output_dir / name).read_text() for name in others] == ["mine"] * len(others)
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "model_best.pt").write_text("mine")
+    folders = [f"--data_dir={data}", f"--output_dir={tmp_path}/other", f"--log_dir={tmp_path}/l"]
+    assert main([*folders, *SMALL]) == 1
+    assert "holds model_best.pt, but no checkpoints.json" in capsys.readouterr().err
+    assert (tmp_path / "other" / "model_best.pt").read_text() == "mine"
+
+
+def test_folders_may_have_names_that_are_no_text(tmp_path, data, capsys):
+    name = os.fsdecode(b"r\xe9sultat")
+    assert metrics(run(tmp_path, data, name=name))["test"]
+    assert "but no more is logged there" in capsys.readouterr().out
+    run(tmp_path, data, f"--output_dir={tmp_path}/{name}2")  # and its logs in one with a text
+
+
+@pytest.mark.parametrize("target", ["link", "/nowhere/at/all"])
+def test_a_link_to_nowhere_is_no_output_folder(tmp_path, data, capsys, target):
+    (tmp_path / "link").symlink_to(tmp_path / target)
+    folders = [f"--data_dir={data}", f"--output_dir={tmp_path}/link", f"--log_dir={tmp_path}/l"]
+    assert main([*folders, *SMALL]) == 1
+    assert "or below a file or a broken link" in capsys.readouterr().err
 
 
 def test_states_are_saved_every_so_many_steps_and_the_last_two_kept(tmp_path, data):
@@ -702,8 +763,9 @@ def test_a_checkpoint_is_for_data_whose_re_ids_mean_the_same_items_and_actions(
     "flags",
     [
         ["--batch_size=0"], ["--lr=nan"], ["--infonce_temp=0"], ["--maxlen=0"],
-        ["--num_workers=-1"], ["--dropout_rate=1"], ["--clip_grad=-1"], ["--negatives=none"],
-        ["--state_dict_path=model_best.pt"], ["--candidates=new"], ["--overwrite"],
+        ["--hidden_units=1"], ["--num_workers=-1"], ["--dropout_rate=1"], ["--clip_grad=-1"],
+        ["--negatives=none"], ["--state_dict_path=model_best.pt"], ["--candidates=new"],
+        ["--overwrite"],
     ],
 )  # fmt: skip
 def test_a_wrong_flag_is_argparses_error(flags, capsys):

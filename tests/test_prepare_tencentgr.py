@@ -332,6 +332,17 @@ def test_a_conversion_replaces_all_of_the_one_before(tmp_path):
     assert (source / "creative_emb" / "81.pkl").exists()
 
 
+def test_vectors_that_the_target_reaches_by_a_link_survive(tmp_path):
+    source = write_source(tmp_path / "one", random_lines(0, range(1, 30)))
+    (source / "creative_emb").mkdir()
+    (source / "creative_emb" / "81.pkl").write_bytes(pickle.dumps({20_000_003: [1.0, 2.0]}))
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "creative_emb").symlink_to(source / "creative_emb")
+    for _ in range(2):
+        tencentgr.convert(source, tmp_path / "data")
+        assert (source / "creative_emb" / "81.pkl").exists()
+
+
 @pytest.mark.parametrize("text", ['{"files": {"../precious.txt": {}, "old.bin": {}}}', '{"files'])
 def test_a_conversion_removes_nothing_outside_of_its_folder(tmp_path, text):
     data_dir = tmp_path / "data"
