@@ -101,7 +101,8 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
     """
     path = Path(path)
     if not path.is_file():
-        raise DataError(f"{path}: no such checkpoint file")
+        remark = ", but a folder; name a model_*.pt or resume_*.pt in it" if path.is_dir() else ""
+        raise DataError(f"{path}: no such checkpoint file{remark}")
     entry = read_register(path.parent).get(path.name)
     if entry is None:
         log.warning("%s: not in %s, so its integrity is not verified", path, REGISTER)

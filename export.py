@@ -121,9 +121,14 @@ def request_action(args: argparse.Namespace, config: HSTUConfig, manifest: Manif
     """The type that --request_action names.
 
     Raises:
-        DataError: the data has no such type, or the model does not ask for one.
+        DataError: the data has no such type, or the model does not ask for one, or for the time.
     """
     types = {"-1": -1, **manifest.action_types()}
+    if args.request_time is not None and config.time_bias != "request":
+        raise DataError(
+            f"--request_time: the model was trained with --time_bias {config.time_bias}, and does "
+            "not ask for it"
+        )
     if args.request_action not in types:
         raise DataError(
             f"--request_action {args.request_action}: no action of {args.data_dir}, expected "

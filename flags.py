@@ -286,10 +286,11 @@ def device_name(text: str) -> str:
 
 def unix_seconds(text: str) -> int:
     """An argparse type: a time from 1970 to the year 5138; what is beyond is in milliseconds."""
-    value = int(text)
-    if not 0 <= value < 10**11:
-        raise argparse.ArgumentTypeError(f"{value} is no time in seconds; milliseconds / 1000?")
-    return value
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r} is no time in Unix seconds")
+    if int(text) >= 10**11:
+        raise argparse.ArgumentTypeError(f"{text} is no time in seconds; milliseconds / 1000?")
+    return int(text)
 
 
 def at_least(low: int) -> Any:

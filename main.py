@@ -190,13 +190,14 @@ def one_line(error: Exception) -> str:
 
 def train(args: argparse.Namespace) -> None:
     """Train, validate after each epoch, test the best epoch once; everything ends in output_dir."""
+    with stop_signals.waiting():
+        manifest = read_manifest(args.data_dir, trust=args.trust_pickle)
     output_dir = Path(args.output_dir)
     output_dir.mkdir(parents=True, exist_ok=True)
     with hold_folder(output_dir) if rank() == 0 else nullcontext():
         if rank() == 0:
             sweep_temporaries(output_dir)
         with stop_signals.waiting():
-            manifest = read_manifest(args.data_dir, trust=args.trust_pickle)
             with first_goes_ahead():  # and writes what it made of feature files beside them
                 features = read_features(args, manifest)
             datasets = open_datasets(args, manifest, vectors_on_host(args, features[0]))
@@ -475,6 +476,7 @@ def idle_flags(run: Run, train_set: MyDataset) -> list[tuple[str, str]]:
     idle = [("num_negatives", no_draws, f"with {negatives} negatives")]
     idle += [("logq", no_logq, f"with {negatives} negatives")]
     idle += [("shard_items", num_ranks() == 1, "in a single process")]
+    idle += [("target_action", not train_set.num_action_types, "without actions in the data")]
     for name in ("mm_missing", "mm_projection", "mm_emb_device"):
         idle += [(name, not has_vectors, "without multimodal vectors")]
     return [

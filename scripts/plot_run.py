@@ -30,6 +30,7 @@ from flags import get_args
 from main import Run, load_best, open_datasets, prepare_run
 from metrics import hit
 from run_setup import make_eval_loader, read_features, vectors_on_host
+from run_state import Progress
 from simplified_hstu import time_buckets
 
 with suppress(ImportError):  # said in main
@@ -86,7 +87,7 @@ def write_pictures(args: argparse.Namespace) -> None:
 def draw_all(args: argparse.Namespace) -> Iterator[tuple[str, Figure]]:
     """Name and figure of all that there is to see."""
     run, datasets = load_run(args.output_dir, args.data_dir, args.trust_pickle)
-    yield "learning_curves", draw_learning(read_curves(args.log_dir))
+    yield "learning_curves", draw_learning(read_curves(args.log_dir, run), run.progress.epoch)
     loader = make_eval_loader(datasets.get("test"), run.args, run.device)
     if loader is not None:
         counts = torch.from_numpy(datasets["train"].item_counts)
@@ -115,12 +116,17 @@ def load_run(output_dir: Path, data_dir: str, trust_pickle: bool) -> tuple[Run, 
     run = prepare_run(args, manifest, features, datasets["train"])
     if run.binding["data files"] != state["binding"]["data files"]:
         raise DataError(f"{data_dir}: not the data that {output_dir} was trained on")
+    run.progress = Progress(**state["progress"])
     load_best(run)
     return run, datasets
 
 
-def read_curves(log_dir: str) -> dict[str, list[float]]:
-    """Tag -> a value per epoch, of the tags that have one."""
+def read_curves(log_dir: str, run: Run) -> dict[str, list[float]]:
+    """Tag -> a value per epoch, of the tags that have one.
+
+    Raises:
+        DataError: there are none, or those of another run: without this one's best epoch.
+    """
     tags = []
     if Path(log_dir).is_dir():
         events = EventAccumulator(log_dir, {"scalars": 0}).Reload()
@@ -128,7 +134,15 @@ def read_curves(log_dir: str) -> dict[str, list[float]]:
         tags = [tag for tag in events.Tags()["scalars"] if re.match(wanted, tag)]
     if not tags:
         raise DataError(f"{log_dir}: no curves there; name the --log_dir of the training")
-    return {tag: [event.value for event in events.Scalars(tag)] for tag in tags}
+    curves = {tag: [event.value for event in events.Scalars(tag)] for tag in tags}
+    for tag, best in (("Metrics/NDCG@10", "NDCG@10"), ("Loss/valid", "loss")):
+        value = run.progress.best_metrics.get(best)
+        if value is not None and np.float32(value) not in np.float32(curves.get(tag, [])):
+            raise DataError(
+                f"{log_dir}: the curves of another run than that in {run.args.output_dir}; name "
+                "the --log_dir of this one"
+            )
+    return curves
 
 
 def weights_named(weights: Mapping[str, Tensor], name: str) -> list[Tensor]:
@@ -156,7 +170,8 @@ def make_figure(height: float, *titles: str) -> tuple[Figure, list[Axes]]:
     return figure, axes
 
 
-def draw_learning(curves: Mapping[str, list[float]]) -> Figure:
+def draw_learning(curves: Mapping[str, list[float]], last_epoch: int) -> Figure:
+    """`last_epoch`: of all curves; the first ones may have been logged elsewhere."""
     figure, (top, bottom) = make_figure(5.6, "Loss (InfoNCE)", "Ranking, validation")
     parts = {
         top: {"Loss/train_epoch": "training", "Loss/valid": "validation"},
@@ -165,7 +180,8 @@ def draw_learning(curves: Mapping[str, list[float]]) -> Figure:
     for ax, names in parts.items():
         for (tag, label), colour in zip(names.items(), COLOURS, strict=False):
             values = curves.get(tag, [])
-            ax.plot(range(1, len(values) + 1), values, ".-", label=label, color=colour)
+            epochs = range(last_epoch - len(values) + 1, last_epoch + 1)
+            ax.plot(epochs, values, ".-", label=label, color=colour)
         ax.set_xlabel("epoch")
         ax.xaxis.get_major_locator().set_params(integer=True)
         ax.legend()

@@ -95,7 +95,13 @@ def get_args(argv: list[str] | None) -> argparse.Namespace:
         features(f"--{role}", nargs="+", default=[], metavar="COL", help="columns, or *patterns*")
     features("--item_names", metavar="COL", help="column of the items' table with text for people")
     features("--item_vectors", type=Path, metavar="FILE", help=".npz or .parquet: ids, vectors")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    for flag, kind in {"cuts": "time", "held_out": "user", "seed": "user"}.items():
+        if args.split != kind and getattr(args, flag) != parser.get_default(flag):
+            parser.error(f"--{flag} is for --split {kind}")
+    if args.item_names and not args.item_features:
+        parser.error("--item_names is a column of --item_features: name that table, too")
+    return args
 
 
 def convert(args: argparse.Namespace) -> None:
@@ -170,7 +176,7 @@ def read_log(args: argparse.Namespace) -> Log:
     users, items, types = Texts(), Texts(), Texts()
     actions, times, ties, num_dropped = [], [], [], 0
     time_like_first = one_kind_of_time()
-    has_times, remark = args.time != "none", "; --drop_incomplete leaves such events out"
+    has_times, remark = args.time != "none", "; --drop_incomplete leaves out events without"
     columns = [args.user, args.item, *args.action, *[args.time] * has_times]
     columns += [args.order] if args.order else []
     for rows in read_rows(args.events, columns, args.header):
@@ -184,7 +190,7 @@ def read_log(args: argparse.Namespace) -> Log:
             num_dropped += total - len(rows.records)
         users.extend(parsed(rows, args.user, not_missing, "an id" + remark))
         items.extend(parsed(rows, args.item, not_missing, "an id" + remark))
-        zeros, dates = [0.0] * len(rows.records), f"a number or an ISO date{remark}"
+        zeros, dates = [0.0] * len(rows.records), f"a number or an ISO date, all alike{remark}"
         times.append(parsed(rows, args.time, time_like_first, dates) if has_times else zeros)
         ties.append(parsed(rows, args.order, finite, "a number") if args.order else zeros)
         if len(args.action) == 1:

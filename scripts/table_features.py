@@ -86,6 +86,8 @@ def make_features(
         features[side], kept = {}, {}
         for name, column in table.items():
             asked = [r for r in ROLES if any(fnmatchcase(name, p) for p in roles[r])]
+            if len(by_name := [r for r in ROLES if name in roles[r]]) > 1:
+                raise DataError(f"column {name}: named by both --{by_name[0]} and --{by_name[1]}")
             content = column.codes.tobytes()
             role, detail = (asked[0], "as asked") if asked else guess(column, kept.get(content))
             if role != "drop":

@@ -690,6 +690,16 @@ def test_what_is_known_of_a_request_is_refused_where_its_target_is_known(
     assert not (tmp_path / "e").exists()
 
 
+def test_a_request_time_needs_a_model_that_asks_for_it(tmp_path, data, capsys):
+    trained = run(tmp_path, data, "--time_bias=event")
+    folders = [f"--data_dir={data}", f"--output_dir={tmp_path}/e", "--device=cpu"]
+    checkpoint = f"--state_dict_path={trained}/model_best.pt"
+    flags = [checkpoint, "--whole_history", "--request_time=2000000000"]
+    assert main(["--inference_only", *folders, *flags]) == 1
+    assert "--request_time: the model was trained with --time_bias event" in capsys.readouterr().err
+    assert not (tmp_path / "e").exists()
+
+
 @pytest.mark.parametrize("flag", ["--whole_history", "--request_time=5", "--request_action=1"])
 def test_what_only_an_export_asks_for_is_refused_in_a_training(flag, capsys):
     with pytest.raises(SystemExit):

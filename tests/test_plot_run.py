@@ -64,12 +64,13 @@ def test_what_is_drawn_was_evaluated_as_in_the_training(trained):
 
 
 def test_the_curves_have_a_value_per_epoch(trained):
-    curves = plot_run.read_curves(str(trained / "logs"))
+    run, _ = plot_run.load_run(trained / "o", str(trained / "data"), False)
+    curves = plot_run.read_curves(str(trained / "logs"), run)
     valid = json.loads((trained / "o" / "metrics.json").read_text())
     assert {len(values) for values in curves.values()} == {3}
     best = curves["Metrics/HR@10"][valid["best_epoch"] - 1]
     assert best == pytest.approx(valid["valid"]["HR@10"])
-    top, bottom = plot_run.draw_learning(curves).axes
+    top, bottom = plot_run.draw_learning(curves, 3).axes
     assert [list(line.get_ydata()) for line in bottom.lines] == [
         curves["Metrics/HR@10"],
         curves["Metrics/NDCG@10"],
@@ -80,9 +81,25 @@ def test_the_curves_have_a_value_per_epoch(trained):
 @pytest.mark.parametrize(("epochs", "shows_first"), [(5, True), (6, False)])
 def test_the_first_loss_is_left_out_where_others_are_enough(epochs, shows_first):
     losses = [9.0, *(3.0 - 0.1 * k for k in range(1, epochs))]
-    top, _ = plot_run.draw_learning({"Loss/train_epoch": losses, "Loss/valid": losses}).axes
+    curves = {"Loss/train_epoch": losses, "Loss/valid": losses}
+    top, _ = plot_run.draw_learning(curves, epochs).axes
     assert (top.get_ylim()[1] > 9) == shows_first
     assert top.get_ylim()[0] < losses[-1]
+
+
+def test_curves_logged_from_a_later_epoch_on_stand_at_it():
+    top, _ = plot_run.draw_learning({"Loss/train_epoch": [3.0, 2.0]}, 5).axes
+    assert list(top.lines[0].get_xdata()) == [4, 5]
+
+
+def test_the_curves_of_another_run_are_refused(trained, tmp_path, capsys):
+    flags = [*folders_of(trained), f"--picture_dir={tmp_path}/new"]
+    other = [f"--log_dir={tmp_path}/logs"]
+    assert main([*folders_of(trained, output_dir=tmp_path / "p"), *FLAGS, "--lr=0.01", *other]) == 0
+    capsys.readouterr()
+    assert plot_run.main([*flags, *other]) == 1
+    error = capsys.readouterr().err
+    assert f"{tmp_path}/logs: the curves of another run than that in {trained}/o" in error
 
 
 def test_groups_are_ranges_of_about_one_size():

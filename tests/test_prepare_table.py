@@ -584,7 +584,11 @@ def test_a_bad_log_is_refused_with_file_and_line(tmp_path, capsys, name, text, m
         (["--item_features", "items.csv", "--continual", "brand"], "column brand: ['acme'] is no"),
         (["--item_features", "items.csv", "--drop", "absent"], "no column is called absent; there"),
         (["--item_features", "items.csv", "--item_names", "absent"], "--item_names: no column abs"),
-        (["--item_names", "title"], "--item_names: no column title; there are none"),
+        (
+            ["--item_features", "items.csv", "--sparse", "year", "--drop", "year"],
+            "both --sparse and",
+        ),
+        (["--time", "kind"], "is 'v', expected a number or an ISO date, all alike; --drop_incompl"),
         (["--item_vectors", "log.csv"], "log.csv: "),
         (["--item_vectors", "flat.npz"], "flat.npz: ids int64[2]; expected ids [n] and float"),
         (["--item_vectors", "other.npz"], "other.npz: none of its 2 ids is an item"),
@@ -701,7 +705,16 @@ def test_ctrl_c_is_one_line(tmp_path, capsys, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "flags", [["--split", "random"], ["--cuts", "0.5", "soon"], ["--held_out", "0.7"]]
+    "flags",
+    [
+        ["--split", "random"],
+        ["--cuts", "0.5", "soon"],
+        ["--held_out", "0.7"],
+        ["--item_names", "a"],
+        ["--held_out", "0.2"],
+        ["--seed", "1"],
+        ["--split", "user", "--cuts", "0.5", "0.7"],
+    ],
 )
 def test_a_flag_that_cannot_be_exits_2(tmp_path, flags):
     with pytest.raises(SystemExit, match="2"):
