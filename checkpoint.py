@@ -131,9 +131,13 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
 
 def save_state(folder: str | Path, content: Mapping[str, Any], step: int) -> None:
     """Write resume_{step}.pt and remove all other states but the one before it."""
-    folder = Path(folder)
-    save_checkpoint(folder / f"resume_{step}.pt", content, step)
-    register = read_register(folder)
+    save_checkpoint(Path(folder) / f"resume_{step}.pt", content, step)
+    keep_newest_states(folder, step)
+
+
+def keep_newest_states(folder: str | Path, step: int) -> None:
+    """Remove all states but that of `step` and the one before it."""
+    folder, register = Path(folder), read_register(folder)
     # Later steps belong to a run that this one has branched off from.
     kept = [name for name in _states(register) if register[name]["step"] <= step][:KEPT_STATES]
     outdated = {name for name in _states(register) if name not in kept}

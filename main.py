@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from atomic_io import DataError, cause, hold_folder, read_json, sweep_temporaries, write_json
-from checkpoint import seed_random, settle_register
+from checkpoint import keep_newest_states, seed_random, settle_register
 from data_folder import Manifest, fingerprint, read_item_names, read_manifest
 from dataset import Batch, MyDataset, count_items, count_targets
 from distributed import (
@@ -206,6 +206,8 @@ def train(args: argparse.Namespace) -> None:
             if rank() == 0:
                 settle_register(output_dir)
                 restore_best(run)
+                if run.progress.step:  # a kill may have come between a state and this
+                    keep_newest_states(output_dir, run.progress.step)
             check_same_step(run)
         if not run.progress.is_finished:
             announce(run, datasets)
