@@ -28,7 +28,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from data_folder import EVENT_DTYPE, SPLITS, Manifest, fingerprint, open_split, read_manifest
 from data_writer import write_manifest
-from dataset import BatchSampler, MyDataset, count_items
+from dataset import BatchSampler, MyDataset, count_items, count_targets
 from flags import get_args
 from main import open_datasets, prepare_run
 from run_setup import make_loader, read_features
@@ -218,6 +218,9 @@ def opening_parts(data_dir: Path) -> dict[str, float]:
     parts["open_s_manifest"], manifest = timed(read_manifest, data_dir)
     parts["open_s_fingerprint"], _ = timed(fingerprint, data_dir)
     parts["open_s_count_items"], counts = timed(count_items, data_dir, "train", manifest.num_items)
+    parts["open_s_count_targets"], counts = timed(
+        count_targets, data_dir, manifest.num_users, counts, None
+    )
     for split in SPLITS:
         parts[f"open_s_{split}"], dataset = timed(
             lambda split=split: MyDataset(
