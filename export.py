@@ -257,8 +257,9 @@ def read_config_features(
         known["action types"] = num_types
         found["action types"] = max(num_types, manifest.num_action_types)
         if config.action_names and manifest.action_names:
-            known["action names"] = config.action_names
-            found["action names"] = manifest.action_names[:num_types]
+            shared = min(num_types, manifest.num_action_types)  # there may be fewer now
+            known["action names"] = config.action_names[:shared]
+            found["action names"] = manifest.action_names[:shared]
     refuse_other_data(args, known, found)
     sides = config.item_features, config.user_features
     vectors = [name for name, spec in sides[0].items() if spec["kind"] == "emb"]

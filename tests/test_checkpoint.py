@@ -229,8 +229,8 @@ def test_other_damage_is_detected_and_the_file_named(tmp_path, content, kind):
 
 def test_an_absent_file_and_a_folder_are_refused_by_name(tmp_path):
     (tmp_path / "folder.pt").mkdir()
-    for name in ("absent.pt", "folder.pt"):
-        with pytest.raises(DataError, match=f"{re.escape(name)}: no such checkpoint file"):
+    for name, remark in (("absent.pt", "$"), ("folder.pt", ", but a folder; name a model_")):
+        with pytest.raises(DataError, match=f"{re.escape(name)}: no such checkpoint file{remark}"):
             load_checkpoint(tmp_path / name)
 
 

@@ -119,6 +119,15 @@ def test_synthetic_data_has_cold_test_targets_and_all_features(tmp_path, capsys)
     assert text.endswith("verified every file and every record: no problem\n")
 
 
+def test_ctrl_c_is_one_line(tmp_path, capsys, monkeypatch):
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(inspect_data, "find_problems", interrupt)
+    assert inspect_data.main([str(tmp_path), "--check", "full"]) == 130
+    assert capsys.readouterr().err == "stopped by SIGINT\n"
+
+
 def test_a_folder_of_plain_ids_without_a_manifest_can_be_inspected(tmp_path, capsys):
     np.array([3, 1, 2], "<i4").tofile(tmp_path / "train_data.bin")
     np.array([0, 3], "<i8").tofile(tmp_path / "train_offsets.bin")

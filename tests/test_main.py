@@ -285,6 +285,15 @@ def test_a_flag_that_changes_nothing_is_told_of(tmp_path, data, capsys, flags, e
     assert sorted(found) == expected.split()
 
 
+def test_the_action_to_come_is_told_to_be_idle_where_no_action_is_known(tmp_path, data, capsys):
+    ids = {"item_ids": range(1, NUM_ITEMS + 1), "user_ids": range(1, 12), "num_action_types": 0}
+    split = read_split(data, "train")
+    split.events["action_type"] = -1
+    write_dataset(tmp_path / "plain", {"train": split}, **ids)
+    run(tmp_path, tmp_path / "plain", "--target_action")
+    assert "--target_action changes nothing without actions" in capsys.readouterr().out
+
+
 class Narrow(io.TextIOWrapper):
     """Where text goes that has no characters but ASCII's."""
 
@@ -762,6 +771,9 @@ def test_a_checkpoint_is_for_data_whose_re_ids_mean_the_same_items_and_actions(
     trained = run(tmp_path, tmp_path / "named", "--mm_emb_id", name="of_named")
     assert export("renamed", same, action_names=["view", "buy", "cart"]) == 1
     assert "action names: ['view', 'cart', 'buy'] then, ['view', 'b" in capsys.readouterr().err
+    assert export("fewer", same, 2, action_names=["view", "cart"]) == 0
+    assert export("first gone", same, 2, action_names=["cart", "buy"]) == 1
+    assert "action names: ['view', 'cart'] then" in capsys.readouterr().err
     assert export("one more", same, 4, action_names=["view", "cart", "buy", "like"]) == 1
     assert "action types: 3 then, 4 now" in capsys.readouterr().err
 
