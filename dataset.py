@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
-from atomic_io import DataError, atomic_write
-from data_folder import (
+from files.atomic_io import DataError, atomic_write
+from files.data_folder import (
     EVENT_DTYPE,
     USER_DTYPE,
     Sequences,

@@ -13,7 +13,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from atomic_io import (
+from dataset import Batch, BatchSampler, MyDataset, emb_pieces, emb_size
+from files.atomic_io import (
     DataError,
     atomic_write,
     hold_folder,
@@ -22,8 +23,8 @@ from atomic_io import (
     write_hashed,
     write_json,
 )
-from checkpoint import differences, load_checkpoint, load_weights
-from data_folder import (
+from files.checkpoint import differences, load_checkpoint, load_weights
+from files.data_folder import (
     Candidates,
     Manifest,
     fingerprint,
@@ -31,12 +32,11 @@ from data_folder import (
     read_candidates,
     read_manifest,
 )
-from dataset import Batch, BatchSampler, MyDataset, emb_pieces, emb_size
-from feature_cache import Feature
-from features import load_features
+from files.feature_cache import Feature
+from files.features import load_features
+from files.item_vectors import find_vectors, is_by_re_id, load_vectors
 from hstu_components import FeatureTables, gather_lists
 from interrupts import stop_signals
-from item_vectors import find_vectors, is_by_re_id, load_vectors
 from model import HSTUConfig, HSTUModel
 from run_log import progress_bar
 from run_setup import make_loader, pick_device, read_features, vectors_on_host

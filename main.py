@@ -20,9 +20,6 @@ import torch
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from atomic_io import DataError, cause, hold_folder, read_json, sweep_temporaries, write_json
-from checkpoint import keep_newest_states, seed_random, settle_register
-from data_folder import Manifest, fingerprint, read_item_names, read_manifest
 from dataset import Batch, MyDataset, count_items, count_targets
 from distributed import (
     LostRankError,
@@ -36,7 +33,10 @@ from distributed import (
 )
 from evaluation import evaluate
 from export import exported_ids, infer
-from features import Feature
+from files.atomic_io import DataError, cause, hold_folder, read_json, sweep_temporaries, write_json
+from files.checkpoint import keep_newest_states, seed_random, settle_register
+from files.data_folder import Manifest, fingerprint, read_item_names, read_manifest
+from files.features import Feature
 from flags import ALL_NEGATIVES_UP_TO, FREE_FLAGS, get_args
 from hstu_components import DENSE_ROWS, encoder_arguments
 from interrupts import Stopped, stop_signals

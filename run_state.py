@@ -11,8 +11,9 @@ from typing import Any
 
 import torch
 
-from atomic_io import DataError
-from checkpoint import (
+from distributed import rank, tell, wait_for_all
+from files.atomic_io import DataError
+from files.checkpoint import (
     differences,
     load_checkpoint,
     load_newest_state,
@@ -23,7 +24,6 @@ from checkpoint import (
     save_state,
     set_random_states,
 )
-from distributed import rank, tell, wait_for_all
 from model import HSTUModel
 from updates import Updater
 

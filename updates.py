@@ -12,7 +12,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from atomic_io import DataError
 from distributed import (
     ShardedEmbedding,
     gather_table,
@@ -23,6 +22,7 @@ from distributed import (
     sum_row_gradients,
     tell,
 )
+from files.atomic_io import DataError
 from hstu_components import give_sparse_gradients
 from interrupts import Stopped, stop_signals
 from model import HSTUModel

@@ -25,9 +25,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import numpy as np
 from reproduce import environment, write_by_cpu
 
-from atomic_io import write_json
-from data_folder import EVENT_DTYPE, FORMAT_VERSION, read_manifest
 from dataset import BatchSampler, MyDataset, count_items
+from files.atomic_io import write_json
+from files.data_folder import EVENT_DTYPE, FORMAT_VERSION, read_manifest
 from flags import get_args
 from main import Run, prepare_run
 

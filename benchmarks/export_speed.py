@@ -29,10 +29,10 @@ import numpy as np
 import torch
 from reproduce import environment, write_by_cpu
 
-from atomic_io import atomic_write
 from dataset import emb_pieces
 from export import Catalogue, by_item, embed, map_embeddings, publish
-from features import Feature
+from files.atomic_io import atomic_write
+from files.features import Feature
 from hstu_components import encoder_arguments
 from model import CHUNK_ITEMS, HSTUConfig, HSTUModel
 

@@ -55,11 +55,11 @@ from reproduce import RESULTS, ROOT, environment
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.utils.data import get_worker_info
 
-import atomic_io
-from atomic_io import DataError, file_entry, read_json
-from checkpoint import load_checkpoint, load_newest_state, save_checkpoint, save_state
-from data_folder import read_manifest
 from dataset import BatchSampler, MyDataset
+from files import atomic_io
+from files.atomic_io import DataError, file_entry, read_json
+from files.checkpoint import load_checkpoint, load_newest_state, save_checkpoint, save_state
+from files.data_folder import read_manifest
 from flags import get_args
 from main import main, open_datasets, prepare_run, save_run
 from run_setup import make_loader, read_features

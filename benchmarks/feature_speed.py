@@ -26,11 +26,11 @@ import numpy as np
 import torch
 from reproduce import RESULTS, environment
 
-from atomic_io import write_json
-from data_folder import EVENT_DTYPE, Sequences
-from data_writer import write_dataset
 from dataset import BatchSampler, MyDataset
-from features import Feature, load_features
+from files.atomic_io import write_json
+from files.data_folder import EVENT_DTYPE, Sequences
+from files.data_writer import write_dataset
+from files.features import Feature, load_features
 from hstu_components import FeatureTables
 
 IDS = ["100", "101", "102", "112", "114", "115", "116", "117", "118", "119", "120", "121", "122"]

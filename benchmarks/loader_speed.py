@@ -26,9 +26,9 @@ import torch
 from reproduce import environment, write_by_cpu
 from torch.utils.data import DataLoader, Dataset
 
-from data_folder import EVENT_DTYPE, SPLITS, Manifest, fingerprint, open_split, read_manifest
-from data_writer import write_manifest
 from dataset import BatchSampler, MyDataset, count_items, count_targets
+from files.data_folder import EVENT_DTYPE, SPLITS, Manifest, fingerprint, open_split, read_manifest
+from files.data_writer import write_manifest
 from flags import get_args
 from main import open_datasets, prepare_run
 from run_setup import make_loader, read_features

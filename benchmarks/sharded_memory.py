@@ -24,9 +24,9 @@ import torch
 from catalogue_size import BATCH, LENGTH, NEGATIVES, WIDTH, every_item, write_data
 from reproduce import RESULTS, environment
 
-from data_folder import read_manifest
 from dataset import BatchSampler, MyDataset
 from distributed import join, leave
+from files.data_folder import read_manifest
 from flags import get_args
 from main import prepare_run
 

@@ -29,8 +29,8 @@ from peers import PEERS, Peer  # noqa: E402
 from reproduce import IDS_AND_TIMES, environment, write_by_cpu  # noqa: E402
 
 import main as program  # noqa: E402
-from data_folder import read_manifest  # noqa: E402
 from dataset import BatchSampler  # noqa: E402
+from files.data_folder import read_manifest  # noqa: E402
 from flags import get_args  # noqa: E402
 from run_setup import keep_freed_memory, make_loader, read_features  # noqa: E402
 

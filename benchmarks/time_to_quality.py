@@ -26,8 +26,8 @@ from peers import PEERS, Peer  # noqa: E402
 from reproduce import IDS_AND_TIMES, RESULTS, SMALL, environment  # noqa: E402
 
 import main as program  # noqa: E402
-from data_folder import read_manifest  # noqa: E402
 from evaluation import evaluate  # noqa: E402
+from files.data_folder import read_manifest  # noqa: E402
 from flags import get_args  # noqa: E402
 from run_setup import (  # noqa: E402
     keep_freed_memory,

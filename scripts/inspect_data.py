@@ -14,8 +14,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import numpy as np
 
-from atomic_io import DataError, cause, read_json, sha256_of
-from data_folder import (
+from files.atomic_io import DataError, cause, read_json, sha256_of
+from files.data_folder import (
     EVENT_DTYPE,
     SPLITS,
     Manifest,
@@ -29,8 +29,8 @@ from data_folder import (
     read_manifest,
     split_path,
 )
-from features import Feature, load_features
-from item_vectors import find_vectors, is_by_re_id, load_vectors
+from files.features import Feature, load_features
+from files.item_vectors import find_vectors, is_by_re_id, load_vectors
 
 BLOCK = 1 << 22  # events looked at at once
 MAX_PROBLEMS = 20  # shown

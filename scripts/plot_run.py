@@ -22,10 +22,10 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor
 
-from atomic_io import DataError, atomic_write, exit_code
-from checkpoint import load_newest_state
-from data_folder import open_split, read_manifest
 from evaluation import Ranking, evaluate
+from files.atomic_io import DataError, atomic_write, exit_code
+from files.checkpoint import load_newest_state
+from files.data_folder import open_split, read_manifest
 from flags import get_args
 from main import Run, load_best, open_datasets, prepare_run
 from metrics import hit

@@ -19,9 +19,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import numpy as np
 
-from atomic_io import DataError, exit_code
-from data_folder import EVENT_DTYPE
-from data_writer import Column, leave_one_out, write_dataset
+from files.atomic_io import DataError, exit_code
+from files.data_folder import EVENT_DTYPE
+from files.data_writer import Column, leave_one_out, write_dataset
 
 NUM_RATINGS = 5
 

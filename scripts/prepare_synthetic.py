@@ -21,9 +21,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import numpy as np
 
-from atomic_io import exit_code
-from data_folder import EVENT_DTYPE
-from data_writer import Column, leave_one_out, write_dataset
+from files.atomic_io import exit_code
+from files.data_folder import EVENT_DTYPE
+from files.data_writer import Column, leave_one_out, write_dataset
 from flags import at_least
 
 NUM_CLUSTERS = 20

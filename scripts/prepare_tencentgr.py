@@ -30,8 +30,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import numpy as np
 
-from atomic_io import DataError, atomic_write, exit_code, hold_folder
-from data_folder import (
+from files.atomic_io import DataError, atomic_write, exit_code, hold_folder
+from files.data_folder import (
     EVENT_DTYPE,
     USER_DTYPE,
     Manifest,
@@ -41,9 +41,15 @@ from data_folder import (
     gather,
     read_indexer,
 )
-from data_writer import retire_manifest, write_manifest, write_records, write_schema, write_split
+from files.data_writer import (
+    retire_manifest,
+    write_manifest,
+    write_records,
+    write_schema,
+    write_split,
+)
+from files.item_vectors import find_vectors
 from flags import at_least
-from item_vectors import find_vectors
 from tencentgr_source import (
     ACTIONS,
     FAULTS,

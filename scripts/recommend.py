@@ -24,8 +24,11 @@ import torch
 from inspect_data import date
 from prepare_table import Rows, parsed, read_rows, time_of
 
-from atomic_io import DataError, exit_code, read_json
-from data_folder import (
+from dataset import MyDataset, load_emb
+from dot_product_similarity import DotProductSimilarity
+from export import load_model, request_action
+from files.atomic_io import DataError, exit_code, read_json
+from files.data_folder import (
     EVENT_DTYPE,
     USER_DTYPE,
     Manifest,
@@ -36,10 +39,7 @@ from data_folder import (
     read_item_names,
     read_manifest,
 )
-from data_writer import write_manifest, write_split
-from dataset import MyDataset, load_emb
-from dot_product_similarity import DotProductSimilarity
-from export import load_model, request_action
+from files.data_writer import write_manifest, write_split
 from flags import at_least, unix_seconds
 from model import HSTUModel
 

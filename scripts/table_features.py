@@ -11,8 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from atomic_io import DataError
-from data_writer import Column
+from files.atomic_io import DataError
+from files.data_writer import Column
 from table_source import (
     LIST_DELIMITER,
     Rows,

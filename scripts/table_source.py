@@ -18,7 +18,7 @@ from typing import Any, NamedTuple, TextIO
 import numpy as np
 from tqdm import tqdm
 
-from atomic_io import DataError
+from files.atomic_io import DataError
 
 ROWS = 50_000  # read at once
 MISSING = {"", "nan", "NaN", "null", "NULL", "None", "N/A", "n/a", "<NA>", r"\N"}

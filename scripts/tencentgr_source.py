@@ -18,9 +18,9 @@ from typing import Any, NamedTuple
 import numpy as np
 from tqdm import tqdm
 
-from atomic_io import DataError
-from data_folder import EVENT_DTYPE
-from safe_pickle import load_pickle
+from files.atomic_io import DataError
+from files.data_folder import EVENT_DTYPE
+from files.safe_pickle import load_pickle
 
 try:
     from orjson import loads as fast_loads

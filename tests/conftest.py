@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from data_folder import EVENT_DTYPE
-from data_writer import Column, leave_one_out, write_dataset
+from files.data_folder import EVENT_DTYPE
+from files.data_writer import Column, leave_one_out, write_dataset
 
 torch.set_num_threads(1)  # the models are tiny: a second thread only waits
 

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import numpy as np
 
-from features import Feature, load_features
-from item_vectors import load_vectors
+from files.features import Feature, load_features
+from files.item_vectors import load_vectors
 
 TYPES = {
     "item_sparse": ["100", "112"],

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from atomic_io import (
+from files.atomic_io import (
     DataError,
     atomic_write,
     file_entry,

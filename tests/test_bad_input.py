@@ -22,11 +22,11 @@ import torch
 from conftest import NUM_ITEMS, write_tiny
 
 import main as main_module
-from atomic_io import DataError
-from checkpoint import load_checkpoint, save_checkpoint
-from data_folder import EVENT_DTYPE
 from dataset import load_emb
 from export import check_size, checked_rows
+from files.atomic_io import DataError
+from files.checkpoint import load_checkpoint, save_checkpoint
+from files.data_folder import EVENT_DTYPE
 from main import main
 
 SMALL = [

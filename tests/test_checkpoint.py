@@ -20,8 +20,8 @@ import pytest
 import torch
 from torch import nn
 
-from atomic_io import DataError, file_entry
-from checkpoint import (
+from files.atomic_io import DataError, file_entry
+from files.checkpoint import (
     differences,
     load_checkpoint,
     load_newest_state,
@@ -141,7 +141,7 @@ def test_a_full_disk_is_said_and_leaves_the_file_before_it(tmp_path, content):
 def test_equal_content_gives_equal_bytes_in_another_process(tmp_path, content):
     save_checkpoint(tmp_path / "here.pt", content, 5)
     code = (
-        "import sys, torch; from checkpoint import save_checkpoint\n"
+        "import sys, torch; from files.checkpoint import save_checkpoint\n"
         + inspect.getsource(make_content)
         + "save_checkpoint(sys.argv[1], make_content(), 5)"
     )

@@ -16,8 +16,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from numpy.testing import assert_array_equal
 
-from atomic_io import DataError
-from data_folder import (
+from dataset import MyDataset
+from files.atomic_io import DataError
+from files.data_folder import (
     EVENT_DTYPE,
     SPLITS,
     Manifest,
@@ -30,10 +31,9 @@ from data_folder import (
     read_item_names,
     read_manifest,
 )
-from data_writer import Column, leave_one_out, write_dataset
-from dataset import MyDataset
-from features import LONGEST_LIST, load_features
-from item_vectors import load_vectors
+from files.data_writer import Column, leave_one_out, write_dataset
+from files.features import LONGEST_LIST, load_features
+from files.item_vectors import load_vectors
 
 NUM_ITEMS, NUM_USERS, NUM_ACTIONS = 19, 8, 3
 
@@ -286,7 +286,7 @@ def test_a_folder_with_a_manifest_holds_nothing_of_the_data_before(folder, monke
     def stop(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("data_writer.write_json", stop)  # the manifest: there are no features
+    monkeypatch.setattr("files.data_writer.write_json", stop)  # the manifest: there are no features
     with pytest.raises(KeyboardInterrupt):
         write(folder, sequences)
     assert not names_in(folder) & {"feature_types.json", "item_feat_dict.json", "item_names.txt"}

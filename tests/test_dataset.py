@@ -18,9 +18,6 @@ import torch
 from numpy.testing import assert_array_equal
 from torch.utils.data import DataLoader
 
-from atomic_io import DataError
-from data_folder import EVENT_DTYPE, Sequences, open_split
-from data_writer import write_dataset
 from dataset import (
     Batch,
     BatchSampler,
@@ -32,7 +29,10 @@ from dataset import (
     load_emb,
     save_emb,
 )
-from features import Feature
+from files.atomic_io import DataError
+from files.data_folder import EVENT_DTYPE, Sequences, open_split
+from files.data_writer import write_dataset
+from files.features import Feature
 
 NUM_ITEMS, NUM_USERS, NUM_ACTIONS, MAXLEN = 23, 11, 3, 4
 LENGTHS = [3, 9, 2, 5, 6, 2, 4]

@@ -24,11 +24,11 @@ from conftest import NUM_ITEMS, write_tiny
 import distributed
 import hstu_components
 import main as main_module
-from atomic_io import DataError, read_json
-from checkpoint import load_checkpoint
-from data_folder import read_manifest
 from dataset import BatchSampler, MyDataset, count_items, deal
 from dot_product_similarity import DotProductSimilarity
+from files.atomic_io import DataError, read_json
+from files.checkpoint import load_checkpoint
+from files.data_folder import read_manifest
 from flags import get_args
 from updates import Updater
 

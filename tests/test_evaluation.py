@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from conftest import write_tiny
 
-from data_folder import read_manifest
 from evaluation import Ranking, evaluate
+from files.data_folder import read_manifest
 from flags import get_args
 from main import open_datasets, prepare_run
 from run_setup import make_eval_loader, read_features

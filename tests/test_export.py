@@ -22,7 +22,6 @@ from conftest import NUM_ITEMS
 from test_model import make_model
 
 import model as model_module
-from atomic_io import DataError, file_entry
 from dataset import load_emb
 from export import (
     Catalogue,
@@ -33,14 +32,15 @@ from export import (
     publish,
     seen_rows,
 )
-from item_vectors import load_vectors
+from files.atomic_io import DataError, file_entry
+from files.item_vectors import load_vectors
 from main import main
 
 ROOT = Path(__file__).resolve().parent.parent
 SMALL_FILES = ("feature_types", "feat_statistics", "feature_default_value")
 HOLD = """
 import sys, time
-from atomic_io import hold_folder
+from files.atomic_io import hold_folder
 with hold_folder(sys.argv[1]):
     print(flush=True)
     time.sleep(60)

@@ -18,9 +18,8 @@ from feature_files import (
     write_vectors,
 )
 
-import feature_cache
-import features
-from features import load_features
+from files import feature_cache, features
+from files.features import load_features
 
 
 @pytest.fixture
@@ -171,12 +170,12 @@ def test_processes_that_start_together_build_once_and_agree(tmp_path):
     write_items(tmp_path, records)
     program = (
         "import sys, logging; logging.basicConfig(level=logging.INFO)\n"
-        "from features import load_features\n"
+        "from files.features import load_features\n"
         "found = load_features(sys.argv[1], 'item', 3000)\n"
         "print([int(f.values.sum()) for f in found.values()])\n"
     )
     command = [sys.executable, "-c", program, str(tmp_path)]
-    root = Path(features.__file__).parent
+    root = Path(features.__file__).parent.parent
     started = [
         subprocess.Popen(
             command, cwd=root, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE

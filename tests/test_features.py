@@ -7,10 +7,9 @@ import numpy as np
 import pytest
 from feature_files import RECORDS, STATISTICS, load_one, rows, write, write_items
 
-import features
-import json_stream
-from atomic_io import DataError
-from features import PARSERS, Feature, load_features
+from files import features, json_stream
+from files.atomic_io import DataError
+from files.features import PARSERS, Feature, load_features
 
 # ---- tables
 

@@ -13,9 +13,9 @@ import prepare_synthetic
 import pytest
 from conftest import NUM_ACTIONS, NUM_ITEMS, NUM_USERS, write_tiny
 
-from atomic_io import file_entry, read_json, write_json
-from data_folder import EVENT_DTYPE, SPLITS, Sequences, item_ids_of, open_split
-from data_writer import write_dataset
+from files.atomic_io import file_entry, read_json, write_json
+from files.data_folder import EVENT_DTYPE, SPLITS, Sequences, item_ids_of, open_split
+from files.data_writer import write_dataset
 
 EVENT = EVENT_DTYPE.itemsize
 

@@ -16,9 +16,9 @@ import pytest
 import torch
 from conftest import write_tiny
 
-from atomic_io import DataError, read_json
-from checkpoint import load_checkpoint
 from dataset import MyDataset
+from files.atomic_io import DataError, read_json
+from files.checkpoint import load_checkpoint
 from interrupts import SIGNALS, stop_signals
 from main import main
 from model import HSTUModel
@@ -292,7 +292,8 @@ def test_data_are_not_written_where_another_process_writes_some(tmp_path, hold):
 def hold() -> Iterator[Callable[[Path], subprocess.Popen]]:
     """Starts a process that holds a folder, and has a loader process that outlives it."""
     code = (
-        "import os, sys, time, atomic_io\n"
+        "import os, sys, time\n"
+        "from files import atomic_io\n"
         "with atomic_io.hold_folder(sys.argv[1]):\n"
         "    if os.fork():\n"
         "        print('held', flush=True)\n"
@@ -337,7 +338,7 @@ def test_an_export_asks_for_no_lock(data, whole, tmp_path, hold):
 
 
 def test_without_locks_a_training_goes_on(data, tmp_path, monkeypatch):
-    monkeypatch.setattr("atomic_io.fcntl", FailingLocks)
+    monkeypatch.setattr("files.atomic_io.fcntl", FailingLocks)
     assert main([*flags_of(data, tmp_path), "--num_epochs=1"]) == 0
 
 

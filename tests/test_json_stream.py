@@ -7,10 +7,10 @@ from feature_files import write_items
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import json_stream
-from atomic_io import DataError
-from features import load_features
-from json_stream import read_pairs
+from files import json_stream
+from files.atomic_io import DataError
+from files.features import load_features
+from files.json_stream import read_pairs
 
 
 @pytest.mark.parametrize(

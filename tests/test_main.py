@@ -21,11 +21,11 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 import main as main_module
 import run_setup
-from atomic_io import DataError
-from checkpoint import load_checkpoint, save_checkpoint
-from data_folder import EVENT_DTYPE, USER_DTYPE, Sequences
-from data_writer import Column, write_dataset
 from dataset import MyDataset, load_emb
+from files.atomic_io import DataError
+from files.checkpoint import load_checkpoint, save_checkpoint
+from files.data_folder import EVENT_DTYPE, USER_DTYPE, Sequences
+from files.data_writer import Column, write_dataset
 from flags import get_args
 from main import main
 from updates import Updater

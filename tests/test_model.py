@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 import model as model_module
-from data_folder import read_indexer, read_manifest
 from dataset import MyDataset
-from features import load_features
+from files.data_folder import read_indexer, read_manifest
+from files.features import load_features
+from files.item_vectors import load_vectors
 from hstu_components import FeatureTables, encoder_arguments
-from item_vectors import load_vectors
 from model import HSTUConfig, HSTUModel, InfoNCE
 
 TEMPERATURE = 0.3

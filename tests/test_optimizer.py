@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 import hstu_components
-from data_folder import read_manifest
 from dataset import MyDataset
+from files.data_folder import read_manifest
 from flags import get_args
 from hstu_components import ArrayEncoder, SparseEncoder, give_sparse_gradients
 from main import prepare_run

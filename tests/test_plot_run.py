@@ -17,9 +17,9 @@ pytest.importorskip("matplotlib", reason="matplotlib is not installed")
 
 import plot_run
 
-from checkpoint import load_checkpoint
-from data_folder import EVENT_DTYPE
 from evaluation import Ranking, evaluate
+from files.checkpoint import load_checkpoint
+from files.data_folder import EVENT_DTYPE
 from main import main
 from run_setup import make_eval_loader
 

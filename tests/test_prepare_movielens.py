@@ -9,8 +9,8 @@ import numpy as np
 import prepare_movielens
 import pytest
 
-from data_folder import open_split, original_ids
-from features import load_features
+from files.data_folder import open_split, original_ids
+from files.features import load_features
 
 SHARED = Path(__file__).resolve().parent.parent.parent / "shared" / "data" / "ml-1m"
 

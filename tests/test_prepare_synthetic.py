@@ -9,11 +9,11 @@ import numpy as np
 import prepare_synthetic as synthetic
 import pytest
 
-from atomic_io import read_json
-from data_folder import SPLITS, open_split, original_ids, read_indexer
 from dataset import MyDataset
-from features import load_features
-from item_vectors import load_vectors
+from files.atomic_io import read_json
+from files.data_folder import SPLITS, open_split, original_ids, read_indexer
+from files.features import load_features
+from files.item_vectors import load_vectors
 
 NUM_USERS, NUM_ITEMS, SEED = 601, 260, 3
 

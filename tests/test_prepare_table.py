@@ -16,11 +16,11 @@ import prepare_table
 import pytest
 
 import table_source
-from atomic_io import read_json
-from data_folder import open_split, read_indexer, read_manifest
 from dataset import MyDataset
-from features import load_features
-from item_vectors import load_vectors
+from files.atomic_io import read_json
+from files.data_folder import open_split, read_indexer, read_manifest
+from files.features import load_features
+from files.item_vectors import load_vectors
 
 START = 1_700_000_000
 SHARED = Path(__file__).resolve().parent.parent.parent / "shared" / "data"

@@ -15,10 +15,10 @@ from numpy.testing import assert_allclose, assert_array_equal
 
 import main
 import tencentgr_source
-from atomic_io import DataError, read_json
-from data_folder import open_split, original_ids, read_manifest
-from features import load_features
-from item_vectors import load_vectors
+from files.atomic_io import DataError, read_json
+from files.data_folder import open_split, original_ids, read_manifest
+from files.features import load_features
+from files.item_vectors import load_vectors
 
 SAMPLE = Path(__file__).resolve().parent.parent.parent / "shared" / "data" / "tencentgr-sample"
 NUM_ITEMS, NUM_USERS = 17, 40

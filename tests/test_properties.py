@@ -19,8 +19,9 @@ from hypothesis import strategies as st
 from inspect_data import find_problems
 from torch.utils.data import DataLoader
 
-from atomic_io import DataError
-from data_folder import (
+from dataset import BatchSampler, MyDataset, count_items
+from files.atomic_io import DataError
+from files.data_folder import (
     EVENT_DTYPE,
     Sequences,
     check_re_ids,
@@ -28,10 +29,9 @@ from data_folder import (
     read_indexer,
     read_manifest,
 )
-from data_writer import Column, write_dataset
-from dataset import BatchSampler, MyDataset, count_items
-from features import load_features
-from item_vectors import find_vectors, load_vectors
+from files.data_writer import Column, write_dataset
+from files.features import load_features
+from files.item_vectors import find_vectors, load_vectors
 
 SECONDS = 2.0  # the longest that opening a damaged folder may take
 

@@ -13,9 +13,9 @@ from conftest import NUM_ITEMS, write_tiny
 
 import flags as flags_module
 import main as main_module
-from checkpoint import load_checkpoint
-from data_writer import Column
-from features import PARSERS
+from files.checkpoint import load_checkpoint
+from files.data_writer import Column
+from files.features import PARSERS
 from flags import get_args
 from hstu_components import ENCODERS
 from metrics import METRICS

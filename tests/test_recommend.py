@@ -20,9 +20,9 @@ import torch
 from conftest import NUM_ITEMS, NUM_USERS, write_tiny
 
 import main as main_module
-from data_folder import EVENT_DTYPE, Sequences, open_split
-from data_writer import leave_one_out, write_dataset
 from dataset import load_emb
+from files.data_folder import EVENT_DTYPE, Sequences, open_split
+from files.data_writer import leave_one_out, write_dataset
 
 ROOT = Path(__file__).resolve().parent.parent
 TRAIN = [

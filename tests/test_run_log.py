@@ -26,9 +26,9 @@ from tensorboard.summary.writer.record_writer import RecordWriter
 
 import main as main_module
 import run_log
-from checkpoint import load_checkpoint
-from data_folder import EVENT_DTYPE
 from dataset import load_emb
+from files.checkpoint import load_checkpoint
+from files.data_folder import EVENT_DTYPE
 from main import main
 from run_log import RunLog, duration
 from updates import Updater

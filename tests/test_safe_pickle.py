@@ -20,7 +20,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from safe_pickle import _SCANNED_BYTES, PickleError, load_pickle
+from files.safe_pickle import _SCANNED_BYTES, PickleError, load_pickle
 
 SAMPLE = Path(__file__).resolve().parents[2] / "shared" / "data" / "tencentgr-sample"
 PROTOCOLS = range(6)
@@ -415,7 +415,7 @@ def test_the_bytes_under_an_array_cannot_be_resized(tmp_path):
 
 
 def test_a_scan_is_not_what_refuses_a_malformed_array(tmp_path, monkeypatch):
-    monkeypatch.setattr("safe_pickle._SCANNED_BYTES", 0)
+    monkeypatch.setattr("files.safe_pickle._SCANNED_BYTES", 0)
     for lie in LYING.values():
         assert "81.pkl: " in outcome_of(tmp_path, b"\x80\x05" + lie + b".")
 
@@ -511,7 +511,7 @@ def test_a_changed_byte_gives_plain_data_or_a_refusal(
     protocol, scanned_bytes, tmp_path, monkeypatch
 ):
     """A pickle has no checksum: a changed number loads, but as a number within a sound array."""
-    monkeypatch.setattr("safe_pickle._SCANNED_BYTES", scanned_bytes)
+    monkeypatch.setattr("files.safe_pickle._SCANNED_BYTES", scanned_bytes)
     path = tmp_path / "81.pkl"
     vectors = {f"item_{i}": np.arange(i, i + 4, dtype=np.float32) for i in range(5)}
     data = pickle.dumps(vectors, protocol)

@@ -12,10 +12,10 @@ TOUR = (Path(__file__).resolve().parent.parent / "docs" / "tour.md").read_text()
 
 
 def test_every_name_of_the_tour_exists():
-    names = re.findall(r"`(\w+)\.py: ([\w.]+)`", TOUR)
+    names = re.findall(r"`([\w/]+)\.py: ([\w.]+)`", TOUR)
     assert len(names) > 20
     for module, name in names:
-        reduce(getattr, name.split("."), importlib.import_module(module))
+        reduce(getattr, name.split("."), importlib.import_module(module.replace("/", ".")))
 
 
 def test_the_examples_of_the_tour_print_what_they_say(tmp_path, monkeypatch):

@@ -21,7 +21,14 @@ from urllib.parse import quote
 
 import numpy as np
 
-from atomic_io import atomic_write, read_json, reading, sha256_of, sweep_temporaries, write_json
+from files.atomic_io import (
+    atomic_write,
+    read_json,
+    reading,
+    sha256_of,
+    sweep_temporaries,
+    write_json,
+)
 
 CACHE_VERSION = 1  # raise it when a parser comes to read the same source differently
 LONGEST_NAME = 100  # bytes of a quoted id; a file's name has 255, a Chinese letter takes nine

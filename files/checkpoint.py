@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from atomic_io import DataError, atomic_write, file_entry, read_json, sha256_of, write_json
+from files.atomic_io import DataError, atomic_write, file_entry, read_json, sha256_of, write_json
 
 log = logging.getLogger("hstu")
 

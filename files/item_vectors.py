@@ -14,9 +14,9 @@ from typing import Any
 
 import numpy as np
 
-from atomic_io import DataError, atomic_write, reading
-from feature_cache import Feature, cached, map_array
-from safe_pickle import load_pickle
+from files.atomic_io import DataError, atomic_write, reading
+from files.feature_cache import Feature, cached, map_array
+from files.safe_pickle import load_pickle
 
 _IDS = 20_000  # hashed at once
 _VECTORS = 1024  # of Parquet, read at once; 16 MB of float32 at width 4096

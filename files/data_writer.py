@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from atomic_io import (
+from files.atomic_io import (
     DataError,
     atomic_write,
     file_entry,
@@ -24,7 +24,7 @@ from atomic_io import (
     sweep_temporaries,
     write_json,
 )
-from data_folder import (
+from files.data_folder import (
     EVENT_DTYPE,
     FORMAT_VERSION,
     OFFSET_DTYPE,
@@ -37,7 +37,7 @@ from data_folder import (
     gather,
     split_path,
 )
-from features import LONGEST_LIST
+from files.features import LONGEST_LIST
 
 # What write_dataset may write, as patterns; a writer that did not finish may have left any of it.
 WRITTEN = (

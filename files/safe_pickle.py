@@ -19,7 +19,7 @@ from typing import IO, Any
 
 import numpy as np
 
-from atomic_io import DataError
+from files.atomic_io import DataError
 
 _SCANNED_BYTES = 1 << 20  # the scan is Python: about 0.1 s per MiB
 _CODES = ("b1", "i1", "i2", "i4", "i8", "u1", "u2", "u4", "u8", "f2", "f4", "f8")

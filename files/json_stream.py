@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from atomic_io import DataError, reading
+from files.atomic_io import DataError, reading
 
 BLOCK = 1 << 22  # characters
 LONGEST_PAIR = 1 << 26  # characters; a broken file is not read to its end as one pair

@@ -15,8 +15,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from atomic_io import DataError, read_json
-from safe_pickle import load_pickle
+from files.atomic_io import DataError, read_json
+from files.safe_pickle import load_pickle
 
 EVENT_DTYPE = np.dtype([("item_id", "<i4"), ("action_type", "<i4"), ("timestamp", "<i8")])
 OFFSET_DTYPE = np.dtype("<i8")

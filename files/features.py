@@ -11,9 +11,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from atomic_io import DataError, read_json
-from feature_cache import Feature, cached
-from json_stream import read_pairs
+from files.atomic_io import DataError, read_json
+from files.feature_cache import Feature, cached
+from files.json_stream import read_pairs
 
 LONGEST_LIST = 10_000  # values; every batch that holds such an item embeds them all
 _RECORDS = 20_000  # parsed at once
