@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from distributed import gather_rows, keep_own_items, num_ranks, ranks_over_shards
 from interrupts import stop_signals
 from metrics import ranking_metrics
+from ops.collectives import gather_rows, num_ranks
+from ops.sharded_table import keep_own_items, ranks_over_shards
 from updates import Updater
 
 

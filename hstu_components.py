@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from distributed import ShardedEmbedding
+from ops.sharded_table import ShardedEmbedding
 
 INIT_STD = 0.02  # of item table, positions and everything added to them: see docs/log.md
 L2_EPS = 1e-6

@@ -21,16 +21,6 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from dataset import Batch, MyDataset, count_items, count_targets
-from distributed import (
-    LostRankError,
-    ShardedEmbedding,
-    first_goes_ahead,
-    is_first_to_fail,
-    join,
-    leave,
-    num_ranks,
-    rank,
-)
 from evaluation import evaluate
 from export import exported_ids, infer
 from files.atomic_io import DataError, cause, hold_folder, read_json, sweep_temporaries, write_json
@@ -41,6 +31,16 @@ from flags import ALL_NEGATIVES_UP_TO, FREE_FLAGS, get_args
 from hstu_components import DENSE_ROWS, encoder_arguments
 from interrupts import Stopped, stop_signals
 from model import HSTUConfig, HSTUModel
+from ops.collectives import (
+    LostRankError,
+    first_goes_ahead,
+    is_first_to_fail,
+    join,
+    leave,
+    num_ranks,
+    rank,
+)
+from ops.sharded_table import ShardedEmbedding
 from run_log import RunLog, summary
 from run_setup import (
     keep_freed_memory,

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from distributed import sum_over_ranks
+from ops.collectives import sum_over_ranks
 
 MUON_MOMENTUM = 0.95
 # Of the polynomial that pulls singular values to about 1, and how often (Jordan's Muon).

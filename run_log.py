@@ -17,7 +17,7 @@ from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import hparams
 from tqdm import tqdm
 
-from distributed import num_ranks, rank
+from ops.collectives import num_ranks, rank
 
 log = logging.getLogger("hstu")
 

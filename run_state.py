@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 
-from distributed import rank, tell, wait_for_all
 from files.atomic_io import DataError
 from files.checkpoint import (
     differences,
@@ -25,6 +24,7 @@ from files.checkpoint import (
     set_random_states,
 )
 from model import HSTUModel
+from ops.collectives import rank, tell, wait_for_all
 from updates import Updater
 
 log = logging.getLogger("hstu")

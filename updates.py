@@ -12,20 +12,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from distributed import (
-    ShardedEmbedding,
-    gather_table,
+from files.atomic_io import DataError
+from hstu_components import give_sparse_gradients
+from interrupts import Stopped, stop_signals
+from model import HSTUModel
+from ops.collectives import (
     num_ranks,
-    own_rows,
     rank,
     sum_over_ranks,
     sum_row_gradients,
     tell,
 )
-from files.atomic_io import DataError
-from hstu_components import give_sparse_gradients
-from interrupts import Stopped, stop_signals
-from model import HSTUModel
+from ops.sharded_table import ShardedEmbedding, gather_table, own_rows
 from optimizer import MuonAdamW, clip_gradients
 
 ADAM_BETAS = (0.9, 0.98)  # the reference's

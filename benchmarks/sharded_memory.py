@@ -25,10 +25,10 @@ from catalogue_size import BATCH, LENGTH, NEGATIVES, WIDTH, every_item, write_da
 from reproduce import RESULTS, environment
 
 from dataset import BatchSampler, MyDataset
-from distributed import join, leave
 from files.data_folder import read_manifest
 from flags import get_args
 from main import prepare_run
+from ops.collectives import join, leave
 
 NUM_ITEMS, NUM_RANKS, STEPS = 2_000_000, (1, 2, 4), 3
 

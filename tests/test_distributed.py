@@ -21,7 +21,6 @@ import torch
 import torch.multiprocessing as mp
 from conftest import NUM_ITEMS, write_tiny
 
-import distributed
 import hstu_components
 import main as main_module
 from dataset import BatchSampler, MyDataset, count_items, deal
@@ -30,6 +29,7 @@ from files.atomic_io import DataError, read_json
 from files.checkpoint import load_checkpoint
 from files.data_folder import read_manifest
 from flags import get_args
+from ops import collectives, sharded_table
 from updates import Updater
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -65,14 +65,14 @@ def serve(rank: int, port: int, pipe: Any) -> None:
     os.environ |= environment(rank, port)
     torch.set_num_threads(1)
     warnings.simplefilter("error", UserWarning)
-    distributed.join(is_on_cuda=False)
+    collectives.join(is_on_cuda=False)
     while (call := pipe.recv()) is not None:
         function, args = call
         try:
             pipe.send((function(*args), None))
         except BaseException as error:
             pipe.send((None, f"{type(error).__name__}: {error}"))
-    distributed.leave()
+    collectives.leave()
 
 
 @pytest.fixture(scope="module")
@@ -124,7 +124,7 @@ def gradients(
     batch = make_batch(train_set, indices)
     if wrong == "mean of each rank":
         own = (batch.target_index >= 0).sum()
-        batch = batch._replace(num_targets=own * distributed.num_ranks())
+        batch = batch._replace(num_targets=own * collectives.num_ranks())
     if wrong == "negatives of others without gradient":
         is_own = torch.zeros(len(batch.distinct_ids), 1, dtype=torch.bool)
         is_own[torch.cat([batch.item_index, batch.target_index])] = True
@@ -152,13 +152,13 @@ def make_set(data: Path, split: str, negatives: str) -> MyDataset:
 
 def prepare(args: Any, train_set: MyDataset) -> main_module.Run:
     manifest = read_manifest(args.data_dir)
-    with distributed.first_goes_ahead():
+    with collectives.first_goes_ahead():
         features = main_module.read_features(args, manifest)
     return main_module.prepare_run(args, manifest, features, train_set)
 
 
 def make_batch(dataset: MyDataset, indices: list[int]) -> Any:
-    sampler = BatchSampler(len(indices), 99, 3, False, distributed.rank(), distributed.num_ranks())
+    sampler = BatchSampler(len(indices), 99, 3, False, collectives.rank(), collectives.num_ranks())
     draw = next(iter(sampler))
     return dataset.collate_fn(dataset.__getitems__(draw._replace(indices=np.array(indices))))
 
@@ -354,11 +354,11 @@ NUM_ROWS, WIDTH = 103, 7
 def look_up(ids: torch.Tensor) -> tuple[torch.Tensor, ...]:
     """Vectors, the whole table and its gradient; a rank's part of the batch weighs 1, 2, ..."""
     torch.manual_seed(5)
-    distributed.CHUNK_ROWS = 32
-    table = distributed.ShardedEmbedding(NUM_ROWS, WIDTH)
+    sharded_table.CHUNK_ROWS = 32
+    table = sharded_table.ShardedEmbedding(NUM_ROWS, WIDTH)
     vectors = table(ids)
-    (vectors * (distributed.rank() + 1) * torch.arange(WIDTH)).sum().backward()
-    gradient = distributed.gather_table(table.weight.grad.to_dense(), NUM_ROWS)
+    (vectors * (collectives.rank() + 1) * torch.arange(WIDTH)).sum().backward()
+    gradient = sharded_table.gather_table(table.weight.grad.to_dense(), NUM_ROWS)
     weight = table.state_dict()["weight"]
     table.load_state_dict({"weight": torch.arange(1.0 * NUM_ROWS * WIDTH).view(NUM_ROWS, WIDTH)})
     loaded = table(ids).detach()
@@ -403,12 +403,12 @@ def test_each_rank_holds_its_part_of_the_items(data, ranks):
 def ranks_of(split_at: int, *arguments: torch.Tensor) -> torch.Tensor:
     """Ranks of this rank's queries among all items, of which it holds some."""
     queries, items, target_ids, seen_ids, offsets = arguments
-    distributed.SHARDED_QUERIES = 4
-    part = [slice(0, split_at), slice(split_at, None)][distributed.rank()]
+    sharded_table.SHARDED_QUERIES = 4
+    part = [slice(0, split_at), slice(split_at, None)][collectives.rank()]
     bounds = offsets[part.start : None if part.stop is None else part.stop + 1]
-    return distributed.ranks_over_shards(
+    return sharded_table.ranks_over_shards(
         DotProductSimilarity().target_ranks,
-        distributed.keep_own_items(items.split(5)),
+        sharded_table.keep_own_items(items.split(5)),
         queries[part],
         target_ids[part],
         items[target_ids[part] - 1],
@@ -521,7 +521,7 @@ def test_a_rank_without_a_number_on_its_machine_is_one_line_on_cuda(monkeypatch)
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.delenv("LOCAL_RANK", raising=False)
     with pytest.raises(distributed.LostRankError, match="but not LOCAL_RANK"):
-        distributed.join(is_on_cuda=True)
+        collectives.join(is_on_cuda=True)
 
 
 def test_a_killed_rank_ends_the_others_with_one_line(long_data, tmp_path):

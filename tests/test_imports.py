@@ -28,7 +28,7 @@ PACKAGES = {
     **{name: {"numpy", "torch", "tqdm"} for name in ("engine", "main")},
 }
 FOLDERS = ("ops", "files", "engine")
-MODULES = sorted(p for place in ("files",) for p in (ROOT / place).glob("*.py"))
+MODULES = sorted(p for place in ("ops", "files") for p in (ROOT / place).glob("*.py"))
 
 
 def room(path: Path) -> str:
