@@ -21,15 +21,37 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from dataset import Batch, MyDataset, count_items, count_targets
-from evaluation import evaluate
-from export import exported_ids, infer
+from engine.evaluation import evaluate
+from engine.export import exported_ids, infer
+from engine.flags import ALL_NEGATIVES_UP_TO, FREE_FLAGS, get_args
+from engine.run_log import RunLog, summary
+from engine.setup import (
+    keep_freed_memory,
+    make_eval_loader,
+    make_loader,
+    make_sampler,
+    pick_device,
+    read_features,
+    vectors_on_host,
+)
+from engine.signals import Stopped, stop_signals
+from engine.state import (
+    STATE_FORMAT,
+    Progress,
+    Run,
+    check_same_step,
+    load_best,
+    restore_best,
+    resume,
+    save_epoch,
+    save_run,
+)
+from engine.training_step import IF_NOT_FINITE, Updater
 from files.atomic_io import DataError, cause, hold_folder, read_json, sweep_temporaries, write_json
 from files.checkpoint import keep_newest_states, seed_random, settle_register
 from files.data_folder import Manifest, fingerprint, read_item_names, read_manifest
 from files.features import Feature
-from flags import ALL_NEGATIVES_UP_TO, FREE_FLAGS, get_args
 from hstu_components import DENSE_ROWS, encoder_arguments
-from interrupts import Stopped, stop_signals
 from model import HSTUConfig, HSTUModel
 from ops.collectives import (
     LostRankError,
@@ -41,28 +63,6 @@ from ops.collectives import (
     rank,
 )
 from ops.sharded_table import ShardedEmbedding
-from run_log import RunLog, summary
-from run_setup import (
-    keep_freed_memory,
-    make_eval_loader,
-    make_loader,
-    make_sampler,
-    pick_device,
-    read_features,
-    vectors_on_host,
-)
-from run_state import (
-    STATE_FORMAT,
-    Progress,
-    Run,
-    check_same_step,
-    load_best,
-    restore_best,
-    resume,
-    save_epoch,
-    save_run,
-)
-from updates import IF_NOT_FINITE, Updater
 
 log = logging.getLogger("hstu")
 

@@ -43,7 +43,7 @@ CHUNK_ITEMS = 1 << 12
 
 @dataclass(frozen=True)
 class HSTUConfig:
-    """Everything that rebuilds the model; stored in its checkpoints. Defaults are in flags.py.
+    """Everything that rebuilds the model, as checkpoints hold it; engine/flags.py has the defaults.
 
     `item_features` and `user_features`: feature id -> {"kind": str, "size": int, ...} where kind
     is a key of hstu_components.ENCODERS and the rest goes to the encoder (mean and std, say).

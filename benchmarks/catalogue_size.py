@@ -26,9 +26,9 @@ import numpy as np
 from reproduce import environment, write_by_cpu
 
 from dataset import BatchSampler, MyDataset, count_items
+from engine.flags import get_args
 from files.atomic_io import write_json
 from files.data_folder import EVENT_DTYPE, FORMAT_VERSION, read_manifest
-from flags import get_args
 from main import Run, prepare_run
 
 SIZES = (10_000, 1_000_000, 10_000_000)

@@ -30,7 +30,7 @@ import torch
 from reproduce import environment, write_by_cpu
 
 from dataset import emb_pieces
-from export import Catalogue, by_item, embed, map_embeddings, publish
+from engine.export import Catalogue, by_item, embed, map_embeddings, publish
 from files.atomic_io import atomic_write
 from files.features import Feature
 from hstu_components import encoder_arguments

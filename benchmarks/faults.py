@@ -56,14 +56,14 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch.utils.data import get_worker_info
 
 from dataset import BatchSampler, MyDataset
+from engine.flags import get_args
+from engine.setup import make_loader, read_features
+from engine.training_step import Updater
 from files import atomic_io
 from files.atomic_io import DataError, file_entry, read_json
 from files.checkpoint import load_checkpoint, load_newest_state, save_checkpoint, save_state
 from files.data_folder import read_manifest
-from flags import get_args
 from main import main, open_datasets, prepare_run, save_run
-from run_setup import make_loader, read_features
-from updates import Updater
 
 STEPS = 6  # of each of two epochs
 FLAGS = [

@@ -27,11 +27,11 @@ from reproduce import environment, write_by_cpu
 from torch.utils.data import DataLoader, Dataset
 
 from dataset import BatchSampler, MyDataset, count_items, count_targets
+from engine.flags import get_args
+from engine.setup import make_loader, read_features
 from files.data_folder import EVENT_DTYPE, SPLITS, Manifest, fingerprint, open_split, read_manifest
 from files.data_writer import write_manifest
-from flags import get_args
 from main import open_datasets, prepare_run
-from run_setup import make_loader, read_features
 
 CPU, MAXLEN, BATCH = torch.device("cpu"), 200, 128
 IDS_ONLY = "--item_features none --user_features none --no-actions --mm_emb_id"

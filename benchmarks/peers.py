@@ -27,7 +27,7 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from metrics import ranking_metrics
+from engine.metrics import ranking_metrics
 
 EVENT = np.dtype([("item_id", "<i4"), ("action_type", "<i4"), ("timestamp", "<i8")])
 BATCH_SIZE, BLOCKS, NEGATIVES, TEMPERATURE, LR = 128, 2, 128, 0.05, 1e-3

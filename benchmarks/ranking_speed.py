@@ -27,7 +27,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from dot_product_similarity import DotProductSimilarity
-from run_setup import keep_freed_memory
+from engine.setup import keep_freed_memory
 
 try:
     import faiss

@@ -25,8 +25,8 @@ from catalogue_size import BATCH, LENGTH, NEGATIVES, WIDTH, every_item, write_da
 from reproduce import RESULTS, environment
 
 from dataset import BatchSampler, MyDataset
+from engine.flags import get_args
 from files.data_folder import read_manifest
-from flags import get_args
 from main import prepare_run
 from ops.collectives import join, leave
 

@@ -29,8 +29,8 @@ from step_time import LOSSES, Ours  # noqa: E402
 import main as program  # noqa: E402
 import model as model_module  # noqa: E402
 import simplified_hstu as hstu_module  # noqa: E402
-import updates  # noqa: E402
-from run_setup import keep_freed_memory  # noqa: E402
+from engine import training_step as updates  # noqa: E402
+from engine.setup import keep_freed_memory  # noqa: E402
 
 
 class Clock:

@@ -30,9 +30,9 @@ from reproduce import IDS_AND_TIMES, environment, write_by_cpu  # noqa: E402
 
 import main as program  # noqa: E402
 from dataset import BatchSampler  # noqa: E402
+from engine.flags import get_args  # noqa: E402
+from engine.setup import keep_freed_memory, make_loader, read_features  # noqa: E402
 from files.data_folder import read_manifest  # noqa: E402
-from flags import get_args  # noqa: E402
-from run_setup import keep_freed_memory, make_loader, read_features  # noqa: E402
 
 # As the peers, which train on a user's newest events alone.
 PLAIN = f"{IDS_AND_TIMES} --no-windows --num_workers 0"

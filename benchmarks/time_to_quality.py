@@ -26,16 +26,16 @@ from peers import PEERS, Peer  # noqa: E402
 from reproduce import IDS_AND_TIMES, RESULTS, SMALL, environment  # noqa: E402
 
 import main as program  # noqa: E402
-from evaluation import evaluate  # noqa: E402
-from files.data_folder import read_manifest  # noqa: E402
-from flags import get_args  # noqa: E402
-from run_setup import (  # noqa: E402
+from engine.evaluation import evaluate  # noqa: E402
+from engine.flags import get_args  # noqa: E402
+from engine.setup import (  # noqa: E402
     keep_freed_memory,
     make_eval_loader,
     make_loader,
     make_sampler,
     read_features,
 )
+from files.data_folder import read_manifest  # noqa: E402
 
 RESULT = RESULTS / "time_to_quality.json"
 FLAGS = (

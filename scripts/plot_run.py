@@ -22,15 +22,15 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor
 
-from evaluation import Ranking, evaluate
+from engine.evaluation import Ranking, evaluate
+from engine.flags import get_args
+from engine.metrics import hit
+from engine.setup import make_eval_loader, read_features, vectors_on_host
+from engine.state import Progress
 from files.atomic_io import DataError, atomic_write, exit_code
 from files.checkpoint import load_newest_state
 from files.data_folder import open_split, read_manifest
-from flags import get_args
 from main import Run, load_best, open_datasets, prepare_run
-from metrics import hit
-from run_setup import make_eval_loader, read_features, vectors_on_host
-from run_state import Progress
 from simplified_hstu import time_buckets
 
 with suppress(ImportError):  # said in main

@@ -21,10 +21,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import numpy as np
 
+from engine.flags import at_least
 from files.atomic_io import exit_code
 from files.data_folder import EVENT_DTYPE
 from files.data_writer import Column, leave_one_out, write_dataset
-from flags import at_least
 
 NUM_CLUSTERS = 20
 ACTION_RATES = (0.4, 0.35, 0.25)
@@ -236,7 +236,7 @@ def best_hit_rates(process: Process, state: State, targets: np.ndarray) -> dict[
     """HR@10 of whoever knows the process, and of the same without one effect.
 
     "optimum" is measured on these targets, "optimum, expected" is its mean over all that could
-    have been drawn. Items already met are left out, as in evaluation.py.
+    have been drawn. Items already met are left out, as in engine/evaluation.py.
     """
     chances = item_probabilities(process, state, is_test=True)
     rates = {

@@ -19,10 +19,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import numpy as np
 
+from engine.flags import at_least, between
 from files.atomic_io import DataError, exit_code
 from files.data_folder import EVENT_DTYPE, Sequences, gather
 from files.data_writer import leave_one_out, write_dataset
-from flags import at_least, between
 from table_features import ROLES, make_features, names_of, read_table, read_vectors
 from table_source import (
     NOT_AVAILABLE,

@@ -30,6 +30,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import numpy as np
 
+from engine.flags import at_least
 from files.atomic_io import DataError, atomic_write, exit_code, hold_folder
 from files.data_folder import (
     EVENT_DTYPE,
@@ -49,7 +50,6 @@ from files.data_writer import (
     write_split,
 )
 from files.item_vectors import find_vectors
-from flags import at_least
 from tencentgr_source import (
     ACTIONS,
     FAULTS,

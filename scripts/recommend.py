@@ -26,7 +26,8 @@ from prepare_table import Rows, parsed, read_rows, time_of
 
 from dataset import MyDataset, load_emb
 from dot_product_similarity import DotProductSimilarity
-from export import load_model, request_action
+from engine.export import load_model, request_action
+from engine.flags import at_least, unix_seconds
 from files.atomic_io import DataError, exit_code, read_json
 from files.data_folder import (
     EVENT_DTYPE,
@@ -40,7 +41,6 @@ from files.data_folder import (
     read_manifest,
 )
 from files.data_writer import write_manifest, write_split
-from flags import at_least, unix_seconds
 from model import HSTUModel
 
 NUM_RECENT = 5  # events shown

@@ -23,7 +23,7 @@ from conftest import NUM_ITEMS, write_tiny
 
 import main as main_module
 from dataset import load_emb
-from export import check_size, checked_rows
+from engine.export import check_size, checked_rows
 from files.atomic_io import DataError
 from files.checkpoint import load_checkpoint, save_checkpoint
 from files.data_folder import EVENT_DTYPE

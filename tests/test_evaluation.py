@@ -1,15 +1,15 @@
-"""Ranking of a split; tests/test_main.py and tests/test_distributed.py have it in a training."""
+"""Ranking of a split; tests/test_main.py and tests/test_collectives.py have it in a training."""
 
 from __future__ import annotations
 
 import torch
 from conftest import write_tiny
 
-from evaluation import Ranking, evaluate
+from engine.evaluation import Ranking, evaluate
+from engine.flags import get_args
+from engine.setup import make_eval_loader, read_features
 from files.data_folder import read_manifest
-from flags import get_args
 from main import open_datasets, prepare_run
-from run_setup import make_eval_loader, read_features
 
 
 def test_targets_never_trained_on_and_those_had_before_are_counted_apart():

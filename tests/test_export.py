@@ -23,7 +23,7 @@ from test_model import make_model
 
 import model as model_module
 from dataset import load_emb
-from export import (
+from engine.export import (
     Catalogue,
     by_item,
     candidates_of,

@@ -9,7 +9,7 @@ from test_model import make_batch, make_model
 from test_simplified_hstu import NAMES, OFFSETS, fast_attention, random_inputs
 
 import simplified_hstu
-from updates import Updater
+from engine.training_step import Updater
 
 pytestmark = [
     pytest.mark.gpu,

@@ -28,7 +28,7 @@ PACKAGES = {
     **{name: {"numpy", "torch", "tqdm"} for name in ("engine", "main")},
 }
 FOLDERS = ("ops", "files", "engine")
-MODULES = sorted(p for place in ("ops", "files") for p in (ROOT / place).glob("*.py"))
+MODULES = sorted(p for place in (".", *FOLDERS) for p in (ROOT / place).glob("*.py"))
 
 
 def room(path: Path) -> str:
@@ -56,6 +56,10 @@ def test_imports_go_one_way(path):
 def test_torch_stays_out_of_the_data_files():
     using_torch = {p.stem for p in ROOT.glob("files/*.py") if "torch" in imported(p)}
     assert using_torch == {"checkpoint"}
+
+
+def test_six_modules_stand_at_the_top():
+    assert {path.stem for path in ROOT.glob("*.py")} == ALLOWED.keys() - {*FOLDERS}
 
 
 @pytest.mark.parametrize("name", ["model", "simplified_hstu", "hstu_components", "dataset"])

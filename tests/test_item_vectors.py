@@ -12,12 +12,12 @@ import numpy as np
 import pytest
 from feature_files import ITEM_IDS, VECTORS, load_81, write, write_vectors
 
+from engine.flags import get_args
+from engine.setup import read_features
 from files.atomic_io import DataError, read_json
 from files.data_folder import read_manifest
 from files.features import load_features
 from files.item_vectors import find_vectors, load_vectors
-from flags import get_args
-from run_setup import read_features
 
 SAMPLE = Path(__file__).parent.parent.parent / "shared" / "data" / "tencentgr-sample"
 needs_sample = pytest.mark.skipif(

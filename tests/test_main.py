@@ -20,15 +20,15 @@ from conftest import NUM_ITEMS, write_tiny
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import main as main_module
-import run_setup
 from dataset import MyDataset, load_emb
+from engine import setup as run_setup
+from engine.flags import get_args
+from engine.training_step import Updater
 from files.atomic_io import DataError
 from files.checkpoint import load_checkpoint, save_checkpoint
 from files.data_folder import EVENT_DTYPE, USER_DTYPE, Sequences
 from files.data_writer import Column, write_dataset
-from flags import get_args
 from main import main
-from updates import Updater
 
 SMALL = [
     "--device=cpu", "--num_workers=0", "--num_epochs=2", "--batch_size=4", "--maxlen=6",
@@ -874,7 +874,7 @@ def test_a_move_that_was_killed_half_way_goes_on_under_the_same_command(
     state = sorted(whole.glob("resume_*.pt"))[0]
     flags = ["--save_every_steps=1", "--num_epochs=3", f"--resume={state}"]
     with monkeypatch.context() as killed:
-        killed.setattr("run_state.save_state", stop)
+        killed.setattr("engine.state.save_state", stop)
         with pytest.raises(KeyboardInterrupt):
             run(tmp_path, data, *flags, name="moved")
     assert [path.name for path in (tmp_path / "moved").glob("*.pt")] == ["model_best.pt"]
@@ -948,7 +948,7 @@ def test_names_of_the_public_description_are_there(data):
 
 
 def test_the_page_of_charts_names_only_curves_that_are_there(tmp_path, data):
-    from run_log import LAYOUT
+    from engine.run_log import LAYOUT
 
     output_dir = run(tmp_path, data, "--log_every=1")
     events = EventAccumulator(str(output_dir / "logs")).Reload()

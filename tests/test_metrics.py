@@ -7,8 +7,8 @@ import math
 import pytest
 import torch
 
-import metrics
-from metrics import ranking_metrics
+from engine import metrics
+from engine.metrics import ranking_metrics
 
 
 def test_metrics_of_hand_computed_ranks():

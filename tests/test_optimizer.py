@@ -12,12 +12,12 @@ from torch import Tensor, nn
 
 import hstu_components
 from dataset import MyDataset
+from engine.flags import get_args
+from engine.optimizer import MuonAdamW, RowAdamW, clip_gradients, orthogonal
+from engine.setup import read_features
 from files.data_folder import read_manifest
-from flags import get_args
 from hstu_components import ArrayEncoder, SparseEncoder, give_sparse_gradients
 from main import prepare_run
-from optimizer import MuonAdamW, RowAdamW, clip_gradients, orthogonal
-from run_setup import read_features
 
 X, D = 11, 3
 OPTIONS = {"lr": 0.1, "betas": (0.9, 0.98), "weight_decay": 0.0}

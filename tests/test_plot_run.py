@@ -17,11 +17,11 @@ pytest.importorskip("matplotlib", reason="matplotlib is not installed")
 
 import plot_run
 
-from evaluation import Ranking, evaluate
+from engine.evaluation import Ranking, evaluate
+from engine.setup import make_eval_loader
 from files.checkpoint import load_checkpoint
 from files.data_folder import EVENT_DTYPE
 from main import main
-from run_setup import make_eval_loader
 
 FLAGS = [
     "--device=cpu", "--num_workers=0", "--num_epochs=3", "--batch_size=4", "--maxlen=6",

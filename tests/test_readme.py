@@ -11,14 +11,14 @@ import pytest
 import recommend
 from conftest import NUM_ITEMS, write_tiny
 
-import flags as flags_module
 import main as main_module
+from engine import flags as flags_module
+from engine.flags import get_args
+from engine.metrics import METRICS
 from files.checkpoint import load_checkpoint
 from files.data_writer import Column
 from files.features import PARSERS
-from flags import get_args
 from hstu_components import ENCODERS
-from metrics import METRICS
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()

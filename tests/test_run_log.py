@@ -25,13 +25,13 @@ from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 from tensorboard.summary.writer.record_writer import RecordWriter
 
 import main as main_module
-import run_log
 from dataset import load_emb
+from engine import run_log
+from engine.run_log import RunLog, duration
+from engine.training_step import Updater
 from files.checkpoint import load_checkpoint
 from files.data_folder import EVENT_DTYPE
 from main import main
-from run_log import RunLog, duration
-from updates import Updater
 
 # pytest catches what a thread dies of, which else is a traceback on the terminal.
 pytestmark = pytest.mark.filterwarnings("error::pytest.PytestUnhandledThreadExceptionWarning")

@@ -18,8 +18,8 @@ from typing import Any
 import prepare_synthetic
 import pytest
 
+from engine.training_step import Updater
 from main import main
-from updates import Updater
 
 BROWSER = shutil.which("chromium") or shutil.which("chromium-browser")
 pytestmark = [

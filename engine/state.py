@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from engine.training_step import Updater
 from files.atomic_io import DataError
 from files.checkpoint import (
     differences,
@@ -25,7 +26,6 @@ from files.checkpoint import (
 )
 from model import HSTUModel
 from ops.collectives import rank, tell, wait_for_all
-from updates import Updater
 
 log = logging.getLogger("hstu")
 

@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from interrupts import stop_signals
-from metrics import ranking_metrics
+from engine.metrics import ranking_metrics
+from engine.signals import stop_signals
+from engine.training_step import Updater
 from ops.collectives import gather_rows, num_ranks
 from ops.sharded_table import keep_own_items, ranks_over_shards
-from updates import Updater
 
 
 class Ranking(NamedTuple):

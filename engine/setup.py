@@ -14,12 +14,12 @@ import torch
 from torch.utils.data import DataLoader
 
 from dataset import BatchSampler, MyDataset
+from engine.flags import DEFAULT_MM_EMB_ID, MODEL_VECTORS_UP_TO
+from engine.signals import leave_signals_to_parent
 from files.atomic_io import DataError
 from files.data_folder import Manifest, check_re_ids, read_indexer
 from files.features import Feature, load_features
 from files.item_vectors import find_vectors, is_by_re_id, load_vectors
-from flags import DEFAULT_MM_EMB_ID, MODEL_VECTORS_UP_TO
-from interrupts import leave_signals_to_parent
 from ops.collectives import num_ranks, rank
 
 log = logging.getLogger("hstu")

@@ -17,9 +17,9 @@ import torch
 from conftest import write_tiny
 
 from dataset import MyDataset
+from engine.signals import SIGNALS, stop_signals
 from files.atomic_io import DataError, read_json
 from files.checkpoint import load_checkpoint
-from interrupts import SIGNALS, stop_signals
 from main import main
 from model import HSTUModel
 
@@ -181,14 +181,14 @@ def test_a_run_that_overwrites_is_told_what_goes_on_instead(data, tmp_path, monk
     assert main([*flags_of(data, tmp_path), "--resume=auto"]) == 0
 
 
-@pytest.mark.parametrize("module", ["main", "export"])
+@pytest.mark.parametrize("module", ["main", "engine.export"])
 def test_a_stop_does_not_wait_for_the_data_to_open(module, data, whole, tmp_path, monkeypatch):
     def opening(*_, **__):
         os.kill(os.getpid(), signal.SIGTERM)
         time.sleep(60)
 
     flags = flags_of(data, tmp_path)
-    if module == "export":
+    if module == "engine.export":
         flags += ["--inference_only", f"--state_dict_path={whole}/model_best.pt"]
     monkeypatch.setattr(f"{module}.read_manifest", opening)
     started = time.perf_counter()
@@ -254,8 +254,8 @@ def test_a_stopped_export_leaves_the_old_files(method, data, whole, tmp_path, mo
 
 def test_a_second_sigint_leaves_at_once():
     code = (
-        "import os, signal, interrupts\n"
-        "with interrupts.stop_signals:\n"
+        "import os, signal\nfrom engine import signals\n"
+        "with signals.stop_signals:\n"
         "    os.kill(os.getpid(), signal.SIGINT)\n"
         "    print('saving', flush=True)\n"
         "    os.kill(os.getpid(), signal.SIGINT)\n"

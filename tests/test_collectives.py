@@ -25,12 +25,12 @@ import hstu_components
 import main as main_module
 from dataset import BatchSampler, MyDataset, count_items, deal
 from dot_product_similarity import DotProductSimilarity
+from engine.flags import get_args
+from engine.training_step import Updater
 from files.atomic_io import DataError, read_json
 from files.checkpoint import load_checkpoint
 from files.data_folder import read_manifest
-from flags import get_args
 from ops import collectives, sharded_table
-from updates import Updater
 
 ROOT = Path(__file__).resolve().parent.parent
 NUM_RANKS = 2
@@ -520,7 +520,7 @@ def test_a_rank_without_a_number_on_its_machine_is_one_line_on_cuda(monkeypatch)
         monkeypatch.setenv(name, "0")
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.delenv("LOCAL_RANK", raising=False)
-    with pytest.raises(distributed.LostRankError, match="but not LOCAL_RANK"):
+    with pytest.raises(collectives.LostRankError, match="but not LOCAL_RANK"):
         collectives.join(is_on_cuda=True)
 
 

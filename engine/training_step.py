@@ -12,9 +12,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from engine.optimizer import MuonAdamW, clip_gradients
+from engine.signals import Stopped, stop_signals
 from files.atomic_io import DataError
 from hstu_components import give_sparse_gradients
-from interrupts import Stopped, stop_signals
 from model import HSTUModel
 from ops.collectives import (
     num_ranks,
@@ -24,7 +25,6 @@ from ops.collectives import (
     tell,
 )
 from ops.sharded_table import ShardedEmbedding, gather_table, own_rows
-from optimizer import MuonAdamW, clip_gradients
 
 ADAM_BETAS = (0.9, 0.98)  # the reference's
 AUTOCAST_DTYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}

@@ -14,6 +14,9 @@ import numpy as np
 import torch
 
 from dataset import Batch, BatchSampler, MyDataset, emb_pieces, emb_size
+from engine.run_log import progress_bar
+from engine.setup import make_loader, pick_device, read_features, vectors_on_host
+from engine.signals import stop_signals
 from files.atomic_io import (
     DataError,
     atomic_write,
@@ -36,10 +39,7 @@ from files.feature_cache import Feature
 from files.features import load_features
 from files.item_vectors import find_vectors, is_by_re_id, load_vectors
 from hstu_components import FeatureTables, gather_lists
-from interrupts import stop_signals
 from model import HSTUConfig, HSTUModel
-from run_log import progress_bar
-from run_setup import make_loader, pick_device, read_features, vectors_on_host
 
 log = logging.getLogger("hstu")
 
