@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from ops.dropout import Dropout
 from ops.sharded_table import ShardedEmbedding
 
 INIT_STD = 0.02  # of item table, positions and everything added to them: see docs/log.md
@@ -23,24 +24,6 @@ L2_EPS = 1e-6
 # Up to this many rows a table is trained whole: for the 14,000 items of a batch that is faster than
 # by rows.
 DENSE_ROWS = 20_000
-
-
-class Dropout(nn.Dropout):
-    """nn.Dropout; on the CPU a number is kept or not by 16 random bits of its own.
-
-    torch draws a 64-bit number for each of them there, which takes four times as long. The rate is
-    rounded to 1 / 65,536, and what is kept is scaled by the rate as it is then.
-    """
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(...,) -> (...,)."""
-        dropped = round(self.p * 2**16)
-        if not self.training or not 0 < dropped < 2**16 or x.device.type != "cpu":
-            return super().forward(x)
-        bits = torch.empty(-(-x.numel() // 4), dtype=torch.int64).random_(-(2**63), None)
-        bits = bits.view(torch.int16)[: x.numel()].view_as(x)  # uniform in -2^15..2^15 - 1
-        kept = (bits >= dropped - 2**15).to(x.dtype).mul_(2**16 / (2**16 - dropped))
-        return x * kept
 
 
 class LocalEmbeddingModule(nn.Module):

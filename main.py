@@ -26,6 +26,7 @@ from engine.export import exported_ids, infer
 from engine.flags import ALL_NEGATIVES_UP_TO, FREE_FLAGS, get_args
 from engine.run_log import RunLog, summary
 from engine.setup import (
+    compile_blocks,
     keep_freed_memory,
     make_eval_loader,
     make_loader,
@@ -258,10 +259,11 @@ def prepare_run(
     config = make_config(args, manifest, features, train_set.has_timestamps)
     seed_random(args.seed)
     options = {"on_host": train_set.host_vectors, "shards_items": shards_items(args, train_set)}
+    options["kernels"] = args.kernels
     model = HSTUModel(config, *features, **options).to(device)
     model.hstu.gradient_checkpointing = args.gradient_checkpointing
     if args.compile:
-        model.hstu.compile_blocks()
+        compile_blocks(model.hstu)
     num_batches = -(-len(train_set) // args.batch_size)
     total_steps = args.num_epochs * -(-num_batches // args.accumulate_steps)
     return Run(

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
-from functools import partial, reduce
-from typing import Any
+from functools import reduce
+from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+import ops.attention
+import ops.infonce
+import simplified_hstu
 from dot_product_similarity import DotProductSimilarity
 from hstu_components import (
     ENCODERS,
@@ -21,24 +22,49 @@ from hstu_components import (
     LocalEmbeddingModule,
     module_key,
 )
-from simplified_hstu import HSTU
+from simplified_hstu import HSTU, Attention
 
-# Logits held at once, in floats: on the CPU 4 MB a thread, so that the passes over a chunk stay in
-# the cache; on a GPU 256 MB in few kernels.
-THREAD_LOGITS = 1 << 20
-GPU_LOGITS = 1 << 26
-# Least queries of a thread in a chunk; with fewer, threads share them as BLAS likes.
-LANE_QUERIES = 64
-# e to a logit up to this does not overflow, nor does a sum of millions. A cosine is at most 1, so
-# only temperatures below 1 / 60 need their largest logit taken off first.
-SAFE_LOGIT = 60.0
-# The loss counts logits in bits: on the CPU 2^x takes half as long as e^x.
-LN_2 = math.log(2)
-# Matrix products are fastest with rows that begin at a multiple of 64 bytes.
-COLUMN_STEP = 16
 # Items embedded at once when a whole catalogue is: 16 MB of 1024-wide vectors. With 16 times as
 # many a CPU embeds a third fewer per second: they have left its cache when they are projected.
 CHUNK_ITEMS = 1 << 12
+
+
+def infonce_loss(
+    queries: Tensor,
+    rows: Tensor,
+    target_index: Tensor,
+    negative_index: Tensor | None,
+    negative_log_q: Tensor | None,
+    temperature: float,
+) -> Tensor:
+    """InfoNCE as it is defined; arguments as `HSTUModel.compute_infonce_loss`, rows of length 1."""
+    if negative_index is None:
+        negative_index = torch.arange(len(rows), device=rows.device)
+    weights = (target_index >= 0).to(queries.dtype)  # (T,)
+    positives = target_index.clamp(min=0)
+    positive = (queries * rows.index_select(0, positives)).sum(1) / temperature  # (T,)
+    negative = queries @ rows.index_select(0, negative_index).T / temperature  # (T, M)
+    if negative_log_q is not None:
+        negative = negative - negative_log_q
+    negative = negative.masked_fill(negative_index == positives[:, None], -torch.inf)
+    losses = torch.cat([positive[:, None], negative], 1).logsumexp(1) - positive  # (T,)
+    return (losses * weights).sum() / weights.sum().clamp(min=1)
+
+
+class Kernels(NamedTuple):
+    """The forms that a model computes with: of each definition, itself or a tuned one in ops/."""
+
+    attention: Attention
+    infonce_loss: Callable[..., Tensor]
+
+
+# --kernels; "auto" is the fastest for the device.
+KERNELS = {
+    "plain": Kernels(simplified_hstu.DEFINITION, infonce_loss),
+    "auto": Kernels(
+        Attention(ops.attention.prepare, ops.attention.gated_attention), ops.infonce.infonce_loss
+    ),
+}
 
 
 @dataclass(frozen=True)
@@ -77,7 +103,8 @@ class HSTUModel(nn.Module):
             config.item_features; data, not weights.
         user_features: the same for users.
         on_host: item vectors that stay on the host; batches bring theirs in `item_vectors`.
-        shards_items: each rank holds a part of the item table.
+        shards_items: each process holds a part of the item table.
+        kernels: "auto" or "plain", a key of KERNELS.
     """
 
     def __init__(
@@ -87,9 +114,10 @@ class HSTUModel(nn.Module):
         user_features: Mapping[str, Any],
         on_host: Collection[str] = (),
         shards_items: bool = False,
+        kernels: str = "auto",
     ):
         super().__init__()
-        self.config = config
+        self.config, self.kernels = config, KERNELS[kernels]
         width = config.hidden_units
         self.embedding_module = LocalEmbeddingModule(config.num_items, width, shards_items)
         self.sparse_emb, self.emb_transform = nn.ModuleDict(), nn.ModuleDict()
@@ -114,6 +142,7 @@ class HSTUModel(nn.Module):
             dropout_rate=config.dropout_rate,
             maxlen=config.maxlen,
             has_position_bias=config.position_bias,
+            attention=self.kernels.attention,
         )
         self.output_postprocessor = L2NormEmbeddingPostprocessor()
         self.similarity = DotProductSimilarity()
@@ -255,109 +284,11 @@ class HSTUModel(nn.Module):
         """
         with torch.autocast(queries.device.type, enabled=False):
             rows = self.output_postprocessor(rows)
-            return InfoNCE.apply(
+            return self.kernels.infonce_loss(
                 queries,
                 rows,
                 target_index,
                 negative_index,
                 negative_log_q,
                 self.config.infonce_temp,
-                torch.is_grad_enabled(),
             )
-
-
-class InfoNCE(torch.autograd.Function):
-    """The loss and its gradients in one walk over chunks of queries.
-
-    No more than a chunk's logits ever exist. Gradients are computed on the way forward, because
-    the loss is a scalar: the backward pass only scales them. The plain form stands in
-    tests/test_model.py.
-    """
-
-    @staticmethod
-    def forward(ctx, queries, rows, target_index, negative_index, log_q, temperature, needs_grad):
-        """As `compute_infonce_loss`, with queries and rows of length 1."""
-        negatives = rows if negative_index is None else rows.index_select(0, negative_index)
-        M = len(negatives)
-        # A query's logits: M negatives, its positive, and nothing up to a multiple of 16 columns.
-        width = -(-(M + 1) // COLUMN_STEP) * COLUMN_STEP
-        negatives = F.pad(negatives, (0, 0, 0, width - M))  # (width, D)
-        size, lanes = _chunk_shape(queries, width)
-        num_queries = len(queries)
-        gap = -num_queries % lanes  # filled with queries that have no target
-        queries = F.pad(queries, (0, 0, 0, gap))
-        target_index = F.pad(target_index, (0, gap), value=-1)
-        has_target, positives = target_index >= 0, target_index.clamp(min=0)
-        weights = has_target.to(queries.dtype)
-        weights /= weights.sum().clamp(min=1)  # (T,), each query's share of the mean
-        own_column = positives  # (T,)
-        if negative_index is not None:
-            own_column = _column_of_each_row(rows, negative_index)[positives]
-        q, positive = queries / (temperature * LN_2), rows.index_select(0, positives)  # (T, D)
-        positive_logit = (q * positive).sum(1)  # (T,), in bits as all logits
-        log_q = None if log_q is None else log_q / LN_2
-        is_safe = 1 / temperature <= SAFE_LOGIT
-        peak, total = torch.zeros_like(positive_logit), torch.empty_like(positive_logit)
-        query_grad = torch.empty_like(queries)
-        negative_grad = negatives.new_zeros(lanes, *negatives.shape)  # each lane's part of the sum
-        negatives = negatives.expand(lanes, -1, -1)
-        by_lane = partial(Tensor.unflatten, dim=0, sizes=(lanes, -1))  # (c, .) -> (lanes, c', .)
-        buffer = queries.new_empty(min(size, len(queries)), width)
-        for start in range(0, len(queries), size):
-            part = slice(start, start + size)
-            logits = buffer[: len(q[part])]  # (c, width)
-            torch.bmm(by_lane(q[part]), negatives.mT, out=by_lane(logits))
-            if log_q is not None:
-                logits[:, :M] -= log_q
-            logits[:, M:] = -torch.inf
-            logits.scatter_(1, own_column[part, None], -torch.inf)
-            logits[:, M] = positive_logit[part]
-            if not is_safe:
-                torch.amax(logits, 1, out=peak[part])
-                logits -= peak[part, None]
-            exps = logits.exp2_()
-            torch.sum(exps, 1, out=total[part])
-            if needs_grad:
-                torch.bmm(by_lane(exps), negatives, out=by_lane(query_grad[part]))
-                shares = q[part] * (weights[part] / total[part])[:, None]
-                negative_grad.baddbmm_(by_lane(exps).mT, by_lane(shares))
-        loss = weights @ (total.log2() + peak - positive_logit)
-        if not needs_grad:
-            return loss.mul_(LN_2)
-        scale = weights / total  # (T,), exps * scale: gradient of the logits
-        of_positive = torch.exp2(positive_logit - peak) * scale - weights  # (T,)
-        query_grad.mul_(scale[:, None]).addcmul_(of_positive[:, None], positive).div_(temperature)
-        row_grad = torch.zeros_like(rows).index_add_(0, positives, of_positive[:, None] * q)
-        negative_grad = negative_grad.sum(0)[:M]
-        if negative_index is None:
-            row_grad += negative_grad
-        else:
-            row_grad.index_add_(0, negative_index, negative_grad)
-        ctx.save_for_backward(query_grad[:num_queries], row_grad.mul_(LN_2))
-        return loss.mul_(LN_2)
-
-    @staticmethod
-    def backward(ctx, grad):
-        query_grad, row_grad = ctx.saved_tensors
-        return query_grad * grad, row_grad * grad, None, None, None, None, None
-
-
-def _chunk_shape(queries: Tensor, width: int) -> tuple[int, int]:
-    """Queries in a chunk of the loss, and lanes that they are cut into, as equal parts.
-
-    On the CPU each thread has a lane: all its products are of the same queries, whose logits are in
-    its own cache. BLAS shares a product out by itself, each one otherwise.
-    """
-    if queries.device.type != "cpu":
-        return max(1, GPU_LOGITS // width), 1
-    threads, size = torch.get_num_threads(), THREAD_LOGITS // width
-    if min(size, len(queries) // threads) < LANE_QUERIES:
-        return max(1, threads * THREAD_LOGITS // width), 1
-    return threads * size, threads
-
-
-def _column_of_each_row(rows: Tensor, negative_index: Tensor) -> Tensor:
-    """(R,) int64: each row's column among the M negatives; M, one too many, if it is not there."""
-    M = len(negative_index)
-    columns = torch.full((len(rows),), M, device=rows.device)
-    return columns.index_copy_(0, negative_index, torch.arange(M, device=rows.device))

@@ -3,7 +3,7 @@
     python benchmarks/attention_memory.py
 
 Two sequences of N events, d 64, one head, forward and backward; each case in a process of its own.
-The plain form is the definition in dense tensors, differentiated by autograd.
+The plain form is the definition, `simplified_hstu.gated_attention`, differentiated by autograd.
 """
 
 from __future__ import annotations
@@ -20,56 +20,43 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
 import torch  # noqa: E402
-import torch.nn.functional as F  # noqa: E402
 from reproduce import RESULTS, environment  # noqa: E402
 
-from simplified_hstu import NORM_EPS, HSTUAttention, cut_rectangles, time_buckets  # noqa: E402
+from model import KERNELS  # noqa: E402
+from simplified_hstu import HSTUAttention  # noqa: E402
 
 LENGTHS = [256, 512, 1024, 2048, 4096, 8192]
 SEQUENCES, WIDTH = 2, 64
 
 
-def make(length: int, dtype: torch.dtype) -> tuple[HSTUAttention, torch.Tensor, torch.Tensor]:
+def make(
+    form: str, length: int, dtype: torch.dtype
+) -> tuple[HSTUAttention, torch.Tensor, torch.Tensor]:
     torch.manual_seed(0)
-    block = HSTUAttention(WIDTH, 1, WIDTH, WIDTH, 0.0, length, True, True).to(dtype)
+    attention = KERNELS[FORMS[form]].attention
+    block = HSTUAttention(WIDTH, 1, WIDTH, WIDTH, 0.0, length, True, True, attention).to(dtype)
     x = torch.randn(SEQUENCES * length, WIDTH, dtype=dtype).requires_grad_()
     times = torch.randint(1, 100_000, (SEQUENCES, length)).cumsum(1).flatten()
     return block, x, times
 
 
-def ours(block: HSTUAttention, x: torch.Tensor, times: torch.Tensor, length: int) -> torch.Tensor:
-    offsets = torch.arange(SEQUENCES + 1) * length
-    rectangles, _ = cut_rectangles(offsets, times, times + 60, 1)  # no gaps: all are as long
-    return block(x, rectangles)
+def run(block: HSTUAttention, x: torch.Tensor, times: torch.Tensor) -> torch.Tensor:
+    offsets = torch.arange(SEQUENCES + 1) * (len(x) // SEQUENCES)
+    return block(x, block.attention.prepare(offsets, times, times + 60, 1))
 
 
-def plain(block: HSTUAttention, x: torch.Tensor, times: torch.Tensor, length: int) -> torch.Tensor:
-    """Equations 1 to 3 in dense tensors, (B, N, N) scores."""
-    projected = F.silu(F.linear(block.layer_norm(x), block.qkv_proj.weight))
-    u, v, q, k = projected.view(SEQUENCES, length, -1).split(block.split_sizes, -1)  # (B, N, d)
-    distances = torch.arange(length)[:, None] - torch.arange(length)  # (N, N)
-    times = times.view(SEQUENCES, length)
-    buckets = time_buckets((times + 60)[:, :, None] - times[:, None])  # (B, N, N)
-    bias = block.relative_bias
-    scores = q @ k.mT + bias.position_weight[distances.clamp(min=0)] + bias.time_weight[buckets]
-    weights = F.silu(scores) * (distances >= 0)
-    attended = (weights @ v / length).flatten(0, 1)  # (T, dv)
-    gated = u.flatten(0, 1) * F.layer_norm(attended, attended.shape[1:], eps=NORM_EPS)
-    return x + block.output_proj(gated)
-
-
-FORMS = {"ours": ours, "plain": plain}
+FORMS = {"ours": "auto", "plain": "plain"}
 
 
 def run_case(form: str, length: int) -> dict[str, float]:
     """Seconds of the fastest of three, and peak memory beyond what stood before."""
-    block, x, times = make(length, torch.float32)
-    ours(*make(16, torch.float32), 16).sum().backward()  # what the first call alone needs
+    block, x, times = make(form, length, torch.float32)
+    run(*make(form, 16, torch.float32)).sum().backward()  # what the first call alone needs
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     seconds = []
     for _ in range(3):
         start = time.perf_counter()
-        FORMS[form](block, x, times, length).square().sum().backward()
+        run(block, x, times).square().sum().backward()
         seconds.append(time.perf_counter() - start)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
     return {"form": form, "N": length, "seconds": round(min(seconds), 3), "mb": round(peak / 1e3)}
@@ -78,9 +65,9 @@ def run_case(form: str, length: int) -> dict[str, float]:
 def disagreement(length: int) -> dict[str, float]:
     """Largest relative difference of output and of each gradient in float64."""
     results = []
-    for form in FORMS.values():
-        block, x, times = make(length, torch.float64)
-        y = form(block, x, times, length)
+    for form in FORMS:
+        block, x, times = make(form, length, torch.float64)
+        y = run(block, x, times)
         weights = torch.randn(y.shape, generator=torch.Generator().manual_seed(1)).double()
         names, inputs = zip(*block.named_parameters(), ("input", x), strict=True)
         grads = torch.autograd.grad((y * weights).sum(), inputs)

@@ -16,6 +16,7 @@ import json
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from statistics import median
 
@@ -27,10 +28,9 @@ from reproduce import environment, write_by_cpu  # noqa: E402
 from step_time import LOSSES, Ours  # noqa: E402
 
 import main as program  # noqa: E402
-import model as model_module  # noqa: E402
-import simplified_hstu as hstu_module  # noqa: E402
 from engine import training_step as updates  # noqa: E402
 from engine.setup import keep_freed_memory  # noqa: E402
+from ops import attention, infonce  # noqa: E402
 
 
 class Clock:
@@ -52,32 +52,35 @@ class Clock:
 
     def watch(self, owner: object, attribute: str, name: str) -> None:
         """Let `owner.attribute` count as part `name` whenever it is called."""
-        function = getattr(owner, attribute)
-
-        @functools.wraps(function)
-        def timed(*args, **kwargs):
-            with self.part(name):
-                return function(*args, **kwargs)
-
+        timed = self.timed(getattr(owner, attribute), name)
         is_static = isinstance(vars(owner).get(attribute), staticmethod)
         setattr(owner, attribute, staticmethod(timed) if is_static else timed)
 
+    def timed(self, function: Callable, name: str) -> Callable:
+        @functools.wraps(function)
+        def wrapped(*args, **kwargs):
+            with self.part(name):
+                return function(*args, **kwargs)
+
+        return wrapped
+
 
 def watch_code(clock: Clock) -> None:
-    clock.watch(hstu_module, "cut_rectangles", "attention: rectangles and time buckets")
-    attention = hstu_module.GatedAttention
-    clock.watch(attention, "forward", "attention forward: projection, SiLU, norm, gate")
-    clock.watch(attention, "backward", "attention backward: projection, SiLU, norm, gate")
-    clock.watch(hstu_module, "_weights", "attention: scores with biases, SiLU")
-    clock.watch(hstu_module, "_attention_grads", "attention backward: products, SiLU")
-    clock.watch(hstu_module, "_add_bias_grads", "attention backward: sums for the biases")
-    clock.watch(model_module.InfoNCE, "forward", "loss with its gradients")
+    function = attention._GatedAttention
+    clock.watch(function, "forward", "attention forward: projection, SiLU, norm, gate")
+    clock.watch(function, "backward", "attention backward: projection, SiLU, norm, gate")
+    clock.watch(attention, "_weights", "attention: scores with biases, SiLU")
+    clock.watch(attention, "_attention_grads", "attention backward: products, SiLU")
+    clock.watch(attention, "_add_bias_grads", "attention backward: sums for the biases")
+    clock.watch(infonce._InfoNCE, "forward", "loss with its gradients")
     clock.watch(torch.Tensor, "backward", "backward of all other parts")
     clock.watch(updates, "clip_gradients", "clip")
 
 
 def watch_run(clock: Clock, run: program.Run) -> None:
     model = run.model
+    prepare = clock.timed(model.hstu.attention.prepare, "attention: groups and time buckets")
+    model.hstu.attention = model.hstu.attention._replace(prepare=prepare)
     clock.watch(model, "_rows", "item tower")
     clock.watch(model.input_preprocessor, "forward", "input: positions, dropout")
     clock.watch(model.output_postprocessor, "forward", "normalise queries and items")

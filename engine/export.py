@@ -146,7 +146,8 @@ def load_model(
     path = Path(args.state_dict_path)
     config, weights = read_model(path)
     features = read_config_features(args, config, manifest)
-    model = model_class(config, *features, on_host=vectors_on_host(args, features[0]))
+    options = {"on_host": vectors_on_host(args, features[0]), "kernels": args.kernels}
+    model = model_class(config, *features, **options)
     model = model.to(pick_device(args.device)).eval()
     load_weights(model, weights, path)
     return model

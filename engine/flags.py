@@ -20,6 +20,7 @@ FREE_FLAGS = {
     "num_workers",
     "shard_items",
     "device",
+    "kernels",
     "resume",
     "overwrite",
     "mm_emb_device",
@@ -196,6 +197,13 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     run("--output_dir", default="./outputs", help="checkpoints, metrics and exports")
     run("--log_dir", default="./logs", help="TensorBoard files")
     run("--device", type=device_name, default="cuda", help="cuda, cuda:1, cpu; without CUDA: cpu")
+    run(
+        "--kernels",
+        choices=["auto", "plain"],
+        default="auto",
+        help="auto: the fastest form of attention and loss for the device; plain: as they are "
+        "defined, slow, to check and to try things",
+    )
     run(
         "--shard_items",
         action="store_true",

@@ -21,6 +21,7 @@ from files.data_folder import Manifest, check_re_ids, read_indexer
 from files.features import Feature, load_features
 from files.item_vectors import find_vectors, is_by_re_id, load_vectors
 from ops.collectives import num_ranks, rank
+from simplified_hstu import HSTU, HSTUAttention
 
 log = logging.getLogger("hstu")
 
@@ -54,6 +55,16 @@ def pick_device(name: str) -> torch.device:
     if device.type == "cuda" and (device.index or 0) >= count:
         raise DataError(f"--device {name}: there are cuda:0 to cuda:{count - 1}; name one of them")
     return device
+
+
+def compile_blocks(hstu: HSTU) -> None:
+    """Compile what stands around each block's attention, once for all lengths.
+
+    The attention itself loops over groups, whose number and shapes follow the lengths.
+    """
+    for block in hstu.blocks:
+        if isinstance(block, HSTUAttention):  # not one of your own
+            block.merge = torch.compile(block.merge, dynamic=True)
 
 
 def read_features(args: argparse.Namespace, manifest: Manifest) -> tuple[dict, dict]:

@@ -1,1 +1,5 @@
-"""What the model computes with."""
+"""Tuned forms of what the top modules define: same arguments, same results.
+
+Read the definition first, then its tuned form: `simplified_hstu.gated_attention` and `attention`,
+`model.infonce_loss` and `infonce`. `collectives` and `sharded_table` are for several processes.
+"""

@@ -286,7 +286,7 @@ def load_exported_model(args: argparse.Namespace, export: Export) -> HSTUModel:
         raise DataError(
             f"{path}: not there, but --events needs the checkpoint of the export; put it there"
         )
-    flags = {"state_dict_path": path, "device": "cpu", "mm_emb_device": "loader"}
+    flags = {"state_dict_path": path, "device": "cpu", "mm_emb_device": "loader", "kernels": "auto"}
     return load_model(argparse.Namespace(**vars(args), **flags), HSTUModel, export.manifest)
 
 

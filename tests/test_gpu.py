@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+from test_attention import TUNED, random_bias, random_inputs
+from test_attention import run as run_attention
 from test_main import run, scalars, weights
 from test_model import make_batch, make_model
-from test_simplified_hstu import NAMES, OFFSETS, fast_attention, random_inputs
 
 import simplified_hstu
 from engine.training_step import Updater
@@ -18,15 +19,18 @@ pytestmark = [
 
 
 def test_attention_and_its_gradients_are_those_of_the_cpu():
-    on_cpu = random_inputs()
-    on_gpu = {name: x.detach().cuda().requires_grad_(name in NAMES) for name, x in on_cpu.items()}
-    outputs = fast_attention(on_cpu, OFFSETS), fast_attention(on_gpu, OFFSETS)
-    torch.testing.assert_close(outputs[1].cpu(), outputs[0], rtol=1e-9, atol=1e-12)
-    for output in outputs:
-        output.square().sum().backward()
-    for name in NAMES:
-        expected, found = on_cpu[name].grad, on_gpu[name].grad.cpu()
-        torch.testing.assert_close(found, expected, rtol=1e-8, atol=1e-11, msg=name)
+    grads = []
+    for device in ("cpu", "cuda"):
+        inputs = {name: x.detach().to(device) for name, x in random_inputs().items()}
+        inputs["offsets"] = inputs["offsets"].cpu()
+        leaves = [inputs["x"].requires_grad_(), inputs["weight"].requires_grad_()]
+        bias = random_bias().to(device)
+        output = run_attention(TUNED, inputs, bias)
+        grads.append(
+            [output, *torch.autograd.grad(output.square().sum(), [*leaves, *bias.parameters()])]
+        )
+    for expected, found in zip(*grads, strict=True):
+        torch.testing.assert_close(found.cpu(), expected, rtol=1e-8, atol=1e-11)
 
 
 @pytest.mark.parametrize("negatives", ["all", "mixed"])

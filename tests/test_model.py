@@ -8,7 +8,6 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
 
 import model as model_module
 from dataset import MyDataset
@@ -16,7 +15,7 @@ from files.data_folder import read_indexer, read_manifest
 from files.features import load_features
 from files.item_vectors import load_vectors
 from hstu_components import FeatureTables, encoder_arguments
-from model import HSTUConfig, HSTUModel, InfoNCE
+from model import KERNELS, HSTUConfig, HSTUModel
 
 TEMPERATURE = 0.3
 
@@ -28,7 +27,7 @@ def read_all_features(data_dir) -> tuple[dict, dict]:
     return items, load_features(data_dir, "user", manifest.num_users)
 
 
-def make_model(data_dir, features=None, **changes) -> HSTUModel:
+def make_model(data_dir, features=None, kernels="auto", **changes) -> HSTUModel:
     manifest = read_manifest(data_dir)
     items, users = features or read_all_features(data_dir)
     config = HSTUConfig(
@@ -49,7 +48,7 @@ def make_model(data_dir, features=None, **changes) -> HSTUModel:
         infonce_temp=TEMPERATURE,
     )
     torch.manual_seed(4)
-    model = HSTUModel(replace(config, **changes), items, users)
+    model = HSTUModel(replace(config, **changes), items, users, kernels=kernels)
     with torch.no_grad():  # large enough for every path to matter
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.3)
@@ -62,83 +61,35 @@ def make_batch(data_dir, indices=range(11), split="train", **options):
     return dataset.collate_fn(dataset.__getitems__(list(indices)))
 
 
-def plain_infonce(queries, rows, target_index, negative_index, log_q) -> Tensor:
-    """The definition, one query at a time; differentiable."""
-    if negative_index is None:
-        negative_index = torch.arange(len(rows))
+def test_infonce_gives_the_numbers_worked_out_by_hand():
+    """Cosines are written out; the third query has no target."""
+    queries = torch.tensor([[1.0, 0.0], [0.0, 1.0], [1.0, 0.0]])
+    rows = torch.tensor([[1.0, 0.0], [0.6, 0.8], [0.0, -1.0]])
+    targets, negatives = torch.tensor([1, 0, -1]), torch.tensor([1, 2])
+    log_q = torch.tensor([0.3, -0.2])
+    # At temperature .5: query 0 has its positive .6 / .5 and the negative 0 / .5 + .2, as row 1 is
+    # its positive; query 1 has 0 / .5, and the negatives .8 / .5 - .3 and -1 / .5 + .2.
+    first = -math.log(math.exp(1.2) / (math.exp(1.2) + math.exp(0.2)))
+    second = -math.log(1.0 / (1.0 + math.exp(1.3) + math.exp(-1.8)))
+    for kernels in KERNELS.values():
+        loss = kernels.infonce_loss(queries, rows, targets, negatives, log_q, 0.5)
+        assert loss.item() == pytest.approx((first + second) / 2, rel=1e-6)
+
+
+@pytest.mark.parametrize("negatives", ["all", "mixed"])
+def test_plain_kernels_train_like_the_tuned_ones(tiny, negatives):
     losses = []
-    for query, target in zip(queries, target_index.tolist(), strict=True):
-        if target < 0:
-            continue
-        positive = query @ rows[target] / TEMPERATURE
-        logits = [positive]
-        for m, negative in enumerate(negative_index.tolist()):
-            if negative != target:
-                shift = 0.0 if log_q is None else log_q[m]
-                logits.append(query @ rows[negative] / TEMPERATURE - shift)
-        losses.append(torch.stack(logits).logsumexp(0) - positive)
-    return torch.stack(losses).mean()
-
-
-def loss_case(case: str) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
-    generator = torch.Generator().manual_seed(2)
-    queries = torch.randn(13, 5, generator=generator, dtype=torch.float64).requires_grad_()
-    rows = torch.randn(8, 5, generator=generator, dtype=torch.float64).requires_grad_()
-    target_index = torch.randint(0, 8, (13,), generator=generator)
-    target_index[[0, 7]] = -1
-    negative_index = None if case == "all items" else torch.tensor([6, 1, 4])
-    log_q = torch.tensor([0.7, -1.2, 0.1]).double() if case == "logQ" else None
-    return queries, rows, target_index, negative_index, log_q
-
-
-@pytest.fixture(params=["one chunk", "chunks", "lanes"])
-def chunk(request, monkeypatch):
-    """13 queries at once, one by one, or in chunks of six: two for each of three threads."""
-    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
-    logits, queries = {"one chunk": (1 << 20, 1 << 20), "chunks": (5, 1), "lanes": (32, 1)}[
-        request.param
-    ]
-    monkeypatch.setattr(model_module, "THREAD_LOGITS", logits)
-    monkeypatch.setattr(model_module, "LANE_QUERIES", queries)
-
-
-@pytest.mark.parametrize("case", ["all items", "some items", "logQ"])
-def test_the_loss_and_its_gradients_equal_a_softmax_written_out(case, chunk):
-    queries, rows, *rest = loss_case(case)
-    expected = plain_infonce(queries, rows, *rest)
-    found = InfoNCE.apply(queries, rows, *rest, TEMPERATURE, True)
-    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
-    expected_grads = torch.autograd.grad(3 * expected, (queries, rows))
-    for grad, expected_grad in zip(
-        torch.autograd.grad(3 * found, (queries, rows)), expected_grads, strict=True
-    ):
-        torch.testing.assert_close(grad, expected_grad, rtol=1e-10, atol=1e-12)
-
-
-@pytest.mark.parametrize("case", ["all items", "some items", "logQ"])
-def test_the_loss_passes_gradcheck(case):
-    queries, rows, *rest = loss_case(case)
-    assert torch.autograd.gradcheck(
-        lambda q, r: InfoNCE.apply(q, r, *rest, TEMPERATURE, True), (queries, rows)
-    )
-
-
-def test_a_batch_without_any_target_loses_nothing():
-    queries, rows, target_index, *rest = loss_case("some items")
-    loss = InfoNCE.apply(queries, rows, target_index.fill_(-1), *rest, TEMPERATURE, True)
-    loss.backward()
-    assert loss.item() == 0.0
-    assert not queries.grad.any()
-
-
-def test_the_loss_is_finite_and_right_for_a_tiny_temperature():
-    queries = torch.nn.functional.normalize(torch.randn(6, 5), dim=1)
-    rows = torch.nn.functional.normalize(torch.randn(9, 5), dim=1)
-    target_index = torch.arange(6)
-    found = InfoNCE.apply(queries, rows, target_index, None, None, 1e-4, False)
-    logits = queries.double() @ rows.double().T / 1e-4
-    expected = torch.nn.functional.cross_entropy(logits, target_index)
-    torch.testing.assert_close(found.double(), expected, rtol=1e-3, atol=1e-3)
+    for kernels in KERNELS:
+        model = make_model(tiny, kernels=kernels)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+        for step in range(10):
+            batch = make_batch(tiny, range(step % 3, 11), negatives=negatives, num_negatives=6)
+            optimizer.zero_grad()
+            loss = model(batch)
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.item())
+    assert losses[:10] == pytest.approx(losses[10:], abs=1e-4)
 
 
 def test_the_loss_is_float32_under_autocast(tiny):

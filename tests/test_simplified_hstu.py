@@ -1,4 +1,4 @@
-"""HSTU's layers against the paper's equations."""
+"""HSTU as it is defined, against numbers worked out by hand, and what must hold in every form."""
 
 from __future__ import annotations
 
@@ -11,7 +11,9 @@ import torch
 from torch import Tensor
 
 import simplified_hstu
-from simplified_hstu import HSTU, GatedAttention, HSTUAttention, cut_rectangles, time_buckets
+from engine.setup import compile_blocks
+from model import KERNELS
+from simplified_hstu import DEFINITION, HSTU, HSTUAttention, time_buckets
 
 N, D, H, DQK, DV = 9, 7, 2, 6, 4
 LENGTHS = [9, 5, 2]
@@ -22,103 +24,9 @@ def silu(x: float) -> float:
     return x / (1.0 + math.exp(-x))
 
 
-def plain_attention(x: dict[str, Tensor], offsets: Tensor) -> Tensor:
-    """The definition, one score at a time; differentiable."""
-    projected = (x["x"] @ x["weight"].T).unflatten(-1, (H, -1))
-    u, v, q, k = torch.nn.functional.silu(projected).split([DV, DV, DQK, DQK], dim=-1)
-    out = []
-    for start, end in zip(offsets[:-1].tolist(), offsets[1:].tolist(), strict=True):
-        for i in range(start, end):
-            total = torch.zeros_like(v[i])
-            for j in range(start, i + 1):
-                score = (q[i] * k[j]).sum(-1)  # (H,)
-                score = score + x["position_weight"][i - j]
-                dt = abs(int(x["query_times"][i] - x["key_times"][j]))
-                bucket = min(128, int(math.log(max(1, dt)) / 0.301))
-                score = score + x["time_weight"][bucket]
-                total = total + torch.nn.functional.silu(score)[:, None] * v[j]
-            attended = (total / N).flatten()  # (H * dv,)
-            std = (attended.var(correction=0) + 1e-6).sqrt()
-            out.append(u[i].flatten() * (attended - attended.mean()) / std)
-    return torch.stack(out)
-
-
-@pytest.fixture(
-    params=["one tile", "small tiles", "one sequence at a time", "buckets as bytes", "nothing kept"]
-)
-def cuts(request, monkeypatch):
-    if request.param == "buckets as bytes":
-        monkeypatch.setattr(simplified_hstu, "KEPT_INDICES", 0)
-    if request.param == "nothing kept":
-        monkeypatch.setattr(simplified_hstu, "KEPT_BUCKETS", 0)
-        monkeypatch.setattr(simplified_hstu, "KEPT_SCORES", 0)
-    if request.param == "small tiles":
-        monkeypatch.setattr(simplified_hstu, "TILE", 4)
-    if request.param == "one sequence at a time":
-        monkeypatch.setattr(simplified_hstu, "CPU_SCORES", 1)
-
-
-def random_inputs(seed: int = 0) -> dict[str, Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-
-    def normal(*shape: int) -> Tensor:
-        x = torch.randn(*shape, generator=generator, dtype=torch.float64)
-        return x.requires_grad_()
-
-    T = sum(LENGTHS)
-    key_times = torch.randint(0, 100_000, (T,), generator=generator).cumsum(0)
-    return {
-        "x": normal(T, D),
-        "weight": normal(H * (2 * DV + 2 * DQK), D),
-        "position_weight": normal(N),
-        "time_weight": normal(129),
-        "key_times": key_times,
-        "query_times": key_times + torch.randint(0, 5000, (T,), generator=generator),
-    }
-
-
-NAMES = ("x", "weight", "position_weight", "time_weight")
-
-
-def fast_attention(x: dict[str, Tensor], offsets: Tensor = OFFSETS) -> Tensor:
-    rectangles, rows = cut_rectangles(offsets, x["key_times"], x["query_times"], num_heads=1)
-    # The gaps hold anything: nothing may depend on them.
-    filled = x["x"].new_full((rectangles[-1].rows.stop, D), 7.0).index_copy(0, rows, x["x"])
-    weights, sizes = [x[name] for name in NAMES[1:]], [DV, DV, DQK, DQK]
-    return GatedAttention.apply(filled, *weights, rectangles, sizes, N)[rows]
-
-
-def test_attention_and_all_its_gradients_equal_the_double_loop(cuts):
-    x = random_inputs()
-    expected, found = plain_attention(x, OFFSETS), fast_attention(x)
-    torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-12)
-    weights = torch.randn(expected.shape, dtype=torch.float64)
-    inputs = [x[name] for name in NAMES]
-    grads = torch.autograd.grad((found * weights).sum(), inputs)
-    expected_grads = torch.autograd.grad((expected * weights).sum(), inputs)
-    for name, grad, expected_grad in zip(NAMES, grads, expected_grads, strict=True):
-        torch.testing.assert_close(grad, expected_grad, rtol=1e-9, atol=1e-12, msg=name)
-
-
-def test_rectangles_are_right_in_any_order_of_lengths(cuts):
-    x = random_inputs()
-    offsets = torch.tensor([0, 2, 11, 16])
-    expected = plain_attention(x, offsets)
-    torch.testing.assert_close(fast_attention(x, offsets), expected, rtol=1e-10, atol=1e-12)
-
-
-def test_rectangles_hold_each_event_once_within_the_cell_limit(monkeypatch):
-    monkeypatch.setattr(simplified_hstu, "CPU_SCORES", 100)
-    lengths = torch.tensor([12, 7, 7, 4, 4, 4, 1, 1])
-    offsets = torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)])
-    rectangles, rows = cut_rectangles(
-        offsets, torch.zeros(40, dtype=torch.int64), None, num_heads=1
-    )
-    stops = [0, *(r.rows.stop for r in rectangles)]
-    assert [r.rows.start for r in rectangles] == stops[:-1]
-    assert rows.unique().tolist() == rows.tolist()
-    assert 40 == len(rows) <= rows[-1] + 1 <= stops[-1]
-    assert all(r.shape[0] * r.shape[1] ** 2 <= 100 or r.shape[0] == 1 for r in rectangles)
+@pytest.fixture(params=sorted(KERNELS))
+def attention(request) -> simplified_hstu.Attention:
+    return KERNELS[request.param].attention
 
 
 @pytest.mark.parametrize(
@@ -130,12 +38,12 @@ def test_time_buckets_are_those_of_the_reference(seconds, bucket):
     assert time_buckets(torch.tensor([seconds])).tolist() == [bucket]
 
 
-def test_a_block_gives_the_numbers_worked_out_by_hand():
+def test_a_block_gives_the_numbers_worked_out_by_hand(attention):
     """Two events, D = 2, one head, dqk = 1, dv = 3, N = 2; every weight is written out.
 
     LayerNorm of (1, 0) is (1, -1) and of (0, 1) is (-1, 1), up to eps.
     """
-    block = HSTUAttention(2, 1, 1, 3, 0.0, 2, has_time_bias=True, has_position_bias=True).double()
+    block = HSTUAttention(2, 1, 1, 3, 0.0, 2, True, True, attention).double()
     u, v, q, k = [[2, 0], [1, 1], [0, -1]], [[1, 0], [0, 2], [3, 1]], [[1, 0]], [[0, 2]]
     w_o, b_o = [[1, 0, 2], [0, 1, -1]], [0.5, -0.5]
     with torch.no_grad():
@@ -173,9 +81,9 @@ def test_a_block_gives_the_numbers_worked_out_by_hand():
         )
 
     times = torch.tensor([0, 60])
-    rectangles, _ = cut_rectangles(torch.tensor([0, 2]), times, times + 60, num_heads=1)
+    sequences = attention.prepare(torch.tensor([0, 2]), times, times + 60, num_heads=1)
     x = torch.tensor([[1.0, 0.0], [0.0, 1.0]], dtype=torch.float64)
-    found = block(x, rectangles)
+    found = block(x, sequences)
     # 1e-4: the hand computation leaves out LayerNorm's eps.
     torch.testing.assert_close(
         found, torch.tensor(expected, dtype=torch.float64), rtol=1e-4, atol=1e-4
@@ -185,7 +93,8 @@ def test_a_block_gives_the_numbers_worked_out_by_hand():
 def make_hstu(time_bias: str = "request", num_blocks: int = 2, **options) -> HSTU:
     torch.manual_seed(1)
     block = {"hidden_units": D, "num_heads": H, "attention_dim": DQK, "linear_dim": DV}
-    block |= {"dropout_rate": 0.0, "maxlen": N, "has_position_bias": True} | options
+    block |= {"dropout_rate": 0.0, "maxlen": N, "has_position_bias": True}
+    block |= {"attention": KERNELS["auto"].attention} | options
     hstu = HSTU(num_blocks, time_bias, **block).double()
     with torch.no_grad():  # large enough for every path to matter
         for parameter in hstu.parameters():
@@ -203,37 +112,37 @@ def events() -> Tensor:
     return torch.randn(sum(LENGTHS), D, generator=torch.Generator().manual_seed(5)).double()
 
 
-def test_a_long_history_stays_within_the_range_of_float16():
+def test_a_long_history_stays_within_the_range_of_float16(attention):
     length = 1000
     generator = torch.Generator().manual_seed(0)
-    block = HSTUAttention(64, 1, 64, 64, 0.0, length, has_time_bias=False, has_position_bias=False)
+    block = HSTUAttention(64, 1, 64, 64, 0.0, length, False, False, attention)
     with torch.no_grad():
         block.qkv_proj.weight.normal_(std=0.4, generator=generator)
     x = torch.randn(length, 64, generator=generator)
     times = torch.arange(length)
-    rectangles, _ = cut_rectangles(torch.tensor([0, length]), times, None, num_heads=1)
-    found, expected = block.half()(x.half(), rectangles), block.float()(x, rectangles)
+    sequences = attention.prepare(torch.tensor([0, length]), times, None, num_heads=1)
+    found, expected = block.half()(x.half(), sequences), block.float()(x, sequences)
     torch.testing.assert_close(found.float(), expected, rtol=0.02, atol=0.02)
 
 
-def test_future_events_cannot_change_past_outputs(events, cuts):
-    hstu, changed = make_hstu(), events.clone()
+def test_future_events_cannot_change_past_outputs(events, attention):
+    hstu, changed = make_hstu(attention=attention), events.clone()
     changed[6] = changed[6].flip(0)  # a plain shift is lost in the LayerNorm
     before, after = run_hstu(hstu, events), run_hstu(hstu, changed)
     assert torch.equal(before[:6], after[:6])
     assert not torch.isclose(before[6:9], after[6:9]).all(-1).any()
 
 
-def test_other_sequences_cannot_change_a_sequence(events, cuts):
-    hstu, changed = make_hstu(), events.clone()
+def test_other_sequences_cannot_change_a_sequence(events, attention):
+    hstu, changed = make_hstu(attention=attention), events.clone()
     changed[9:14] = changed[9:14].flip(1)
     before, after = run_hstu(hstu, events), run_hstu(hstu, changed)
     assert torch.equal(before[:9], after[:9])
     assert torch.equal(before[14:], after[14:])
 
 
-def test_a_sequence_is_the_same_alone_and_in_a_batch(events, cuts):
-    hstu, times = make_hstu(), torch.arange(16) ** 3
+def test_a_sequence_is_the_same_alone_and_in_a_batch(events, attention):
+    hstu, times = make_hstu(attention=attention), torch.arange(16) ** 3
     together = run_hstu(hstu, events)
     alone = hstu(events[9:14], torch.tensor([0, 5]), times[9:14], times[9:14] + 700)
     torch.testing.assert_close(together[9:14], alone, rtol=1e-12, atol=1e-12)
@@ -288,7 +197,7 @@ def test_gradient_checkpointing_keeps_nothing_of_a_block(events):
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler here")
 def test_compiled_blocks_give_the_same_for_all_lengths_without_compiling_again(events):
     plain, compiled = make_hstu(), make_hstu()
-    compiled.compile_blocks()
+    compile_blocks(compiled)
     for first in (0, 2, 3, 5):
         offsets = torch.tensor([0, 9 - first, 16 - first])
         recompiling = torch._dynamo.config.patch(error_on_recompile=first > 2)
@@ -301,15 +210,16 @@ def test_compiled_blocks_give_the_same_for_all_lengths_without_compiling_again(e
 def test_compiling_leaves_a_block_of_ones_own_as_it_is(events):
     hstu = make_hstu()
     hstu.blocks[0] = torch.nn.Identity()
-    hstu.blocks[0].forward = lambda x, rectangles: x
-    hstu.compile_blocks()
+    hstu.blocks[0].forward = lambda x, sequences: x
+    compile_blocks(hstu)
     assert not hasattr(hstu.blocks[0], "merge")
 
 
 def test_at_initialisation_the_signal_is_finite_and_differs_at_every_position():
     torch.manual_seed(0)
     hstu = HSTU(2, "request", hidden_units=64, num_heads=1, attention_dim=64, linear_dim=64,
-                dropout_rate=0.0, maxlen=101, has_position_bias=True)  # fmt: skip
+                dropout_rate=0.0, maxlen=101, has_position_bias=True,
+                attention=DEFINITION)  # fmt: skip
     x = torch.randn(101, 64) * 0.02
     y = run_hstu(hstu, x, torch.tensor([0, 101])) - x  # what the blocks add
     assert y.isfinite().all()
