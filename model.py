@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 import ops.attention
 import ops.infonce
+import ops.ranking
 import simplified_hstu
 from dot_product_similarity import DotProductSimilarity
 from hstu_components import (
@@ -56,13 +57,21 @@ class Kernels(NamedTuple):
 
     attention: Attention
     infonce_loss: Callable[..., Tensor]
+    target_ranks: Callable[..., Tensor]
+    top_k: Callable[..., tuple[Tensor, Tensor]]
 
 
+_similarity = DotProductSimilarity()
 # --kernels; "auto" is the fastest for the device.
 KERNELS = {
-    "plain": Kernels(simplified_hstu.DEFINITION, infonce_loss),
+    "plain": Kernels(
+        simplified_hstu.DEFINITION, infonce_loss, _similarity.target_ranks, _similarity.top_k
+    ),
     "auto": Kernels(
-        Attention(ops.attention.prepare, ops.attention.gated_attention), ops.infonce.infonce_loss
+        Attention(ops.attention.prepare, ops.attention.gated_attention),
+        ops.infonce.infonce_loss,
+        ops.ranking.target_ranks,
+        ops.ranking.top_k,
     ),
 }
 

@@ -26,8 +26,8 @@ from reproduce import environment, write_by_cpu
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from dot_product_similarity import DotProductSimilarity
 from engine.setup import keep_freed_memory
+from ops import ranking
 
 try:
     import faiss
@@ -66,13 +66,11 @@ def figures(num_items: int, num_users: int) -> dict[str, object]:
     targets = torch.randint(num_items, (num_users,), generator=generator)
     seen_rows = torch.randint(num_items, (num_users * NUM_SEEN,), generator=generator)
     seen = seen_rows, NUM_SEEN * torch.arange(num_users + 1)
-    similarity = DotProductSimilarity()
     tiling = min(TILINGS, key=lambda shape: median(time_of(matmul, queries, items, shape, n=3)))
     ways = {
         "matmul": lambda: matmul(queries, items, tiling),
-        "ranks": lambda: similarity.target_ranks(queries, items, targets, seen),
-        "top10": lambda: similarity.top_k(queries, items, K, seen),
-        "ranks_and_top10": lambda: similarity._walk(queries, items, seen, K, targets),
+        "ranks": lambda: ranking.target_ranks(queries, items, targets, seen),
+        "top10": lambda: ranking.top_k(queries, items, K, seen),
     }
     if faiss is not None:
         faiss.omp_set_num_threads(THREADS)
@@ -89,7 +87,7 @@ def figures(num_items: int, num_users: int) -> dict[str, object]:
         row[f"{name}_share_of_matmul"] = round(median(shares), 3)
     agrees = None
     if faiss is not None:
-        rows = similarity.top_k(queries, items, K)[1], torch.from_numpy(ways["faiss_top10"]()[1])
+        rows = ranking.top_k(queries, items, K)[1], torch.from_numpy(ways["faiss_top10"]()[1])
         agrees = are_alike(queries, items, *rows)
     return row | {"matmul_tile": tiling, "users": num_users, "top10_agrees_with_faiss": agrees}
 

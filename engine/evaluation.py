@@ -12,6 +12,7 @@ from engine.metrics import ranking_metrics
 from engine.signals import stop_signals
 from engine.training_step import Updater
 from ops.collectives import gather_rows, num_ranks
+from ops.ranking import is_among
 from ops.sharded_table import keep_own_items, ranks_over_shards
 
 
@@ -75,9 +76,7 @@ def evaluate(updater: Updater, loader: DataLoader, removes_seen: bool) -> Rankin
             queries, loss = model.predict_with_loss(batch)
         ranked = _rank_targets(updater, batch, queries, items, removes_seen, generator)
         target_ids, num_seen = batch.target_ids(), batch.seen_offsets.diff()
-        owners = torch.arange(len(num_seen), device=num_seen.device).repeat_interleave(num_seen)
-        repeats = owners[batch.seen_ids == target_ids[owners]]
-        is_repeat = torch.bincount(repeats, minlength=len(num_seen)) > 0
+        is_repeat = is_among((batch.seen_ids, batch.seen_offsets), target_ids)
         parts.append((*ranked, target_ids, num_seen, is_repeat))
         loss_sum += loss.item() * len(queries)
     model.train()
@@ -102,11 +101,11 @@ def _rank_targets(
     model, target_ids = updater.model, batch.target_ids()
     if not updater.shards:
         seen = (batch.seen_ids - 1, batch.seen_offsets) if removes_seen else None
-        ranks = model.similarity.target_ranks(queries, items, target_ids - 1, seen)
+        ranks = model.kernels.target_ranks(queries, items, target_ids - 1, seen)
         return ranks, *model.similarity.sample_scores(queries, items, target_ids - 1, generator)
     rows = model.item_embeddings(batch.distinct_ids)  # of the same items on all ranks
     places = torch.searchsorted(batch.distinct_ids, target_ids)
     seen = (batch.seen_ids, batch.seen_offsets) if removes_seen else None
-    target_ranks = model.similarity.target_ranks
-    ranks = ranks_over_shards(target_ranks, items, queries, target_ids, rows[places], seen)
-    return ranks, *model.similarity.sample_scores(queries, rows, places, generator)
+    target_scores, other_scores = model.similarity.sample_scores(queries, rows, places, generator)
+    ranks = ranks_over_shards(queries, items, target_ids, target_scores, seen)
+    return ranks, target_scores, other_scores

@@ -312,7 +312,7 @@ def recommend(
         batch = batch.to(device)
         queries.append(model.predict(batch))
         seen = seen_rows(batch, catalogue) if args.remove_seen else None
-        top = model.similarity.top_k(queries[-1], items, args.top_k, seen)
+        top = model.kernels.top_k(queries[-1], items, args.top_k, seen)
         rows.append(top[1])
         users.append(batch.user_ids)
     return tuple(torch.cat(parts).cpu().numpy() for parts in (queries, users, rows))

@@ -13,11 +13,10 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from ops.collectives import gather_rows, meeting, num_ranks, rank, sparse_rows, sum_over_ranks, tell
+from ops.ranking import count_above, is_among
 
 # Rows of a sharded table that one message carries, or that are drawn at once: 16 MB of 64 numbers.
 CHUNK_ROWS = 1 << 16
-# Queries whose targets stand behind a rank's items at once: each leaves out the others' ones.
-SHARDED_QUERIES = 256
 
 
 class ShardedEmbedding(nn.Embedding):
@@ -124,50 +123,33 @@ def keep_own_items(chunks: Iterable[Tensor]) -> Tensor:
 
 
 def ranks_over_shards(
-    target_ranks: Callable[..., Tensor],
-    items: Tensor,
     queries: Tensor,
+    items: Tensor,
     target_ids: Tensor,
-    targets: Tensor,
+    target_scores: Tensor,
     seen: tuple[Tensor, Tensor] | None,
 ) -> Tensor:
-    """As DotProductSimilarity.target_ranks, (B,), where each rank has some of the items.
+    """As `ops.ranking.target_ranks`, (B,), where each rank has some of the items.
 
-    All queries go to all ranks. Each counts its own items that are above a query's target, which is
-    put behind them; the counts add up.
+    All queries go to all ranks; each counts its own items that are above, and the counts add up.
 
     Args:
-        target_ranks: that function.
-        items: of this rank, from `keep_own_items`.
         queries: (B, D) of this rank; B may differ, or be 0.
+        items: of this rank, from `keep_own_items`.
         target_ids: (B,) int64.
-        targets: (B, D), the targets' rows of the catalogue.
+        target_scores: (B,) of the queries with their targets.
         seen: item ids (V,) and offsets (B + 1,), or None.
     """
     counts = [count for (count,) in tell([len(queries)])]
-    queries, target_ids, targets = map(gather_rows, (queries, target_ids, targets))
-    lines = torch.arange(len(queries), device=items.device)
-    # A query leaves out its seen items and its target, which stands behind all items.
-    left_out, owners = [target_ids], [lines]
+    own_seen = None
     if seen is not None:
-        left_out.append(gather_rows(seen[0]))
-        owners.append(lines.repeat_interleave(gather_rows(seen[1].diff())))
-    ids, owners = torch.cat(left_out), torch.cat(owners)
-    is_here = ids % num_ranks() == rank()
-    rows, owners = (ids[is_here] - (rank() or num_ranks())) // num_ranks(), owners[is_here]
-    num_items = torch.tensor(len(items), device=items.device)
-    above = [lines[:0]]
-    for first in range(0, len(queries), SHARDED_QUERIES):
-        stop = min(first + SHARDED_QUERIES, len(queries))
-        is_own = (owners >= first) & (owners < stop)
-        own_lines = lines[: stop - first]  # each leaves out the others' targets, too
-        others = (own_lines[:, None] != own_lines).nonzero()  # (b (b - 1), 2)
-        own, order = torch.cat([owners[is_own] - first, others[:, 0]]).sort(stable=True)
-        left = torch.cat([rows[is_own], len(items) + others[:, 1]])[order]
-        offsets = F.pad(own.bincount(minlength=stop - first).cumsum(0), (1, 0))
-        candidates = torch.cat([items, targets[first:stop]])
-        places = len(items) + own_lines
-        above.append(target_ranks(queries[first:stop], candidates, places, (left, offsets)) - 1)
-    above = torch.cat(above)
-    sum_over_ranks([above, num_items])
-    return (above.split(counts)[rank()] + 1).clamp_max(num_items)  # NaN is last on each rank
+        ids, lengths = gather_rows(seen[0]), gather_rows(seen[1].diff())
+        lines = torch.arange(len(lengths), device=ids.device).repeat_interleave(lengths)
+        is_here = ids % num_ranks() == rank()
+        per_query = lines[is_here].bincount(minlength=len(lengths))
+        rows = (ids[is_here] - (rank() or num_ranks())) // num_ranks()
+        own_seen = rows, F.pad(per_query.cumsum(0), (1, 0))
+    above = count_above(gather_rows(queries), items, gather_rows(target_scores), own_seen)
+    sum_over_ranks([above])
+    above = above.split(counts)[rank()]
+    return above if seen is None else above + is_among(seen, target_ids)

@@ -403,15 +403,13 @@ def test_each_rank_holds_its_part_of_the_items(data, ranks):
 def ranks_of(split_at: int, *arguments: torch.Tensor) -> torch.Tensor:
     """Ranks of this rank's queries among all items, of which it holds some."""
     queries, items, target_ids, seen_ids, offsets = arguments
-    sharded_table.SHARDED_QUERIES = 4
     part = [slice(0, split_at), slice(split_at, None)][collectives.rank()]
     bounds = offsets[part.start : None if part.stop is None else part.stop + 1]
     return sharded_table.ranks_over_shards(
-        DotProductSimilarity().target_ranks,
-        sharded_table.keep_own_items(items.split(5)),
         queries[part],
+        sharded_table.keep_own_items(items.split(5)),
         target_ids[part],
-        items[target_ids[part] - 1],
+        (queries[part] * items[target_ids[part] - 1]).sum(1),
         (seen_ids[bounds[0] : bounds[-1]], bounds - bounds[0]),
     )
 
@@ -419,9 +417,9 @@ def ranks_of(split_at: int, *arguments: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize("split_at", [0, 4, 9])
 def test_ranks_among_sharded_items_are_those_among_all(split_at, ranks):
     generator = torch.Generator().manual_seed(3)
-    items = torch.randn(23, 3, generator=generator)
+    items = torch.nn.functional.normalize(torch.randn(23, 3, generator=generator))
     items[11] = items[6]  # a tie, on the other rank
-    queries = torch.randn(9, 3, generator=generator)
+    queries = torch.nn.functional.normalize(torch.randn(9, 3, generator=generator))
     queries[3] = torch.nan
     target_ids = torch.tensor([7, 12, 23, 1, 2, 7, 5, 5, 9])
     seen_ids = torch.randint(1, 24, (27,), generator=generator)
