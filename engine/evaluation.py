@@ -1,7 +1,8 @@
-"""Ranks the whole catalogue for the targets of a split, on one rank or on several."""
+"""Ranks the whole catalogue for the targets of a split, in one process or in several."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -9,25 +10,25 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from engine.metrics import ranking_metrics
-from engine.signals import stop_signals
-from engine.training_step import Updater
-from ops.collectives import gather_rows, num_ranks
+from engine.training_step import autocast
+from model import HSTUModel
+from ops.collectives import all_gather_rows
 from ops.ranking import is_among
-from ops.sharded_table import keep_own_items, ranks_over_shards
+from ops.sharded_table import ShardedEmbedding, keep_own_items, sharded_target_ranks
 
 
 class Ranking(NamedTuple):
     """Where the targets of a split's S sequences stand among all items, in the loader's order.
 
-    Of several ranks one's sequences come behind another's.
+    Of several processes, one's sequences come after another's.
     """
 
     ranks: Tensor  # (S,) int64 in 1..X, 1 is best
     target_ids: Tensor  # (S,) int64 in 1..X
     num_seen: Tensor  # (S,) int64, events of the whole history
     is_repeat: Tensor  # (S,) bool, the target is an item of that history
-    of_targets: Tensor  # (S,) float32 cosine of the query with its target
-    of_others: Tensor  # (S,) float32, with another item drawn uniformly (sharded: of the batch's)
+    target_cosines: Tensor  # (S,) float32 cosine of the query with its target
+    other_cosines: Tensor  # (S,) float32, with another item, uniform (sharded: of the batch's)
     loss: float  # mean InfoNCE
 
     def metrics(self) -> dict[str, float]:
@@ -50,44 +51,53 @@ class Ranking(NamedTuple):
 
 
 @torch.no_grad()
-def evaluate(updater: Updater, loader: DataLoader, removes_seen: bool) -> Ranking:
+def evaluate(
+    model: HSTUModel,
+    loader: DataLoader,
+    removes_seen: bool = True,
+    precision: str = "fp32",
+    check_stop: Callable[[], None] = lambda: None,
+) -> Ranking:
     """Rank all items for every sequence's target.
 
     Args:
-        updater: its model, as it is now; in training mode afterwards.
-        loader: batches of a split with targets, this rank's share.
+        model: as it is now; it is in the same mode afterwards.
+        loader: batches of a split with targets, this process's share.
         removes_seen: leave the items of a history out of its ranking.
-
-    Raises:
-        DataError: the data changed.
-        Stopped: by a signal.
+        precision: "fp32", "bf16" or "fp16", of the queries; items are always float32.
+        check_stop: called after each batch; what it raises ends the evaluation.
     """
-    loader.dataset.check_unchanged()
-    model = updater.model.eval()
-    check = updater.agree if num_ranks() > 1 else None  # of several ranks all stop or none
-    item_ids = torch.arange(1, model.config.num_items + 1, device=updater.device)
-    chunks = stop_signals.between(model.item_embedding_chunks(item_ids), check)
-    items = keep_own_items(chunks) if updater.shards else torch.cat(list(chunks))
+    was_training = model.training
+    model.eval()
+    device = next(model.parameters()).device
+    item_ids = torch.arange(1, model.config.num_items + 1, device=device)
+    chunks = model.item_embedding_chunks(item_ids)
+    items = keep_own_items(chunks) if is_sharded(model) else torch.cat(list(chunks))
     parts, loss_sum = [], torch.zeros(1, dtype=torch.float64)
     generator = torch.Generator().manual_seed(0)  # not the global one: dropout draws from it
-    for batch in stop_signals.between(loader, check):
-        batch = batch.to(updater.device)
-        with updater.autocast():
+    for batch in loader:
+        batch = batch.to(device)
+        with autocast(device, precision):
             queries, loss = model.predict_with_loss(batch)
-        ranked = _rank_targets(updater, batch, queries, items, removes_seen, generator)
+        ranked = _rank_targets(model, batch, queries, items, removes_seen, generator)
         target_ids, num_seen = batch.target_ids(), batch.seen_offsets.diff()
         is_repeat = is_among((batch.seen_ids, batch.seen_offsets), target_ids)
         parts.append((*ranked, target_ids, num_seen, is_repeat))
         loss_sum += loss.item() * len(queries)
-    model.train()
-    columns = [gather_rows(torch.cat(column).cpu()) for column in zip(*parts, strict=True)]
-    ranks, of_targets, of_others, target_ids, num_seen, is_repeat = columns
-    loss = gather_rows(loss_sum).sum().item() / len(ranks)
-    return Ranking(ranks, target_ids, num_seen, is_repeat, of_targets, of_others, loss)
+        check_stop()
+    model.train(was_training)
+    columns = [all_gather_rows(torch.cat(column).cpu()) for column in zip(*parts, strict=True)]
+    ranks, target_cosines, other_cosines, target_ids, num_seen, is_repeat = columns
+    loss = all_gather_rows(loss_sum).sum().item() / len(ranks)
+    return Ranking(ranks, target_ids, num_seen, is_repeat, target_cosines, other_cosines, loss)
+
+
+def is_sharded(model: HSTUModel) -> bool:
+    return isinstance(model.embedding_module.item_emb, ShardedEmbedding)
 
 
 def _rank_targets(
-    updater: Updater,
+    model: HSTUModel,
     batch: Any,
     queries: Tensor,
     items: Tensor,
@@ -96,16 +106,16 @@ def _rank_targets(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Ranks and cosines of a batch's targets, and cosines of other items, (B,) each.
 
-    `items`: (X, D), or where they are sharded this rank's; other items are the batch's then.
+    `items`: (X, D), or where they are sharded this process's; other items are the batch's then.
     """
-    model, target_ids = updater.model, batch.target_ids()
-    if not updater.shards:
+    target_ids = batch.target_ids()
+    if not is_sharded(model):
         seen = (batch.seen_ids - 1, batch.seen_offsets) if removes_seen else None
         ranks = model.kernels.target_ranks(queries, items, target_ids - 1, seen)
         return ranks, *model.similarity.sample_scores(queries, items, target_ids - 1, generator)
-    rows = model.item_embeddings(batch.distinct_ids)  # of the same items on all ranks
+    rows = model.item_embeddings(batch.distinct_ids)  # of the same items on all processes
     places = torch.searchsorted(batch.distinct_ids, target_ids)
     seen = (batch.seen_ids, batch.seen_offsets) if removes_seen else None
     target_scores, other_scores = model.similarity.sample_scores(queries, rows, places, generator)
-    ranks = ranks_over_shards(queries, items, target_ids, target_scores, seen)
+    ranks = sharded_target_ranks(queries, items, target_ids, target_scores, seen)
     return ranks, target_scores, other_scores

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ops.collectives import sum_over_ranks
+from ops.collectives import all_reduce
 
 MUON_MOMENTUM = 0.95
 # Of the polynomial that pulls singular values to about 1, and how often (Jordan's Muon).
@@ -168,7 +168,7 @@ def clip_gradients(
     norm = nn.utils.get_total_norm(values)
     if shards:
         square = nn.utils.get_total_norm(shard_values).square()
-        sum_over_ranks([square])
+        all_reduce([square])
         norm = (norm.square() + square).sqrt()
     if limit and (values or shard_values):
         torch._foreach_mul_(values + shard_values, (limit / (norm + 1e-6)).clamp(max=1.0))

@@ -17,7 +17,7 @@ from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import hparams
 from tqdm import tqdm
 
-from ops.collectives import num_ranks, rank
+from ops.collectives import is_main_process, world_size
 
 log = logging.getLogger("hstu")
 
@@ -44,7 +44,7 @@ COSINE_BINS = torch.linspace(-1, 1, 81).tolist()
 
 
 class RunLog:
-    """The log of one run, written by rank 0; the x axis of every curve is the optimiser step.
+    """The log of one run, by the main process; the x axis of every curve is the training step.
 
     A log folder that is full, read-only or gone never stops a training: the log ends there, with
     one warning.
@@ -63,11 +63,11 @@ class RunLog:
         self.num_epochs, self.log_every = num_epochs, log_every
         self._writer: SummaryWriter | None = None
         self._began = time.perf_counter()
-        self._start_interval()
+        self.start_interval()
 
     def __enter__(self) -> RunLog:
         self._excepthook, threading.excepthook = threading.excepthook, self._hide_from_stderr
-        if rank() == 0:
+        if is_main_process():
             if self.first_step == 1 and any(Path(self.log_dir).glob("events.out.*")):
                 log.warning(
                     "%s: holds curves from before, which TensorBoard will hide; give each run its "
@@ -103,30 +103,13 @@ class RunLog:
 
         self._record(write)
 
-    def watch(
-        self, groups: Iterable[Sequence[Any]], epoch: int, first_batch: int, num_batches: int
-    ) -> Iterator[Sequence[Any]]:
-        """The epoch's groups of batches, with a progress bar, and the wait for each measured."""
-        self._start_interval()
-        groups = iter(groups)
-        desc = f"epoch {epoch}/{self.num_epochs}"
-        with progress_bar(desc=desc, total=num_batches, initial=first_batch) as self._bar:
-            while True:
-                asked = time.perf_counter()
-                group = next(groups, None)
-                if group is None:
-                    return
-                self._wait += time.perf_counter() - asked
-                yield group
-                self._bar.update(len(group))
-
     def step(
-        self, epoch: int, step: int, batches: Sequence[Any], values: Mapping[str, Any]
+        self, epoch: int, step: int, batches: Sequence[Any], values: Mapping[str, Any], bar: tqdm
     ) -> None:
         """Count a step; every `log_every` steps write `values` (tag -> number) and the rates."""
         self._steps += 1
-        # Ranks have equal shares, or one less.
-        self._users += num_ranks() * sum(len(batch.user_ids) for batch in batches)
+        # Processes have equal shares, or one less.
+        self._users += world_size() * sum(len(batch.user_ids) for batch in batches)
         self._events += sum(int(batch.num_targets) for batch in batches)
         if step % self.log_every:
             return
@@ -135,7 +118,7 @@ class RunLog:
         rates = {
             "Train/users_per_s": self._users / seconds,
             "Train/tokens_per_s": self._events / seconds,
-            "Train/data_wait_ms": 1000 * self._wait / self._steps,
+            "Train/data_wait_ms": 1000 * self.wait_seconds / self._steps,
         }
         if torch.cuda.is_available():
             rates["Train/gpu_mem_gb"] = torch.cuda.max_memory_allocated() / 1e9
@@ -145,10 +128,10 @@ class RunLog:
             f"{rates['Train/users_per_s']:.0f} users/s, "
             f"data wait {rates['Train/data_wait_ms']:.1f} ms"
         )
-        self._bar.set_postfix_str(text, refresh=False)
-        if self._bar.disable:
+        bar.set_postfix_str(text, refresh=False)
+        if bar.disable:
             log.info("epoch %d step %d/%d: %s", epoch, step, self.total_steps, text)
-        self._start_interval()
+        self.start_interval()
 
     def epoch(
         self,
@@ -174,11 +157,11 @@ class RunLog:
             epoch, self.num_epochs, train_loss, valid, best, seconds,
         )  # fmt: skip
 
-    def similarities(self, step: int, of_targets: Tensor, of_others: Tensor) -> None:
+    def similarities(self, step: int, target_cosines: Tensor, other_cosines: Tensor) -> None:
         """Histograms of the cosines of queries with their targets and with other items, (S,)."""
 
         def write(writer: SummaryWriter) -> None:
-            for tag, values in (("pos_sim", of_targets), ("neg_sim", of_others)):
+            for tag, values in (("pos_sim", target_cosines), ("neg_sim", other_cosines)):
                 writer.add_histogram(f"InfoNCE/{tag}", values.clamp(-1, 1), step, COSINE_BINS)
 
         self._record(write)
@@ -233,9 +216,10 @@ class RunLog:
         pace = (time.perf_counter() - self._began) / (step + 1 - self.first_step)
         return f"{duration(pace * (self.total_steps - step))} left"
 
-    def _start_interval(self) -> None:
+    def start_interval(self) -> None:
+        """Rates are measured from now on."""
         self._users = self._events = self._steps = 0
-        self._wait = 0.0
+        self.wait_seconds = 0.0  # for the loader; the training loop adds to it
         self._started = time.perf_counter()
 
 
@@ -248,14 +232,14 @@ def _as_text(path: str) -> str:
 
 
 def progress_bar(batches: Iterable[Any] | None = None, **options: Any) -> tqdm:
-    """One that leaves no trace; off with TQDM_DISABLE, without a terminal, and but on rank 0."""
+    """One that leaves no trace; off with TQDM_DISABLE, without a terminal, in other processes."""
     return tqdm(
         batches,
         unit="batch",
         leave=False,
         dynamic_ncols=True,
         smoothing=0.1,
-        disable=bool(os.environ.get("TQDM_DISABLE")) or rank() > 0 or None,
+        disable=bool(os.environ.get("TQDM_DISABLE")) or not is_main_process() or None,
         **options,
     )
 

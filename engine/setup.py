@@ -1,4 +1,4 @@
-"""What training and export share: the device, the features of a data folder, loaders."""
+"""What training and export share: the process, the device, the features of a folder, loaders."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import ctypes
 import logging
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -20,15 +20,40 @@ from files.atomic_io import DataError
 from files.data_folder import Manifest, check_re_ids, read_indexer
 from files.features import Feature, load_features
 from files.item_vectors import find_vectors, is_by_re_id, load_vectors
-from ops.collectives import num_ranks, rank
-from simplified_hstu import HSTU, HSTUAttention
+from ops.collectives import is_main_process, join, rank, world_size
 
 log = logging.getLogger("hstu")
-
 
 # Of glibc's mallopt, with how much may be kept: arrays up to 32 MB come from the heap, and 256 MB
 # at its end stay.
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = (-1, 256 << 20), (-3, 32 << 20)
+
+
+def set_up_process(args: argparse.Namespace) -> None:
+    """Memory, the other processes, and flags that do not fit together.
+
+    Raises:
+        DataError: folders or several processes are asked for in a way that cannot be.
+    """
+    keep_freed_memory()
+    join(args.device.startswith("cuda") and torch.cuda.is_available())
+    if not is_main_process():
+        log.setLevel(logging.ERROR)
+    if world_size() > 1 and args.inference_only:
+        raise DataError("--inference_only exports in one process: start python, not torchrun")
+    if world_size() > 1 and ":" in args.device:
+        raise DataError(
+            f"--device {args.device}: processes take a device each; write --device cuda"
+        )
+    if os.path.realpath(args.output_dir) == os.path.realpath(args.data_dir):
+        raise DataError(f"{args.output_dir}: --output_dir is the data folder; name another one")
+    for flag, path in (("output_dir", Path(args.output_dir)), ("log_dir", Path(args.log_dir))):
+        if any(os.path.lexists(place) and not place.is_dir() for place in (path, *path.parents)):
+            raise DataError(
+                f"{path}: --{flag} is not a folder, or below a file or a broken link; name another"
+            )
+    if args.trust_pickle:
+        log.warning("--trust_pickle: .pkl files are loaded unchecked and can run any code")
 
 
 def keep_freed_memory() -> None:
@@ -49,7 +74,7 @@ def pick_device(name: str) -> torch.device:
     if name.startswith("cuda") and not torch.cuda.is_available():
         log.info("no CUDA device here: running on the CPU")
         return torch.device("cpu")
-    if name == "cuda" and num_ranks() > 1:
+    if name == "cuda" and world_size() > 1:
         return torch.device("cuda", torch.cuda.current_device())
     device, count = torch.device(name), torch.cuda.device_count()
     if device.type == "cuda" and (device.index or 0) >= count:
@@ -57,68 +82,80 @@ def pick_device(name: str) -> torch.device:
     return device
 
 
-def compile_blocks(hstu: HSTU) -> None:
-    """Compile what stands around each block's attention, once for all lengths.
+def read_features(
+    data_dir: str | Path,
+    manifest: Manifest,
+    item_features: Sequence[str],
+    user_features: Sequence[str],
+    vector_ids: Sequence[str],
+    trust_pickle: bool,
+) -> tuple[dict[str, Feature], dict[str, Feature]]:
+    """Item and user features, the multimodal vectors among the former.
 
-    The attention itself loops over groups, whose number and shapes follow the lengths.
+    Args:
+        data_dir: whose features.
+        manifest: of that folder.
+        item_features, user_features: ids, or the one word "all" or "none".
+        vector_ids: multimodal vectors; the flag's default need not be there.
+        trust_pickle: run whatever a .pkl holds.
+
+    Raises:
+        DataError: a file or a value is bad, or a feature does not exist.
     """
-    for block in hstu.blocks:
-        if isinstance(block, HSTUAttention):  # not one of your own
-            block.merge = torch.compile(block.merge, dynamic=True)
-
-
-def read_features(args: argparse.Namespace, manifest: Manifest) -> tuple[dict, dict]:
-    """Item and user features, the multimodal vectors among the former."""
-    folder = args.data_dir
-    items = load_features(folder, "item", manifest.num_items, wanted(args.item_features))
-    users = load_features(folder, "user", manifest.num_users, wanted(args.user_features))
-    wanted_vectors, available = args.mm_emb_id, find_vectors(folder)
-    if wanted_vectors is DEFAULT_MM_EMB_ID and not set(wanted_vectors) <= set(available):
-        log.info("no multimodal vectors %s in this data: going on without", *wanted_vectors)
-        wanted_vectors = []
-    if twice := (items.keys() | users.keys()) & set(wanted_vectors):
+    items = load_features(data_dir, "item", manifest.num_items, _wanted(item_features))
+    users = load_features(data_dir, "user", manifest.num_users, _wanted(user_features))
+    available = find_vectors(data_dir)
+    if vector_ids is DEFAULT_MM_EMB_ID and not set(vector_ids) <= set(available):
+        log.info("no multimodal vectors %s in this data: going on without", *vector_ids)
+        vector_ids = []
+    if twice := (items.keys() | users.keys()) & set(vector_ids):
         raise DataError(
-            f"{folder}: {', '.join(sorted(twice))} is a feature and a multimodal vector, but an id "
-            "is unique; choose with --item_features, --user_features and --mm_emb_id"
+            f"{data_dir}: {', '.join(sorted(twice))} is a feature and a multimodal vector, but an "
+            "id is unique; choose with --item_features, --user_features and --mm_emb_id"
         )
-    if wanted_vectors:
-        item_ids, path = {}, Path(folder) / "indexer.pkl"
+    if vector_ids:
+        item_ids, path = {}, Path(data_dir) / "indexer.pkl"
         by_re_id = {name for name, source in available.items() if is_by_re_id(source)}
-        if path.exists() or not by_re_id.issuperset(wanted_vectors):
-            item_ids = read_indexer(folder, trust=args.trust_pickle)["i"]
+        if path.exists() or not by_re_id.issuperset(vector_ids):
+            item_ids = read_indexer(data_dir, trust=trust_pickle)["i"]
             check_re_ids(path, "i", item_ids, manifest.num_items)
         items |= load_vectors(
-            folder, wanted_vectors, item_ids, manifest.num_items, trust_pickle=args.trust_pickle
+            data_dir, vector_ids, item_ids, manifest.num_items, trust_pickle=trust_pickle
         )
     return items, users
 
 
-def vectors_on_host(
-    args: argparse.Namespace, features: Mapping[str, Feature]
-) -> dict[str, Feature]:
-    """The multimodal vectors among items' features that are not to lie beside the model."""
+def _wanted(values: Sequence[str]) -> str | Sequence[str]:
+    return values[0] if list(values) in (["all"], ["none"]) else values
+
+
+def vectors_on_host(features: Mapping[str, Feature], place: str) -> dict[str, Feature]:
+    """The multimodal vectors among items' features that are not to lie beside the model.
+
+    `place`: --mm_emb_device.
+    """
     vectors = {name: feature for name, feature in features.items() if feature.kind == "emb"}
     size = sum(feature.values.nbytes for feature in vectors.values())
-    is_beside = args.mm_emb_device == "model" or (
-        args.mm_emb_device == "auto" and size <= MODEL_VECTORS_UP_TO
-    )
+    is_beside = place == "model" or (place == "auto" and size <= MODEL_VECTORS_UP_TO)
     return {} if is_beside else vectors
 
 
-def wanted(values: list[str]) -> str | list[str]:
-    """The value of --item_features as load_features takes it: a word, or a list of ids."""
-    return values[0] if values in (["all"], ["none"]) else values
-
-
 def make_loader(
-    dataset: MyDataset, sampler: BatchSampler, device: torch.device, num_workers: int
+    dataset: MyDataset,
+    batch_size: int,
+    seed: int,
+    device: torch.device,
+    num_workers: int,
+    is_shuffled: bool = False,
 ) -> DataLoader:
+    """Batches of this process's share, as `loader.batch_sampler` draws them."""
+    share = rank(), world_size()
     has_affinity = hasattr(os, "sched_getaffinity")  # macOS has none
     num_cores = len(os.sched_getaffinity(0)) if has_affinity else os.cpu_count()
     num_workers = min(num_workers, num_cores)
     return DataLoader(
         dataset,
-        batch_sampler=sampler,
+        batch_sampler=BatchSampler(len(dataset), batch_size, seed, is_shuffled, *share),
         collate_fn=dataset.collate_fn,
         num_workers=num_workers,
         pin_memory=device.type == "cuda",
@@ -129,17 +166,3 @@ def make_loader(
         # Its own, or opening a loader would move the global one that dropout draws from.
         generator=torch.Generator(),
     )
-
-
-def make_sampler(dataset: MyDataset, args: argparse.Namespace, is_shuffled: bool) -> BatchSampler:
-    place = rank(), num_ranks()
-    return BatchSampler(len(dataset), args.batch_size, args.seed, is_shuffled, *place)
-
-
-def make_eval_loader(
-    dataset: MyDataset | None, args: argparse.Namespace, device: torch.device
-) -> DataLoader | None:
-    """None where the split is absent, empty, or does not tell its targets."""
-    if dataset is None or dataset.target == "none" or not len(dataset):
-        return None
-    return make_loader(dataset, make_sampler(dataset, args, False), device, args.num_workers)

@@ -1,20 +1,20 @@
-"""Signals that end a run: it stops between two batches, where what it has done can be saved."""
+"""Signals that end a run: a number that the run asks for where it can save."""
 
 from __future__ import annotations
 
+import atexit
 import multiprocessing
 import signal
-import sys
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from types import FrameType, TracebackType
-from typing import Any, TypeVar
+from types import FrameType
 
-T = TypeVar("T")
+from ops.collectives import all_gather_ints
 
-SIGNALS = [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1]  # the last: a scheduler's warning
-PATIENCE = 2  # seconds that a stop waits for a batch
+# SIGUSR1 is a scheduler's warning; Windows has none.
+NAMES = ("SIGINT", "SIGTERM", "SIGUSR1")
+SIGNALS = [signal.Signals[name] for name in NAMES if name in signal.Signals.__members__]
 
 
 class Stopped(BaseException):
@@ -26,119 +26,64 @@ class Stopped(BaseException):
     def __init__(self, number: int, remark: str = ""):
         super().__init__(f"stopped by {signal.Signals(number).name}{remark}")
         self.number = number
-
-    @property
-    def exit_code(self) -> int:
-        """130 for SIGINT, else SIGTERM's 143."""
-        return 128 + (signal.SIGINT if self.number == signal.SIGINT else signal.SIGTERM)
+        # 130 for SIGINT, else SIGTERM's 143.
+        self.exit_code = 128 + (signal.SIGINT if number == signal.SIGINT else signal.SIGTERM)
 
 
-class StopSignals:
-    """While entered, a signal waits until the run asks for it; a second SIGINT ends it at once.
+class StopSignal:
+    """While entered, a signal ends the run: at once, or in `deferred` where `check` is called.
 
-    Outside the main thread, which alone may set handlers, signals do what they did.
+    A second SIGINT is Python's own. Outside the main thread, which alone may set handlers, signals
+    do what they did.
     """
 
     def __init__(self) -> None:
-        self._number: int | None = None
-        self._is_waiting = False  # nothing that an exception would leave half done
-        self._handlers: dict[int, Any] = {}  # those of before
+        self._number, self._is_deferred = 0, False
 
     def __enter__(self) -> None:
+        self._number, self._before = 0, {}
         if threading.current_thread() is threading.main_thread():
-            self._handlers = {number: signal.signal(number, self._receive) for number in SIGNALS}
+            self._before = {number: signal.signal(number, self._receive) for number in SIGNALS}
 
     def __exit__(self, *_: object) -> None:
-        if self._number is not None:
-            signal.signal(signal.SIGCHLD, _do_nothing)  # torch's, if loaders came after ours
-            for loader in multiprocessing.active_children():
-                loader.kill()  # torch gives each that hangs 5 s, one after the other
-        while self._handlers:  # a signal that comes meanwhile adds the alarm's, to the end
-            number = next(iter(self._handlers))
-            handler = self._handlers.pop(number)
+        for number, handler in self._before.items():
             signal.signal(number, handler or signal.SIG_DFL)  # None: not Python's, and lost
-            if number not in SIGNALS:
-                signal.alarm(0)
-        self._number = None
-
-    @property
-    def number(self) -> int:
-        """The signal that has come; 0: none."""
-        return self._number or 0
-
-    def check(self) -> None:
-        """Raise Stopped if a signal has come."""
-        if self._number is not None:
-            raise Stopped(self._number)
-
-    @contextmanager
-    def waiting(self, check: Callable[[], Any] | None = None) -> Iterator[None]:
-        """What runs in here leaves nothing half done: a signal ends it within PATIENCE seconds.
-
-        `check`: raises Stopped instead of this object's own, for ranks that have to agree; what
-        runs is not broken off then, since other ranks may be in the middle of something.
-        """
-        (check or self.check)()
-        self._is_waiting = check is None
-        try:
-            yield
-        finally:
-            self._is_waiting = False
-        (check or self.check)()
-
-    def between(self, batches: Iterable[T], check: Callable[[], Any] | None = None) -> Iterator[T]:
-        """The batches; raises Stopped before or behind one, or where one takes too long.
-
-        `check`: as in `waiting`.
-        """
-        try:
-            (check or self.check)()
-            batches = iter(batches)  # loader processes start here, and must not inherit a wait
-            while True:
-                with self.waiting(check):
-                    batch = next(batches, None)
-                if batch is None:
-                    return
-                yield batch
-        except (EOFError, OSError, RuntimeError):
-            if self._number is not None:
-                (check or self.check)()  # a signal to the process group has ended the loaders too
-            raise
 
     def _receive(self, number: int, _: FrameType | None) -> None:
         self._number = self._number or number
         if number == signal.SIGINT:
-            signal.signal(number, signal.SIG_DFL)
-        # Or torch would raise for a loader that the same signal has ended, in the middle of a step.
-        # For good: the loaders are joined at the very end.
-        signal.signal(signal.SIGCHLD, _do_nothing)
-        before = signal.signal(signal.SIGALRM, self._give_up)
-        self._handlers.setdefault(signal.SIGALRM, before)
-        signal.alarm(PATIENCE)
+            signal.signal(number, signal.default_int_handler)
+        if not self._is_deferred:
+            raise Stopped(number)
 
-    def _give_up(self, *_: object) -> None:
-        if self._is_waiting:
-            self.check()
+    @contextmanager
+    def deferred(self) -> Iterator[None]:
+        """What runs in here is not interrupted; it calls `check` where it can end."""
+        self._is_deferred = True
+        try:
+            yield
+        finally:
+            self._is_deferred = False
+
+    def check(self) -> None:
+        """Raise Stopped if a signal has come, to this process or to another one of the training."""
+        number = max(number for (number,) in all_gather_ints([self._number]))
+        if number:
+            raise Stopped(number)
 
 
-def _do_nothing(*_: object) -> None:
-    pass
+stop_signal = StopSignal()  # the process's, as signals are
 
 
 def leave_signals_to_parent(_: int) -> None:
-    """A loader process ends with its parent, who may need it for another batch until then."""
+    """In a loader process: the parent may need one more batch before it stops."""
     for number in SIGNALS:
-        if number != signal.SIGTERM:  # torch's own, by which the parent ends a loader that hangs
-            signal.signal(number, signal.SIG_IGN)
-    sys.excepthook = _hide_lost_parent
+        signal.signal(number, signal.SIG_IGN)
 
 
-def _hide_lost_parent(
-    kind: type[BaseException], error: BaseException, trace: TracebackType | None
-) -> None:
-    """Of multiprocessing's thread, whose parent leaves while it is handed a batch."""
-    if not issubclass(kind, ConnectionError | EOFError):
-        sys.__excepthook__(kind, error, trace)
-
-
-stop_signals = StopSignals()  # the process's, as signals are
+@atexit.register
+def _end_loaders() -> None:
+    """They ignore SIGTERM, by which Python would end them before it waits for them."""
+    for process in multiprocessing.active_children():
+        if process.daemon:
+            process.kill()

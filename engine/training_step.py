@@ -1,11 +1,11 @@
-"""One update of the weights from one or several batches: gradients, learning rate, finite check."""
+"""One training step from one or several batches: gradients, learning rate, finite check."""
 
 from __future__ import annotations
 
-import argparse
 import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -13,17 +13,10 @@ import torch
 from torch import Tensor
 
 from engine.optimizer import MuonAdamW, clip_gradients
-from engine.signals import Stopped, stop_signals
 from files.atomic_io import DataError
 from hstu_components import give_sparse_gradients
 from model import HSTUModel
-from ops.collectives import (
-    num_ranks,
-    rank,
-    sum_over_ranks,
-    sum_row_gradients,
-    tell,
-)
+from ops.collectives import all_reduce, all_reduce_rows, rank, world_size
 from ops.sharded_table import ShardedEmbedding, gather_table, own_rows
 
 ADAM_BETAS = (0.9, 0.98)  # the reference's
@@ -32,39 +25,114 @@ NAMED = 5  # of what is not finite
 IF_NOT_FINITE = "Lower --lr or raise --infonce_temp, and check the features for huge values"
 
 
-class Updater:
-    """A model and what trains it, on this rank.
+@dataclass(frozen=True)
+class Optimization:
+    """How weights are trained; docs/flags.md says what each means."""
 
-    Each rank computes the gradients of its share of a batch; their sum is the whole batch's, and
-    all ranks make the same update from it. Not torch's DistributedDataParallel: it takes the mean
-    of ranks that each have something.
+    lr: float
+    weight_decay: float
+    muon: bool
+    warmup_steps: int
+    total_steps: int  # of the whole run, which the learning rate follows
+    clip_grad: float
+    precision: str
+    seed: int  # of the dropout, where there are several processes
+
+
+def autocast(device: torch.device, precision: str) -> torch.autocast:
+    dtype = AUTOCAST_DTYPES[precision]
+    return torch.autocast(device.type, dtype=dtype, enabled=dtype is not None)
+
+
+class TrainingStep:
+    """A model and what trains it, in this process.
+
+    Each process computes the gradients of its share of a batch; their sum is the whole batch's, and
+    all processes change the weights alike. Not torch's DistributedDataParallel: it takes the mean
+    of processes that each have something.
 
     Args:
         model: on its device.
-        args: the flags of optimisation, as flags.get_args returns them.
-        total_steps: updates of the whole run, which the learning rate follows.
+        options: how it is trained.
         has_all_rows: batches hold every item; else large tables are trained by a batch's rows.
     """
 
-    def __init__(
-        self, model: HSTUModel, args: argparse.Namespace, total_steps: int, has_all_rows: bool
-    ):
-        self.model, self.args, self.total_steps = model, args, total_steps
+    def __init__(self, model: HSTUModel, options: Optimization, has_all_rows: bool):
+        self.model, self.options = model, options
         self.device = next(model.parameters()).device
         if not has_all_rows:
             give_sparse_gradients(model)
-        self.optimizer = make_optimizer(model, args)
-        self.scaler = torch.amp.GradScaler(self.device.type, enabled=args.precision == "fp16")
+        self.optimizer = make_optimizer(model, options)
+        is_fp16 = options.precision == "fp16"
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=is_fp16)
         # Loss and gradients were finite so far; on the device, which is not asked in every step.
         self._is_sound = torch.ones((), dtype=torch.bool, device=self.device)
         self._newest: tuple[Sequence[Any], Tensor, Tensor] | None = None
         shards = [m for m in model.modules() if isinstance(m, ShardedEmbedding)]
-        self.shards = {m.weight: m.num_rows for m in shards}  # gradients come summed over ranks
+        self.shards = {m.weight: m.num_rows for m in shards}  # gradients come summed over processes
         self._tables = [m.weight for m in model.modules() if getattr(m, "sparse", False)]
-        self._stop = 0  # the signal that the ranks have agreed to stop for
+
+    def __call__(self, batches: Sequence[Any], epoch: int, step: int) -> dict[str, Tensor | float]:
+        """Train on one or several dataset.Batch, as if they and all processes' were one.
+
+        But for the negatives: each batch has its own.
+
+        The host waits for a GPU for fp16's scaler, for the rows of sparse gradients and for list
+        features; else not.
+
+        Args:
+            batches: on the CPU.
+            epoch, step: which this is, from 1.
+
+        Returns:
+            TensorBoard tags and values.
+
+        Raises:
+            DataError: on the CPU, loss or gradient are not finite; the weights are those of the
+                step before. On a GPU `check_finite` says so.
+        """
+        if world_size() > 1:  # each its own dropout, and that of the step whatever was before
+            seeds = np.random.SeedSequence((self.options.seed, step, rank()))
+            torch.manual_seed(int(seeds.generate_state(1, np.uint64)[0]))
+        total = max(1, sum(int(batch.num_targets) for batch in batches))
+        loss = torch.zeros((), device=self.device)
+        for batch in batches:
+            count = int((batch.target_index >= 0).sum())
+            with autocast(self.device, self.options.precision):
+                part = self.model(batch.to(self.device)) * (count / total)
+            self.scaler.scale(part).backward()
+            loss += part.detach()
+            del part  # or its graph would live beside the next one
+        if world_size() > 1:
+            self._sum_over_processes(loss)
+        self.scaler.unscale_(self.optimizer)
+        grad_norm = clip_gradients(self.model.parameters(), self.options.clip_grad, self.shards)
+        # A scaler skips the steps that overflow by itself.
+        self._is_sound &= torch.isfinite(loss if self.scaler.is_enabled() else loss + grad_norm)
+        self._newest = batches, loss, grad_norm
+        if self.device.type == "cpu":
+            self.check_finite(epoch, step)
+        lr = learning_rate(step - 1, self.options)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
+        return {"Loss/train": loss, "Train/grad_norm": grad_norm, "Train/lr": lr}
+
+    def _sum_over_processes(self, loss: Tensor) -> None:
+        """Loss and gradients of this process's share to those of the whole batch, in place."""
+        for table in self._tables:
+            table.grad = all_reduce_rows(table.grad.coalesce())
+        apart = {*self._tables, *self.shards}
+        others = [p for p in self.model.parameters() if p.requires_grad and p not in apart]
+        for parameter in others:
+            if parameter.grad is None:  # a share may be empty, and not come to the blocks
+                parameter.grad = torch.zeros_like(parameter)
+        all_reduce([loss, *(parameter.grad for parameter in others)])
 
     def state_dict(self) -> dict[str, Any]:
-        """What goes on from here needs, besides the model's own; of sharded tables on rank 0."""
+        """What goes on from here needs, besides the model's own; sharded tables on process 0."""
         optimizer = self.optimizer.state_dict()
         for place, num_rows in self._places_of_shards():
             if place in optimizer["state"]:
@@ -86,91 +154,9 @@ class Updater:
         self.scaler.load_state_dict(state["scaler"])
 
     def _places_of_shards(self) -> list[tuple[int, int]]:
-        """Where sharded tables stand in the optimiser's state, and their rows on all ranks."""
+        """Where sharded tables stand in the optimiser's state, and their rows on all processes."""
         parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
         return [(k, self.shards[p]) for k, p in enumerate(parameters) if p in self.shards]
-
-    def step(self, batches: Sequence[Any], epoch: int, step: int) -> dict[str, Tensor | float]:
-        """One update from one or several dataset.Batch, as if they and all ranks' were one.
-
-        But for the negatives: each batch has its own.
-
-        The host waits for a GPU where a log or a state is due, for fp16's scaler, for the rows of
-        sparse gradients and for list features; else not.
-
-        Args:
-            batches: on the CPU.
-            epoch, step: which this is, from 1.
-
-        Returns:
-            TensorBoard tags and values.
-
-        Raises:
-            DataError: loss or gradient are not finite. On the CPU the weights are those of the step
-                before; on a GPU they may be lost, but nothing of them is saved.
-            Stopped: another rank is to stop; so they are then.
-        """
-        if self.shards:
-            self.agree()  # or a rank that is to stop would not come to the lookups
-        if num_ranks() > 1:  # each its own dropout, and that of the step whatever was before
-            seeds = np.random.SeedSequence((self.args.seed, step, rank()))
-            torch.manual_seed(int(seeds.generate_state(1, np.uint64)[0]))
-        total = max(1, sum(int(batch.num_targets) for batch in batches))
-        loss = torch.zeros((), device=self.device)
-        for batch in batches:
-            count = int((batch.target_index >= 0).sum())
-            with self.autocast():
-                part = self.model(batch.to(self.device)) * (count / total)
-            self.scaler.scale(part).backward()
-            loss += part.detach()
-            del part  # or its graph would live beside the next one
-        if num_ranks() > 1:
-            self._sum_over_ranks(loss)
-        self.scaler.unscale_(self.optimizer)
-        grad_norm = clip_gradients(self.model.parameters(), self.args.clip_grad, self.shards)
-        # A scaler skips the steps that overflow by itself.
-        self._is_sound &= torch.isfinite(loss if self.scaler.is_enabled() else loss + grad_norm)
-        self._newest = batches, loss, grad_norm
-        every = (self.args.log_every, self.args.save_every_steps)
-        if self.device.type == "cpu" or any(step % n == 0 for n in every if n):
-            self.check_finite(epoch, step)
-        lr = learning_rate(step - 1, self.total_steps, self.args)
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
-        self.optimizer.zero_grad(set_to_none=True)
-        return {"Loss/train": loss, "Train/grad_norm": grad_norm, "Train/lr": lr}
-
-    def _sum_over_ranks(self, loss: Tensor) -> None:
-        """Loss and gradients of this rank's share to those of the whole batch, in place."""
-        for table in self._tables:
-            table.grad = table.grad.coalesce()
-        counts = self.agree([len(table.grad.values()) for table in self._tables])
-        for table, column in zip(self._tables, zip(*counts, strict=True), strict=True):
-            table.grad = sum_row_gradients(table.grad, column)
-        apart = {*self._tables, *self.shards}
-        others = [p for p in self.model.parameters() if p.requires_grad and p not in apart]
-        for parameter in others:
-            if parameter.grad is None:  # a share may be empty, and not come to the blocks
-                parameter.grad = torch.zeros_like(parameter)
-        sum_over_ranks([loss, *(parameter.grad for parameter in others)])
-
-    def agree(self, row_counts: Sequence[int] = ()) -> list[list[int]]:
-        """Raise Stopped on all ranks if a signal has come to one; else all ranks' `row_counts`.
-
-        They travel in one message: where all call this, some may be in a step and some behind it.
-        """
-        if num_ranks() == 1:
-            stop_signals.check()
-            return [list(row_counts)]
-        if not self._stop:
-            row_counts = row_counts or [0] * len(self._tables)
-            told = tell([stop_signals.number, *row_counts])
-            self._stop = max(number for number, *_ in told)
-        if self._stop:
-            raise Stopped(self._stop)
-        return [counts for _, *counts in told]
 
     def check_finite(self, epoch: int, step: int) -> None:
         """Raise DataError if any loss or gradient so far was not finite; waits for a GPU."""
@@ -201,12 +187,8 @@ class Updater:
         lists = {"item re-ids": sorted(items), "user re-ids": sorted(users)}
         return "".join(f", {name} not finite: {_some(ids)}" for name, ids in lists.items() if ids)
 
-    def autocast(self) -> torch.autocast:
-        dtype = AUTOCAST_DTYPES[self.args.precision]
-        return torch.autocast(self.device.type, dtype=dtype, enabled=dtype is not None)
 
-
-def make_optimizer(model: HSTUModel, args: argparse.Namespace) -> MuonAdamW:
+def make_optimizer(model: HSTUModel, options: Optimization) -> MuonAdamW:
     """Weight decay for matrices only: on a table it would shrink items that never occur."""
     tables = {
         id(module.weight)
@@ -217,23 +199,25 @@ def make_optimizer(model: HSTUModel, args: argparse.Namespace) -> MuonAdamW:
     groups: dict[tuple[bool, bool], list] = defaultdict(list)
     for parameter in model.parameters():
         is_matrix = parameter.dim() == 2 and id(parameter) not in tables
-        groups[is_matrix, args.muon and is_matrix and id(parameter) in blocks].append(parameter)
+        has_muon = options.muon and is_matrix and id(parameter) in blocks
+        groups[is_matrix, has_muon].append(parameter)
     return MuonAdamW(
         [
-            {"params": p, "weight_decay": args.weight_decay * is_matrix, "muon": has_muon}
+            {"params": p, "weight_decay": options.weight_decay * is_matrix, "muon": has_muon}
             for (is_matrix, has_muon), p in groups.items()
         ],
-        lr=args.lr,
+        lr=options.lr,
         betas=ADAM_BETAS,
     )
 
 
-def learning_rate(step: int, total_steps: int, args: argparse.Namespace) -> float:
-    """Linear warm-up over --warmup_steps, then a cosine to zero after the last; `step` from 0."""
-    if step < args.warmup_steps:
-        return args.lr * (step + 1) / args.warmup_steps
-    done = (step - args.warmup_steps) / max(1, total_steps - args.warmup_steps)
-    return args.lr * 0.5 * (1.0 + math.cos(math.pi * done))
+def learning_rate(step: int, options: Optimization) -> float:
+    """Linear warm-up over `warmup_steps`, then a cosine to zero after the last; `step` from 0."""
+    if step < options.warmup_steps:
+        return options.lr * (step + 1) / options.warmup_steps
+    left = max(1, options.total_steps - options.warmup_steps)
+    done = (step - options.warmup_steps) / left
+    return options.lr * 0.5 * (1.0 + math.cos(math.pi * done))
 
 
 def _some(values: Sequence[Any]) -> str:

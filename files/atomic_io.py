@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 import errno
-import fcntl
 import hashlib
 import json
-import math
 import os
-import platform
 import re
 import shutil
 import sys
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
+from filelock import FileLock, Timeout  # comes with torch
+
 _HASH_BLOCK = 1 << 20  # bytes
+LOCK_SECONDS = 10
 
 
 class DataError(ValueError):
@@ -112,31 +112,29 @@ def _sync_folder(folder: Path) -> None:
 
 
 @contextmanager
-def hold_folder(folder: str | Path) -> Iterator[None]:
-    """Keep other processes from holding `folder`, until this one leaves the block or dies.
+def lock_folder(folder: str | Path) -> Iterator[None]:
+    """Keep other processes from locking `folder`, until this one leaves the block or dies.
 
-    Where there are no such locks, as on some network disks, nothing happens.
+    Where there are no locks, as on some network disks, nothing happens.
 
     Raises:
-        DataError: another process holds it.
+        DataError: another process has locked it.
     """
-    with open(Path(folder) / ".hstu.lock", "a+") as file:
-        try:
-            # Not flock: loader processes would inherit it, and outlive a parent that is killed.
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except (BlockingIOError, PermissionError) as error:
-            file.seek(0)
-            raise DataError(
-                f"{folder}: process {file.read() or '(unknown)'} is at work in it; wait for its "
-                "end, or choose another folder"
-            ) from error
-        except OSError:  # no locks on this disk
-            pass
-        with suppress(OSError):  # a full disk: the lock holds, without a name
-            file.truncate(0)
-            file.write(f"{os.getpid()} on {platform.node()}")
-            file.flush()
+    lock = FileLock(Path(folder) / ".hstu.lock")
+    try:
+        # Loader processes inherit the lock, and outlive a parent that is killed by some seconds.
+        lock.acquire(timeout=LOCK_SECONDS)
+    except Timeout as error:
+        raise DataError(
+            f"{folder}: another process is at work in it; wait for its end, or choose another "
+            "folder"
+        ) from error
+    except NotImplementedError:  # no locks on this disk
+        pass
+    try:
         yield
+    finally:
+        lock.release()
 
 
 def sweep_temporaries(folder: str | Path) -> None:
@@ -173,7 +171,7 @@ def reading(path: Path) -> Iterator[None]:
 
 
 def write_json(path: str | Path, value: Any) -> None:
-    """Write a small JSON file; NaN and infinity, which `read_json` refuses, are a ValueError."""
+    """Write a small JSON file; NaN and infinity, which are no JSON, are a ValueError."""
     text = json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
     with atomic_write(path) as file:
         file.write(text.encode())
@@ -183,59 +181,18 @@ def read_json(path: str | Path) -> Any:
     """The value in a small JSON file.
 
     Raises:
-        DataError: the file is unreadable, not UTF-8 (a byte order mark is accepted), not JSON, or
-            holds a key twice, NaN, Infinity, an integer beyond int64, or text that is no Unicode.
+        DataError: the file is unreadable, not UTF-8 (a byte order mark is accepted), or not JSON.
     """
     path = Path(path)
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-        value = json.loads(
-            text,
-            object_pairs_hook=lambda pairs: _unique_keys(path, pairs),
-            parse_constant=lambda name: _refuse(path, name),
-            parse_float=lambda digits: _finite(path, digits),
-            parse_int=lambda digits: _int64(path, digits),
-        )
-        json.dumps(value, ensure_ascii=False).encode()
-        return value
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror})") from error
-    except UnicodeEncodeError as error:
-        raise DataError(
-            f"{path}: {error.object[error.start]!a} is half a surrogate pair and no text; remove it"
-        ) from error
-    except UnicodeDecodeError as error:
-        raise DataError(
-            f"{path}: byte {error.start} is not UTF-8; write it again as UTF-8"
-        ) from error
-    except json.JSONDecodeError as error:
-        raise DataError(
-            f"{path}: line {error.lineno} column {error.colno}: {error.msg}; "
-            "the file is empty, truncated or not JSON"
-        ) from error
-    except RecursionError as error:
-        raise DataError(f"{path}: nested too deeply to be one of our files") from error
-
-
-def _unique_keys(path: Path, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    result = dict(pairs)
-    if len(result) < len(pairs):
-        seen: set[str] = set()
-        twice = next(key for key, _ in pairs if key in seen or seen.add(key))
-        raise DataError(f"{path}: key {twice!r} occurs twice in one object; remove one of them")
-    return result
-
-
-def _finite(path: Path, digits: str) -> float:
-    value = float(digits)
-    return value if math.isfinite(value) else _refuse(path, digits)
-
-
-def _int64(path: Path, digits: str) -> int:
-    if len(digits) > 20 or not -(2**63) <= int(digits) < 2**63:
-        _refuse(path, digits[:24])
-    return int(digits)
-
-
-def _refuse(path: Path, found: str) -> Any:
-    raise DataError(f"{path}: {found} is not a finite number within int64; correct the file")
+    with reading(path):
+        try:
+            return json.loads(path.read_text(encoding="utf-8-sig"))
+        except UnicodeDecodeError as error:
+            raise DataError(
+                f"{path}: byte {error.start} is not UTF-8; write it again as UTF-8"
+            ) from error
+        except json.JSONDecodeError as error:
+            raise DataError(
+                f"{path}: line {error.lineno} column {error.colno}: {error.msg}; "
+                "the file is empty, truncated or not JSON"
+            ) from error

@@ -17,13 +17,10 @@ import numpy as np
 
 from files.atomic_io import DataError, read_json
 from files.safe_pickle import load_pickle
+from files.sequences import EVENT_DTYPE, item_ids_of, map_file, open_split, split_path
 
-EVENT_DTYPE = np.dtype([("item_id", "<i4"), ("action_type", "<i4"), ("timestamp", "<i8")])
-OFFSET_DTYPE = np.dtype("<i8")
-USER_DTYPE = np.dtype("<i4")
 FORMAT_VERSION = 1
 SPLITS = ("train", "valid", "test")
-UNFINISHED = ".unfinished"  # lies in a folder from its first written byte to its manifest
 # What a damaged or byte-swapped number would make of a folder: tables beyond any memory.
 MOST_UNSEEN = 1 << 22  # ids without an event, where only the events tell how many there are
 MOST_ACTION_TYPES = 1 << 16
@@ -56,40 +53,6 @@ class Manifest(NamedTuple):
         return f"a type in 0..{self.num_action_types - 1}" if self.num_action_types else "no type"
 
 
-class Sequences(NamedTuple):
-    """Users' events laid end to end, in numpy; the target, if there is one, is the last."""
-
-    events: np.ndarray  # (E,) EVENT_DTYPE
-    offsets: np.ndarray  # (B + 1,) int64: sequence b is events[offsets[b]:offsets[b + 1]]
-    user_ids: np.ndarray  # (B,) int32 in 1..num_users
-
-
-def split_path(data_dir: Path, split: str, what: str) -> Path:
-    return data_dir / f"{split}_{what}.bin"
-
-
-def item_ids_of(events: np.ndarray) -> np.ndarray:
-    return events["item_id"] if events.dtype == EVENT_DTYPE else events
-
-
-def gather(events, starts, ends, user_ids) -> Sequences:
-    """The events starts[b]..ends[b]-1 of each sequence, copied out of the map."""
-    lengths = ends - starts
-    offsets = np.concatenate([[0], lengths.cumsum()])
-    picked = events[np.repeat(starts - offsets[:-1], lengths) + np.arange(offsets[-1])]
-    return Sequences(as_records(picked), offsets, user_ids)
-
-
-def as_records(events: np.ndarray) -> np.ndarray:
-    """Records, or plain item ids made into some, without action or time."""
-    if events.dtype == EVENT_DTYPE:
-        return events
-    records = np.zeros(len(events), EVENT_DTYPE)
-    # A wider id must stay out of range, to be refused, instead of wrapping to a valid one.
-    records["item_id"], records["action_type"] = np.clip(events, -(2**31), 2**31 - 1), -1
-    return records
-
-
 # ---------------------------------------------------------------------------------- reading files
 
 
@@ -108,11 +71,11 @@ def read_manifest(data_dir: str | Path, *, trust: bool = False) -> Manifest:
             "scripts/prepare_synthetic.py"
         )
     path = data_dir / "manifest.json"
-    if not path.exists() and (data_dir / UNFINISHED).exists():
-        raise DataError(f"{data_dir}: whoever wrote it did not finish; write the data again")
     if not path.exists():
         return _infer_manifest(data_dir, trust)
     content = read_json(path)
+    if isinstance(content, dict) and content.get("is_unfinished"):
+        raise DataError(f"{data_dir}: its conversion did not finish; write the data again")
     version = content.get("format_version") if isinstance(content, dict) else None
     if version != FORMAT_VERSION:
         raise DataError(
@@ -210,98 +173,6 @@ def fingerprint(data_dir: str | Path) -> str:
     if (data_dir / "manifest.json").exists():
         files = read_json(data_dir / "manifest.json")["files"]
     return hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()[:16]
-
-
-def open_split(data_dir: Path, split: str) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
-    """Events (EVENT_DTYPE or plain ids), offsets, and users or None, as memory maps."""
-    offsets_path = split_path(data_dir, split, "offsets")
-    offsets = _map(offsets_path, OFFSET_DTYPE)
-    users_path = split_path(data_dir, split, "users")
-    users = _map(users_path, USER_DTYPE) if users_path.exists() else None
-    path = split_path(data_dir, split, "data")
-    num_events = int(offsets[-1]) if len(offsets) else 0
-    size = _size(path)
-    if not len(offsets) and size == 0 and split != "train":
-        offsets = np.zeros(1, OFFSET_DTYPE)
-    dtypes = {16: EVENT_DTYPE, 4: np.dtype("<i4"), 8: np.dtype("<i8")}
-    width = size // num_events if num_events > 0 and size % num_events == 0 else 0
-    if size == num_events == 0:
-        width = EVENT_DTYPE.itemsize
-    if width not in dtypes:
-        raise DataError(
-            f"{path}: {size} bytes, but {split}_offsets.bin describes {num_events} events, which "
-            f"makes {num_events * 16} bytes of records (or 4 or 8 bytes per plain item id). "
-            "One of the two is truncated or from another run; write the split again"
-            + _hint(offsets_path, size)
-        )
-    return _map(path, dtypes[width]), offsets, users
-
-
-def _map(path: Path, dtype: np.dtype) -> np.ndarray:
-    size = _size(path)
-    if size % dtype.itemsize:
-        data_path = path.with_name(path.name.replace("_offsets", "_data"))
-        raise DataError(
-            f"{path}: {size} bytes is not a multiple of {dtype.itemsize}; the file is truncated, "
-            "write the split again"
-            + (_hint(path, _size(data_path)) if dtype == OFFSET_DTYPE else "")
-        )
-    return np.memmap(path, dtype, mode="r") if size else np.empty(0, dtype)
-
-
-def _size(path: Path) -> int:
-    if not path.is_file():
-        found = "a folder" if path.is_dir() else "no such file"
-        raise DataError(f"{path}: {found}; write the split again")
-    return path.stat().st_size
-
-
-def _hint(path: Path, data_size: int) -> str:
-    """What may be wrong with offsets that do not fit `data_size` bytes, to end a message with."""
-    for dtype, kind in ((">i8", "big-endian"), ("<i4", "like int32"), (">i4", "like >i4")):
-        offsets = np.fromfile(path, dtype)
-        is_rising = len(offsets) and offsets[0] == 0 and (offsets[1:] >= offsets[:-1]).all()
-        if is_rising and data_size in (int(offsets[-1]) * width for width in (4, 8, 16)):
-            return f". {path.name} looks {kind}, but offsets are little-endian int64"
-    offsets, num_events = np.fromfile(path, OFFSET_DTYPE), data_size // EVENT_DTYPE.itemsize
-    beyond = np.flatnonzero(offsets[1:] > num_events)
-    if not len(beyond):
-        return ""
-    k = beyond[0]
-    return f". Sequence {k} ends at event {offsets[k + 1]}, but {num_events} are there"
-
-
-def check_split(
-    data_dir: Path, split: str, offsets: np.ndarray, users: np.ndarray | None, num_users: int
-) -> None:
-    """Refuse offsets that do not start at 0 or fall, and users not one per sequence or unknown."""
-    path = split_path(data_dir, split, "offsets")
-    if len(offsets) == 0 or offsets[0] != 0:
-        found = "is empty" if len(offsets) == 0 else f"begins with {offsets[0]}"
-        raise DataError(f"{path}: {found}, but the first offset is 0; write the split again")
-    falls = np.flatnonzero(offsets[1:] < offsets[:-1])
-    if len(falls):
-        k = falls[0] + 1
-        raise DataError(
-            f"{path}: offset[{k}] = {offsets[k]} is below offset[{k - 1}] = {offsets[k - 1]}, but "
-            "offsets never decrease; the file is damaged, write the split again"
-        )
-    if users is not None and len(users) != len(offsets) - 1:
-        raise DataError(
-            f"{split_path(data_dir, split, 'users')}: {len(users)} users, but {len(offsets) - 1} "
-            "sequences; write the split again"
-        )
-    if users is None and len(offsets) - 1 > num_users:
-        raise DataError(
-            f"{path}: {len(offsets) - 1} sequences, but {num_users} users; name the user of each "
-            f"sequence in {split}_users.bin"
-        )
-    if users is not None and len(users) and not 1 <= users.min() <= users.max() <= num_users:
-        k = int(((users < 1) | (users > num_users)).argmax())
-        raise DataError(
-            f"{split_path(data_dir, split, 'users')}: sequence {k} has user {users[k]}, not in "
-            f"1..{num_users}; write the split again"
-        )
 
 
 def read_indexer(data_dir: str | Path, *, trust: bool = False) -> dict[str, dict[Any, int]]:
@@ -412,7 +283,7 @@ def read_candidates(folder: str | Path, num_items: int) -> Candidates:
     """
     dtypes = {"retrieval_ids": "<u8", "item_ids": "<i4", "original_ids": "<u8"}
     paths = {name: Path(folder) / f"{name}.bin" for name in dtypes}
-    found = Candidates(*(_map(paths[name], np.dtype(dtype)) for name, dtype in dtypes.items()))
+    found = Candidates(*(map_file(paths[name], np.dtype(dtype)) for name, dtype in dtypes.items()))
     if len({len(ids) for ids in found}) > 1 or not len(found.item_ids):
         lengths = ", ".join(f"{name} {len(ids)}" for name, ids in zip(paths, found, strict=True))
         raise DataError(f"{folder}: id files of different or no length ({lengths}); write it again")

@@ -9,7 +9,6 @@ import json
 import math
 import pickle
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,25 +18,25 @@ from files.atomic_io import (
     DataError,
     atomic_write,
     file_entry,
-    hold_folder,
     read_json,
     sweep_temporaries,
     write_json,
 )
 from files.data_folder import (
-    EVENT_DTYPE,
     FORMAT_VERSION,
-    OFFSET_DTYPE,
     SPLITS,
-    UNFINISHED,
-    USER_DTYPE,
     Manifest,
-    Sequences,
     digest_of_ids,
+)
+from files.features import LONGEST_LIST
+from files.sequences import (
+    EVENT_DTYPE,
+    OFFSET_DTYPE,
+    USER_DTYPE,
+    Sequences,
     gather,
     split_path,
 )
-from files.features import LONGEST_LIST
 
 # What write_dataset may write, as patterns; a writer that did not finish may have left any of it.
 WRITTEN = (
@@ -87,6 +86,7 @@ def write_dataset(
     item_vectors: Mapping[str, np.ndarray] | None = None,
     item_names: Sequence[str] | None = None,
     action_names: Sequence[str] | None = None,
+    overwrite: bool = False,
 ) -> None:
     """Write a data folder; the manifest comes last, so a folder with one is complete.
 
@@ -100,9 +100,11 @@ def write_dataset(
         item_vectors: feature id -> (X, W) float, NaN rows for items without a vector.
         item_names: a line of text per item, for people.
         action_names: of the action types 0, 1, ..., all different.
+        overwrite: in place of the data that the folder holds.
 
     Raises:
-        DataError: the features could not be read again; the data that was there is as it was.
+        DataError: the folder is not empty, or the features could not be read again; the data that
+            was there is as it was.
         ValueError: lengths differ, an id occurs twice, a number is not finite; so it is then.
     """
     data_dir = Path(data_dir)
@@ -121,38 +123,32 @@ def write_dataset(
         raise ValueError(f"action_names: {list(action_names)}, not {num_action_types} names")
     num_rows = {"item": len(item_ids), "user": len(user_ids)}
     _check_features(data_dir, sides, item_vectors, num_rows)
-    data_dir.mkdir(parents=True, exist_ok=True)
-    with hold_folder(data_dir):
-        old_files = retire_manifest(data_dir)
-        files = []
-        for split, chunks in splits.items():
-            files += write_split(
-                data_dir, split, [chunks] if isinstance(chunks, Sequences) else chunks
-            )
-        with atomic_write(data_dir / "indexer.pkl") as file:
-            pickle.dump(indexer, file, protocol=4)
-        files.append("indexer.pkl")
-        files += _write_features(data_dir, sides, list(item_vectors))
-        for feature_id, vectors in item_vectors.items():
-            files.append(_write_vectors(data_dir, feature_id, vectors))
-        if item_names is not None:
-            with atomic_write(data_dir / "item_names.txt") as file:
-                file.writelines(
-                    (" ".join(name.splitlines()) + "\n").encode() for name in item_names
-                )
-            files.append("item_names.txt")
-        manifest = Manifest(
-            len(item_ids),
-            len(user_ids),
-            num_action_types,
-            {
-                split: (targets or {}).get(split, "next" if split == "train" else "last")
-                for split in splits
-            },
-            digest_of_ids(indexer["i"]),
-            None if action_names is None else list(action_names),
-        )
-        write_manifest(data_dir, manifest, files, old_files)
+    begin_folder(data_dir, overwrite)
+    files = []
+    for split, chunks in splits.items():
+        files += write_split(data_dir, split, [chunks] if isinstance(chunks, Sequences) else chunks)
+    with atomic_write(data_dir / "indexer.pkl") as file:
+        pickle.dump(indexer, file, protocol=4)
+    files.append("indexer.pkl")
+    files += _write_features(data_dir, sides, list(item_vectors))
+    for feature_id, vectors in item_vectors.items():
+        files.append(_write_vectors(data_dir, feature_id, vectors))
+    if item_names is not None:
+        with atomic_write(data_dir / "item_names.txt") as file:
+            file.writelines((" ".join(name.splitlines()) + "\n").encode() for name in item_names)
+        files.append("item_names.txt")
+    manifest = Manifest(
+        len(item_ids),
+        len(user_ids),
+        num_action_types,
+        {
+            split: (targets or {}).get(split, "next" if split == "train" else "last")
+            for split in splits
+        },
+        digest_of_ids(indexer["i"]),
+        None if action_names is None else list(action_names),
+    )
+    finish_folder(data_dir, manifest, files)
 
 
 def _check_features(
@@ -187,43 +183,46 @@ def _check_features(
 # What write_dataset consists of, for a converter that streams or has some files ready.
 
 
-def retire_manifest(data_dir: Path) -> set[str]:
-    """Make the folder, or remove the manifest of the data it holds; the names of its files.
+def check_folder(data_dir: Path, overwrite: bool = False) -> list[Path]:
+    """The files of older data, or of an unfinished conversion, that new data may take the place of.
 
-    Without a manifest that can be read, the names of what an unfinished writer may have left; other
-    files are not ours, nor is any outside of the folder.
+    Raises:
+        DataError: the folder holds data and `overwrite` is off, or files that no manifest of ours
+            names.
     """
+    path = data_dir / "manifest.json"
+    if not path.exists():
+        if data_dir.is_dir() and any(file.name[0] != "." for file in data_dir.iterdir()):
+            raise DataError(f"{data_dir}: not empty; name a new folder to write, or empty this one")
+        return []
+    old = read_json(path)
+    if not isinstance(old, dict) or "format_version" not in old:
+        raise DataError(f"{path}: of another program; name another folder to write")
+    if old.get("is_unfinished"):
+        return [file for pattern in WRITTEN for file in data_dir.glob(pattern)]
+    if not overwrite:
+        raise DataError(f"{data_dir}: holds data; add --overwrite, or name another folder")
+    return [data_dir / name for name in old.get("files", ())]
+
+
+def begin_folder(data_dir: Path, overwrite: bool = False) -> None:
+    """Make a folder for new data; until `finish_folder`, its manifest says that it is unfinished.
+
+    Older data, as `check_folder` has it, is removed; other files stay.
+    """
+    files = check_folder(data_dir, overwrite)
     data_dir.mkdir(parents=True, exist_ok=True)
-    refuse_foreign_manifest(data_dir)
-    (data_dir / UNFINISHED).touch()
+    unfinished = {"format_version": FORMAT_VERSION, "is_unfinished": True}
+    write_json(data_dir / "manifest.json", unfinished)
+    for file in files:  # but none that is elsewhere, by a link or a wrong name
+        if file.parent.resolve().is_relative_to(data_dir.resolve()):
+            file.unlink(missing_ok=True)
     for folder in (data_dir, data_dir / "creative_emb", data_dir / "candidates"):
         sweep_temporaries(folder)
-    path, root = data_dir / "manifest.json", data_dir.resolve()
-    files = [file for pattern in WRITTEN for file in data_dir.glob(pattern)]
-    if path.exists():
-        with suppress(ValueError, TypeError, KeyError):  # damaged: it names nothing
-            files = [data_dir / name for name in dict(read_json(path)["files"])]
-        path.unlink()
-    places = {file.parent.resolve() / file.name for file in files if file.is_file()}
-    return {place.relative_to(root).as_posix() for place in places if place.is_relative_to(root)}
 
 
-def refuse_foreign_manifest(data_dir: Path) -> None:
-    """Many programs have a manifest.json, and this one's would take its place."""
-    path, content = data_dir / "manifest.json", None
-    if path.exists():
-        with suppress(DataError):  # damaged
-            content = read_json(path)
-    if content and isinstance(content, dict) and not content.keys() & {"format_version", "files"}:
-        raise DataError(f"{path}: of another program; name another folder to write")
-
-
-def write_manifest(
-    data_dir: Path, manifest: Manifest, files: Sequence[str], old_files: set[str]
-) -> None:
-    """Remove those of the old data that are not of `files`, then write manifest.json over these."""
-    for name in old_files.difference(files):
-        (data_dir / name).unlink(missing_ok=True)
+def finish_folder(data_dir: Path, manifest: Manifest, files: Sequence[str]) -> None:
+    """Write manifest.json, with the sizes and hashes of `files`."""
     write_json(
         data_dir / "manifest.json",
         {
@@ -233,7 +232,6 @@ def write_manifest(
             "files": {name: file_entry(data_dir / name) for name in files},
         },
     )
-    (data_dir / UNFINISHED).unlink(missing_ok=True)
 
 
 def _plain(value: Any) -> Any:

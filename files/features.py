@@ -14,6 +14,7 @@ import numpy as np
 from files.atomic_io import DataError, read_json
 from files.feature_cache import Feature, cached
 from files.json_stream import read_pairs
+from files.sequences import gather_ranges
 
 LONGEST_LIST = 10_000  # values; every batch that holds such an item embeds them all
 _RECORDS = 20_000  # parsed at once
@@ -263,9 +264,8 @@ def _take(blocks: list[Feature], place: np.ndarray) -> Feature:
         values[0] = 0
         return blocks[0]._replace(values=values)
     lengths = np.concatenate([np.diff(block.offsets) for block in blocks])
-    starts = (np.cumsum(lengths) - lengths)[place]
-    lengths = lengths[place]
-    lengths[0] = 0
-    offsets = np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths)])
-    index = np.arange(offsets[-1]) + np.repeat(starts - offsets[:-1], lengths)
-    return blocks[0]._replace(values=values[index], offsets=offsets)
+    ends = np.cumsum(lengths)
+    starts, ends = (ends - lengths)[place], ends[place]
+    ends[0] = starts[0]
+    values, offsets = gather_ranges(values, starts, ends)
+    return blocks[0]._replace(values=values, offsets=offsets)

@@ -1,7 +1,7 @@
-"""Several processes that train one model: what they tell each other, sum and wait for.
+"""Several processes that train one model: what they gather, sum and wait for.
 
-A rank is one of them, as torchrun starts them. In a process of its own the one rank is 0; what
-says so works there too and costs nothing, what sums or gathers is not called.
+torchrun starts them; `rank` numbers them from 0, the main process. In a process of its own, rank is
+0 and what gathers or waits costs nothing; what sums is not called there.
 """
 
 from __future__ import annotations
@@ -15,16 +15,16 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-# Longest wait for another rank: it may be parsing features, or writing a large state. One that has
-# died is noticed at once, as its connections close.
+# Longest wait for another process: it may be parsing features, or writing a large state. One that
+# has died is noticed at once, as its connections close.
 TIMEOUT = timedelta(minutes=30)
 
 
-class LostRankError(RuntimeError):
-    """Another rank has ended, or does not answer."""
+class LostProcessError(RuntimeError):
+    """Another process has ended, or does not answer."""
 
 
-def num_ranks() -> int:
+def world_size() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
@@ -32,26 +32,32 @@ def rank() -> int:
     return dist.get_rank() if dist.is_initialized() else 0
 
 
+def is_main_process() -> bool:
+    return rank() == 0
+
+
 def join(is_on_cuda: bool) -> None:
-    """Meet the other ranks, as RANK, LOCAL_RANK and WORLD_SIZE of the environment say.
+    """Connect to the other processes, as RANK, LOCAL_RANK and WORLD_SIZE of the environment say.
 
     Raises:
-        LostRankError: they do not come, or this machine has fewer CUDA devices than ranks.
+        LostProcessError: they do not come, or this machine has fewer CUDA devices than processes.
     """
     if "RANK" not in os.environ or os.environ.get("WORLD_SIZE") == "1":
         return
     needed = ["WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", *["LOCAL_RANK"] * is_on_cuda]
     if missing := [name for name in needed if name not in os.environ]:
-        raise LostRankError(
+        raise LostProcessError(
             f"RANK is set in the environment, but not {', '.join(missing)}; start with torchrun, "
             "or unset RANK"
         )
     if is_on_cuda:
         local_rank, count = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
         if local_rank >= count:
-            raise LostRankError(f"{count} CUDA devices here, so --nproc_per_node {count} at most")
+            raise LostProcessError(
+                f"{count} CUDA devices here, so --nproc_per_node {count} at most"
+            )
         torch.cuda.set_device(local_rank)
-    with meeting():
+    with waiting_for_others():
         # gloo beside nccl: what the host must know would otherwise have to wait for the device.
         dist.init_process_group("cpu:gloo,cuda:nccl" if is_on_cuda else "gloo", timeout=TIMEOUT)
 
@@ -62,94 +68,92 @@ def leave() -> None:
 
 
 def is_first_to_fail() -> bool:
-    """Whether no other rank has asked this: one says why a run ends, the rest end with it."""
+    """Whether no other process has asked this: one says why a run ends, the rest end with it."""
     if not dist.is_initialized():
         return True
-    with suppress(RuntimeError):  # rank 0 may keep the store, and be gone
+    with suppress(RuntimeError):  # the main process may keep the store, and be gone
         return dist.distributed_c10d._get_default_store().add("failures", 1) == 1
     return True
 
 
 @contextmanager
-def meeting() -> Iterator[None]:
+def waiting_for_others() -> Iterator[None]:
+    """Turns what a collective raises into LostProcessError."""
     try:
         yield
     except RuntimeError as error:
-        raise LostRankError(
-            f"rank {os.environ.get('RANK')}: another rank has ended or does not answer; the same "
-            f"command goes on from the last saved state ({str(error).splitlines()[0]:.150})"
+        raise LostProcessError(
+            f"process {os.environ.get('RANK')}: another process has ended or does not answer; the "
+            f"same command goes on from the last saved state ({str(error).splitlines()[0]:.150})"
         ) from error
 
 
-def tell(values: Sequence[int]) -> list[list[int]]:
-    """What each rank tells, in order of rank; all of them tell as many numbers."""
-    if num_ranks() == 1:
+def all_gather_ints(values: Sequence[int]) -> list[list[int]]:
+    """The numbers of each process, in order of rank; all of them give as many."""
+    if world_size() == 1:
         return [list(values)]
     own = torch.tensor(values, dtype=torch.int64)
-    told = [torch.empty_like(own) for _ in range(num_ranks())]
-    with meeting():
-        dist.all_gather(told, own)
-    return [part.tolist() for part in told]
+    gathered = [torch.empty_like(own) for _ in range(world_size())]
+    with waiting_for_others():
+        dist.all_gather(gathered, own)
+    return [part.tolist() for part in gathered]
 
 
-def wait_for_all() -> None:
-    tell([0])
+def barrier() -> None:
+    """Wait until all processes are here."""
+    all_gather_ints([0])
 
 
 @contextmanager
-def first_goes_ahead() -> Iterator[None]:
-    """The others enter the block when rank 0 has left it: they find the files that it makes."""
-    if rank() > 0:
-        wait_for_all()
+def main_process_first() -> Iterator[None]:
+    """The others enter the block when the main process has left it, and find the files it made."""
+    if not is_main_process():
+        barrier()
     yield
-    if rank() == 0:
-        wait_for_all()
+    if is_main_process():
+        barrier()
 
 
-def gather_rows(rows: Tensor) -> Tensor:
-    """(n, ...) of each rank, n its own -> all of them, in order of rank."""
-    if num_ranks() == 1:
+def all_gather_rows(rows: Tensor) -> Tensor:
+    """(n, ...) of each process, n its own -> all of them, in order of rank."""
+    if world_size() == 1:
         return rows
-    return _gather_rows(rows, [count for (count,) in tell([len(rows)])])
-
-
-def _gather_rows(rows: Tensor, counts: Sequence[int]) -> Tensor:
+    counts = [count for (count,) in all_gather_ints([len(rows)])]
     padded = rows.new_zeros(max(counts), *rows.shape[1:])
     padded[: len(rows)] = rows
     parts = [torch.empty_like(padded) for _ in counts]
-    with meeting():
+    with waiting_for_others():
         dist.all_gather(parts, padded)
     return torch.cat([part[:count] for part, count in zip(parts, counts, strict=True)])
 
 
-def sum_over_ranks(tensors: Iterable[Tensor]) -> None:
-    """Sum each tensor over the ranks, in place; on all of them to the same bits.
+def all_reduce(tensors: Iterable[Tensor]) -> None:
+    """Sum each tensor over the processes, in place; on all of them to the same bits.
 
     In one message: there are many small ones.
     """
     tensors = list(tensors)
     flat = torch.cat([tensor.flatten() for tensor in tensors])
-    with meeting():
+    with waiting_for_others():
         dist.all_reduce(flat)
     parts = flat.split([tensor.numel() for tensor in tensors])
     for tensor, part in zip(tensors, parts, strict=True):
         tensor.copy_(part.view_as(tensor))
 
 
-def sum_row_gradients(grad: Tensor, counts: Sequence[int]) -> Tensor:
-    """Sum a table's sparse gradient over the ranks, equal rows into one.
+def all_reduce_rows(grad: Tensor) -> Tensor:
+    """Sum a table's sparse gradient over the processes, equal rows into one.
 
     The ids are gathered, 8 bytes a row; the gradients of their union are then summed as they lie.
 
     Args:
         grad: coalesced, (X + 1, D).
-        counts: rows in it on each rank.
     """
     own = grad.indices()[0]
-    rows = _gather_rows(own, counts).unique()  # rising
+    rows = all_gather_rows(own).unique()  # rising
     total = grad.values().new_zeros(len(rows), *grad.values().shape[1:])
     total[torch.searchsorted(rows, own)] = grad.values()
-    sum_over_ranks([total])
+    all_reduce([total])
     return sparse_rows(rows, total, len(grad), is_coalesced=True)
 
 

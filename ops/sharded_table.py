@@ -12,7 +12,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from ops.collectives import gather_rows, meeting, num_ranks, rank, sparse_rows, sum_over_ranks, tell
+from ops.collectives import (
+    all_gather_ints,
+    all_gather_rows,
+    all_reduce,
+    rank,
+    sparse_rows,
+    waiting_for_others,
+    world_size,
+)
 from ops.ranking import count_above, is_among
 
 # Rows of a sharded table that one message carries, or that are drawn at once: 16 MB of 64 numbers.
@@ -20,19 +28,19 @@ CHUNK_ROWS = 1 << 16
 
 
 class ShardedEmbedding(nn.Embedding):
-    """A table of which each of K ranks holds every K-th row: id i is row i // K of rank i % K.
+    """A table of which each of K processes holds every K-th row: id i is row i // K of rank i % K.
 
-    Popular items often have neighbouring ids, so ranks get about as many lookups. All ranks ask for
-    the same ids at the same time, each for the vectors of all; gradients are summed over the ranks
-    and come as sparse ones of a rank's own rows. Id 0 is padding and zero.
+    Popular items often have neighbouring ids, so processes get about as many lookups. All ask for
+    the same ids at the same time, each for the vectors of all; gradients are summed over the
+    processes and come as sparse ones of a process's own rows. Id 0 is padding and zero.
 
-    A state dict holds the whole table, on rank 0; loading takes one from it on every rank.
+    A state dict holds the whole table, on the main process; loading takes one on every process.
     """
 
     def __init__(self, num_rows: int, width: int):
         """As nn.Embedding(num_rows, width, padding_idx=0), and from the same random numbers."""
         self.num_rows = num_rows
-        super().__init__(len(range(rank(), num_rows, num_ranks())), width)
+        super().__init__(len(range(rank(), num_rows, world_size())), width)
 
     def reset_parameters(self) -> None:
         self.draw(nn.init.normal_)
@@ -48,14 +56,14 @@ class ShardedEmbedding(nn.Embedding):
         for start, end in itertools.pairwise([*starts, self.num_rows]):
             chunk = self.weight.new_empty(end - start, self.embedding_dim)
             fill(chunk)
-            part = chunk[(rank() - start) % num_ranks() :: num_ranks()]
-            first = -(-(start - rank()) // num_ranks())
+            part = chunk[(rank() - start) % world_size() :: world_size()]
+            first = -(-(start - rank()) // world_size())
             self.weight[first : first + len(part)] = part
         if rank() == 0:
             self.weight[0] = 0
 
     def forward(self, ids: Tensor) -> Tensor:
-        """(n,) int64 in 0..num_rows - 1, the same on all ranks -> (n, D)."""
+        """(n,) int64 in 0..num_rows - 1, the same on all processes -> (n, D)."""
         return _Lookup.apply(self.weight, ids)
 
     def _save_to_state_dict(self, destination: dict, prefix: str, keep_vars: bool) -> None:
@@ -69,13 +77,13 @@ class ShardedEmbedding(nn.Embedding):
 class _Lookup(torch.autograd.Function):
     @staticmethod
     def forward(ctx, weight, ids):
-        places = ((ids % num_ranks() == rank()) & (ids > 0)).nonzero()[:, 0]
-        rows = ids[places] // num_ranks()
+        places = ((ids % world_size() == rank()) & (ids > 0)).nonzero()[:, 0]
+        rows = ids[places] // world_size()
         ctx.save_for_backward(places, rows)
         ctx.num_rows = len(weight)
         vectors = weight.new_zeros(len(ids), weight.shape[1])
         vectors[places] = weight[rows]
-        sum_over_ranks([vectors])  # of one vector and zeros: to the bit what the owner has
+        all_reduce([vectors])  # of one vector and zeros: to the bit what the owner has
         return vectors
 
     @staticmethod
@@ -83,32 +91,32 @@ class _Lookup(torch.autograd.Function):
     def backward(ctx, grad):
         places, rows = ctx.saved_tensors
         grad = grad.clone()
-        sum_over_ranks([grad])
+        all_reduce([grad])
         return sparse_rows(rows, grad[places], ctx.num_rows), None
 
 
 def own_rows(table: Tensor) -> Tensor:
-    """A view of the rows of a whole table that are this rank's."""
-    return table[rank() :: num_ranks()]
+    """A view of the rows of a whole table that are this process's."""
+    return table[rank() :: world_size()]
 
 
 def gather_table(shard: Tensor, num_rows: int) -> Tensor:
-    """The whole table that ranks hold `own_rows` of, on the CPU of rank 0; elsewhere its shape.
+    """The whole table of all `own_rows`, on the main process's CPU; on others only its shape.
 
     Chunk by chunk: a device never holds more than a chunk of it.
     """
     shape = num_rows, *shard.shape[1:]
     table = torch.empty(shape, dtype=shard.dtype, device="cpu" if rank() == 0 else "meta")
-    longest = -(-num_rows // num_ranks())
+    longest = -(-num_rows // world_size())
     for start in range(0, longest, CHUNK_ROWS):
         chunk = shard.new_zeros(min(CHUNK_ROWS, longest - start), *shard.shape[1:])
         part = shard[start : start + CHUNK_ROWS]
         chunk[: len(part)] = part
-        chunks = [torch.empty_like(chunk) for _ in range(num_ranks())] if rank() == 0 else None
-        with meeting():
+        chunks = [torch.empty_like(chunk) for _ in range(world_size())] if rank() == 0 else None
+        with waiting_for_others():
             dist.gather(chunk, chunks)
         for owner, rows in enumerate(chunks or ()):
-            own = table[owner :: num_ranks()][start : start + CHUNK_ROWS]
+            own = table[owner :: world_size()][start : start + CHUNK_ROWS]
             own.copy_(rows[: len(own)])
     return table
 
@@ -117,39 +125,39 @@ def keep_own_items(chunks: Iterable[Tensor]) -> Tensor:
     """Of the rows of items 1, 2, ... in order, (c, D) at a time, those that `own_rows` keeps."""
     kept, first = [], 1
     for chunk in chunks:
-        kept.append(chunk[(rank() - first) % num_ranks() :: num_ranks()].clone())
+        kept.append(chunk[(rank() - first) % world_size() :: world_size()].clone())
         first += len(chunk)
     return torch.cat(kept)
 
 
-def ranks_over_shards(
+def sharded_target_ranks(
     queries: Tensor,
     items: Tensor,
     target_ids: Tensor,
     target_scores: Tensor,
     seen: tuple[Tensor, Tensor] | None,
 ) -> Tensor:
-    """As `ops.ranking.target_ranks`, (B,), where each rank has some of the items.
+    """As `ops.ranking.target_ranks`, (B,), where each process has some of the items.
 
-    All queries go to all ranks; each counts its own items that are above, and the counts add up.
+    All queries go to all processes; each counts its own items that are above, and counts add up.
 
     Args:
-        queries: (B, D) of this rank; B may differ, or be 0.
-        items: of this rank, from `keep_own_items`.
+        queries: (B, D) of this process; B may differ, or be 0.
+        items: of this process, from `keep_own_items`.
         target_ids: (B,) int64.
         target_scores: (B,) of the queries with their targets.
         seen: item ids (V,) and offsets (B + 1,), or None.
     """
-    counts = [count for (count,) in tell([len(queries)])]
+    counts = [count for (count,) in all_gather_ints([len(queries)])]
     own_seen = None
     if seen is not None:
-        ids, lengths = gather_rows(seen[0]), gather_rows(seen[1].diff())
+        ids, lengths = all_gather_rows(seen[0]), all_gather_rows(seen[1].diff())
         lines = torch.arange(len(lengths), device=ids.device).repeat_interleave(lengths)
-        is_here = ids % num_ranks() == rank()
+        is_here = ids % world_size() == rank()
         per_query = lines[is_here].bincount(minlength=len(lengths))
-        rows = (ids[is_here] - (rank() or num_ranks())) // num_ranks()
+        rows = (ids[is_here] - (rank() or world_size())) // world_size()
         own_seen = rows, F.pad(per_query.cumsum(0), (1, 0))
-    above = count_above(gather_rows(queries), items, gather_rows(target_scores), own_seen)
-    sum_over_ranks([above])
+    above = count_above(all_gather_rows(queries), items, all_gather_rows(target_scores), own_seen)
+    all_reduce([above])
     above = above.split(counts)[rank()]
     return above if seen is None else above + is_among(seen, target_ids)

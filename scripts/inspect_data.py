@@ -16,21 +16,24 @@ import numpy as np
 
 from files.atomic_io import DataError, cause, read_json, sha256_of
 from files.data_folder import (
-    EVENT_DTYPE,
     SPLITS,
     Manifest,
     check_re_ids,
-    check_split,
-    item_ids_of,
-    open_split,
     original_ids,
     read_indexer,
     read_item_names,
     read_manifest,
-    split_path,
 )
 from files.features import Feature, load_features
 from files.item_vectors import find_vectors, is_by_re_id, load_vectors
+from files.sequences import (
+    EVENT_DTYPE,
+    check_split,
+    item_ids_of,
+    open_split,
+    split_path,
+)
+from table_source import date
 
 BLOCK = 1 << 22  # events looked at at once
 MAX_PROBLEMS = 20  # shown
@@ -113,10 +116,6 @@ def time_span(events: np.ndarray) -> str:
         times = block["timestamp"][block["timestamp"] > 0]
         ends += [times.min(), times.max()] if len(times) else []
     return f"{date(min(ends))} {date(max(ends))}" if ends else "no times"
-
-
-def date(seconds: int) -> str:
-    return str(np.datetime64(int(seconds), "s")).replace("T", " ")
 
 
 def show_actions(events: np.ndarray, manifest: Manifest) -> None:

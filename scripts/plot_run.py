@@ -25,12 +25,11 @@ from torch import Tensor
 from engine.evaluation import Ranking, evaluate
 from engine.flags import get_args
 from engine.metrics import hit
-from engine.setup import make_eval_loader, read_features, vectors_on_host
-from engine.state import Progress
+from engine.state import Progress, Run, load_best
+from engine.training_setup import eval_loader, prepare_run
 from files.atomic_io import DataError, atomic_write, exit_code
 from files.checkpoint import load_newest_state
-from files.data_folder import open_split, read_manifest
-from main import Run, load_best, open_datasets, prepare_run
+from files.sequences import open_split
 from simplified_hstu import time_buckets
 
 with suppress(ImportError):  # said in main
@@ -86,13 +85,12 @@ def write_pictures(args: argparse.Namespace) -> None:
 
 def draw_all(args: argparse.Namespace) -> Iterator[tuple[str, Figure]]:
     """Name and figure of all that there is to see."""
-    run, datasets = load_run(args.output_dir, args.data_dir, args.trust_pickle)
+    run, flags = load_run(args.output_dir, args.data_dir, args.trust_pickle)
     yield "learning_curves", draw_learning(read_curves(args.log_dir, run), run.progress.epoch)
-    loader = make_eval_loader(datasets.get("test"), run.args, run.device)
+    loader = eval_loader(flags, run, "test")
     if loader is not None:
-        counts = torch.from_numpy(datasets["train"].item_counts)
-        ranking = evaluate(run.updater, loader, run.args.remove_seen)
-        yield "hit_rate", draw_hit_rate(ranking, counts)
+        ranking = evaluate(run.model, loader, flags.remove_seen, flags.precision)
+        yield "hit_rate", draw_hit_rate(ranking, run.item_counts)
     weights = run.model.state_dict()
     if biases := weights_named(weights, "time_weight"):
         yield "time_bias", draw_time_bias(biases, longest_span(args.data_dir))
@@ -100,8 +98,8 @@ def draw_all(args: argparse.Namespace) -> Iterator[tuple[str, Figure]]:
         yield "position_bias", draw_position_bias(biases)
 
 
-def load_run(output_dir: Path, data_dir: str, trust_pickle: bool) -> tuple[Run, Mapping]:
-    """The best epoch's model under the flags that it was trained with, and the data's splits."""
+def load_run(output_dir: Path, data_dir: str, trust_pickle: bool) -> tuple[Run, argparse.Namespace]:
+    """The best epoch's model, and the flags that it was trained with."""
     state = load_newest_state(output_dir)
     if state is None:
         raise DataError(f"{output_dir}: no training has been there; name its --output_dir")
@@ -110,15 +108,12 @@ def load_run(output_dir: Path, data_dir: str, trust_pickle: bool) -> tuple[Run, 
     specs = state["binding"]["config"]["item_features"]
     vectors = [name for name, spec in specs.items() if spec["kind"] == "emb"]
     vars(args).update(then, compile=False, mm_emb_id=vectors, trust_pickle=trust_pickle)
-    manifest = read_manifest(data_dir, trust=trust_pickle)
-    features = read_features(args, manifest)
-    datasets = open_datasets(args, manifest, vectors_on_host(args, features[0]))
-    run = prepare_run(args, manifest, features, datasets["train"])
+    run = prepare_run(args)
     if run.binding["data files"] != state["binding"]["data files"]:
         raise DataError(f"{data_dir}: not the data that {output_dir} was trained on")
     run.progress = Progress(**state["progress"])
     load_best(run)
-    return run, datasets
+    return run, args
 
 
 def read_curves(log_dir: str, run: Run) -> dict[str, list[float]]:
@@ -139,7 +134,7 @@ def read_curves(log_dir: str, run: Run) -> dict[str, list[float]]:
         value = run.progress.best_metrics.get(best)
         if value is not None and np.float32(value) not in np.float32(curves.get(tag, [])):
             raise DataError(
-                f"{log_dir}: the curves of another run than that in {run.args.output_dir}; name "
+                f"{log_dir}: the curves of another run than that in {run.output_dir}; name "
                 "the --log_dir of this one"
             )
     return curves

@@ -20,8 +20,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import numpy as np
 
 from files.atomic_io import DataError, exit_code
-from files.data_folder import EVENT_DTYPE
-from files.data_writer import Column, leave_one_out, write_dataset
+from files.data_writer import Column, check_folder, leave_one_out, write_dataset
+from files.sequences import EVENT_DTYPE
 
 NUM_RATINGS = 5
 
@@ -30,11 +30,13 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("source", help="folder of ratings.dat or interactions.csv.gz")
     parser.add_argument("data_dir", help="folder to write")
+    parser.add_argument("--overwrite", action="store_true", help="the data that data_dir holds")
     args = parser.parse_args(argv)
-    return exit_code(lambda: convert(Path(args.source), Path(args.data_dir)))
+    return exit_code(lambda: convert(Path(args.source), Path(args.data_dir), args.overwrite))
 
 
-def convert(source: Path, data_dir: Path) -> None:
+def convert(source: Path, data_dir: Path, overwrite: bool = False) -> None:
+    check_folder(data_dir, overwrite)
     try:
         ratings, movies, users = read_source(source)
         raw_users, raw_items, values, times = ratings.T
@@ -68,6 +70,7 @@ def convert(source: Path, data_dir: Path) -> None:
         item_features=item_features,
         user_features=person_features(people),
         item_names=titles,
+        overwrite=overwrite,
     )
     counts = f"{len(user_ids):,} users, {len(item_ids):,} items, {len(events):,} events"
     print(f"wrote {data_dir}: {counts}")

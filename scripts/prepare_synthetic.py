@@ -23,8 +23,8 @@ import numpy as np
 
 from engine.flags import at_least
 from files.atomic_io import exit_code
-from files.data_folder import EVENT_DTYPE
 from files.data_writer import Column, leave_one_out, write_dataset
+from files.sequences import EVENT_DTYPE
 
 NUM_CLUSTERS = 20
 ACTION_RATES = (0.4, 0.35, 0.25)
@@ -71,19 +71,22 @@ def main(argv: list[str] | None = None) -> int:
         "--num_items", type=at_least(10 * NUM_CLUSTERS), default=400, help="a tenth are cold"
     )
     parser.add_argument("--seed", type=at_least(0), default=7, help="of everything drawn")
+    parser.add_argument("--overwrite", action="store_true", help="the data that data_dir holds")
     args = parser.parse_args(argv)
     return exit_code(lambda: write_and_tell(args))
 
 
 def write_and_tell(args: argparse.Namespace) -> None:
-    report = write(args.data_dir, args.num_users, args.num_items, args.seed)
+    report = write(args.data_dir, args.num_users, args.num_items, args.seed, args.overwrite)
     print(f"wrote {args.data_dir}: " + ", ".join(f"{n:,} {k}" for k, n in report["counts"].items()))
     print(f"test split, {report['cold']:.1%} of the targets never occur in training; HR@10 of")
     for name, value in report["HR@10"].items():
         print(f"  {name:24}{value:.4f}")
 
 
-def write(data_dir: Path, num_users: int, num_items: int, seed: int) -> dict:
+def write(
+    data_dir: Path, num_users: int, num_items: int, seed: int, overwrite: bool = False
+) -> dict:
     """Write the data set.
 
     Returns:
@@ -104,6 +107,7 @@ def write(data_dir: Path, num_users: int, num_items: int, seed: int) -> dict:
         user_features=user_features(state.homes, generator),
         item_vectors={"81": item_vectors(process, generator)},
         item_names=[f"item {i} (cluster {c})" for i, c in enumerate(process.clusters, 1)],
+        overwrite=overwrite,
     )
     targets = events["item_id"][offsets[1:] - 1] - 1
     train_counts = np.bincount(splits["train"].events["item_id"] - 1, minlength=num_items)

@@ -7,11 +7,9 @@ users become features; what became of each is printed, and flags override it.
 from __future__ import annotations
 
 import argparse
-import math
 import re
 import sys
 from collections.abc import Callable, Sequence
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import NamedTuple
 
@@ -21,8 +19,8 @@ import numpy as np
 
 from engine.flags import at_least, between
 from files.atomic_io import DataError, exit_code
-from files.data_folder import EVENT_DTYPE, Sequences, gather
-from files.data_writer import leave_one_out, write_dataset
+from files.data_writer import check_folder, leave_one_out, write_dataset
+from files.sequences import EVENT_DTYPE, Sequences, gather
 from table_features import ROLES, make_features, names_of, read_table, read_vectors
 from table_source import (
     NOT_AVAILABLE,
@@ -30,10 +28,12 @@ from table_source import (
     Texts,
     are_numbers,
     check_columns,
+    finite,
     parsed,
     ranked,
     read_rows,
     texts_of,
+    time_of,
 )
 
 # A log whose median time reaches the k-th limit is not in unit k: 1e11 seconds are the year 5138.
@@ -65,6 +65,7 @@ def get_args(argv: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("events", type=Path, help=".csv, .tsv, .jsonl or .parquet; .gz behind it")
     parser.add_argument("data_dir", type=Path, help="folder to write")
+    parser.add_argument("--overwrite", action="store_true", help="the data that data_dir holds")
     log = parser.add_argument_group("events").add_argument
     log("--user", default="user", metavar="COL", help="column of user ids")
     log("--item", default="item", metavar="COL", help="column of item ids")
@@ -105,6 +106,7 @@ def get_args(argv: list[str] | None) -> argparse.Namespace:
 
 
 def convert(args: argparse.Namespace) -> None:
+    check_folder(args.data_dir, args.overwrite)
     if args.data_dir.exists() and not args.data_dir.is_dir():
         raise DataError(
             f"{args.data_dir}: a file, expected a folder to write or none; name another"
@@ -151,8 +153,6 @@ def convert(args: argparse.Namespace) -> None:
     vectors = {}
     if args.item_vectors:
         vectors[VECTOR_ID] = read_vectors(args.item_vectors, item_ids)
-    if (args.data_dir / "manifest.json").exists():
-        print(f"{args.data_dir}: replacing the data that is there")
     write_dataset(
         args.data_dir,
         splits,
@@ -164,6 +164,7 @@ def convert(args: argparse.Namespace) -> None:
         item_vectors=vectors,
         item_names=names_of(tables["item"], args.item_names) if args.item_names else None,
         action_names=log.action_names,
+        overwrite=args.overwrite,
     )
     counts = f"{len(user_ids):,} users, {len(item_ids):,} items, {len(events):,} events"
     print(f"wrote {args.data_dir}: {counts}")
@@ -230,22 +231,6 @@ def not_missing(text: str) -> str:
 def is_missing(text: str) -> bool:
     """Of an id, a time or a number."""
     return text in ("", NOT_AVAILABLE)
-
-
-def finite(text: str) -> float:
-    value = float(text)
-    if not math.isfinite(value):
-        raise ValueError("not finite")
-    return value
-
-
-def time_of(text: str) -> float:
-    """A number as it is, or the Unix seconds of an ISO date or time, in UTC unless it says so."""
-    try:
-        return finite(text)
-    except ValueError:
-        moment = datetime.fromisoformat(text.removesuffix(" UTC"))
-        return (moment if moment.tzinfo else moment.replace(tzinfo=UTC)).timestamp()
 
 
 def one_kind_of_time() -> Callable[[str], float]:

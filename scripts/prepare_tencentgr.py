@@ -31,25 +31,18 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import numpy as np
 
 from engine.flags import at_least
-from files.atomic_io import DataError, atomic_write, exit_code, hold_folder
-from files.data_folder import (
-    EVENT_DTYPE,
-    USER_DTYPE,
-    Manifest,
-    Sequences,
-    check_re_ids,
-    digest_of_ids,
-    gather,
-    read_indexer,
-)
+from files.atomic_io import DataError, atomic_write, exit_code
+from files.data_folder import Manifest, check_re_ids, digest_of_ids, read_indexer
 from files.data_writer import (
-    retire_manifest,
-    write_manifest,
+    begin_folder,
+    check_folder,
+    finish_folder,
     write_records,
     write_schema,
     write_split,
 )
 from files.item_vectors import find_vectors
+from files.sequences import EVENT_DTYPE, USER_DTYPE, Sequences, gather
 from tencentgr_source import (
     ACTIONS,
     FAULTS,
@@ -94,6 +87,7 @@ def main(argv: list[str] | None = None) -> int:
     add("--valid_users", type=at_least(0), default=10_000, help=help_text)
     add("--seed", type=at_least(0), default=1, help="of the choice of these users")
     add("--num_workers", type=at_least(1), default=2, help="processes that parse JSON lines")
+    add("--overwrite", action="store_true", help="in place of the data that data_dir holds")
     help_text = "run what a .pkl asks for; off: only plain data is read"
     add("--trust_pickle", action="store_true", help=help_text)
     args = parser.parse_args(argv)
@@ -108,6 +102,7 @@ def convert(
     seed: int = 1,
     num_workers: int = 2,
     trust_pickle: bool = False,
+    overwrite: bool = False,
 ) -> Counter:
     """Write the data folder; what there was and what was left out, by description."""
     has_predict_set = predict_dir and (predict_dir / "predict_seq.jsonl").exists()
@@ -116,29 +111,27 @@ def convert(
     predict_dir = predict_dir or source
     if data_dir.resolve() in (source.resolve(), predict_dir.resolve()):
         raise DataError(f"{data_dir}: is the source; name another folder to write")
+    check_folder(data_dir, overwrite)
     indexer = read_indexer(source, trust=trust_pickle)
     index, counts, kinds = make_index(source, indexer), Counter(), {}
-    data_dir.mkdir(parents=True, exist_ok=True)
-    with hold_folder(data_dir):
-        for name in retire_manifest(data_dir):
-            (data_dir / name).unlink(missing_ok=True)
-        files = write_candidates(predict_dir, data_dir, indexer["i"], counts)
-        digest = digest_of_ids(sorted(indexer["i"], key=indexer["i"].get))
-        del indexer
-        folders = {"seq": source}
-        if (predict_dir / "predict_seq.jsonl").exists():
-            folders["predict_seq"] = predict_dir
-        blocks = {
-            name: read_blocks(folder, name, index.limits, num_workers, trust_pickle)
-            for name, folder in folders.items()
-        }
-        splits, targets = write_sequences(data_dir, blocks, index, kinds, counts, valid_users, seed)
-        files += splits + link_item_files(source, data_dir)
-        files += describe_features(data_dir, index, kinds)
-        files.append(write_index(source, data_dir, index, trust_pickle))
-        sizes = index.limits.num_items, len(index.users), len(ACTIONS)
-        manifest = Manifest(*sizes, targets, digest, ACTIONS)
-        write_manifest(data_dir, manifest, files, set())
+    begin_folder(data_dir, overwrite)
+    files = write_candidates(predict_dir, data_dir, indexer["i"], counts)
+    digest = digest_of_ids(sorted(indexer["i"], key=indexer["i"].get))
+    del indexer
+    folders = {"seq": source}
+    if (predict_dir / "predict_seq.jsonl").exists():
+        folders["predict_seq"] = predict_dir
+    blocks = {
+        name: read_blocks(folder, name, index.limits, num_workers, trust_pickle)
+        for name, folder in folders.items()
+    }
+    splits, targets = write_sequences(data_dir, blocks, index, kinds, counts, valid_users, seed)
+    files += splits + link_item_files(source, data_dir)
+    files += describe_features(data_dir, index, kinds)
+    files.append(write_index(source, data_dir, index, trust_pickle))
+    sizes = index.limits.num_items, len(index.users), len(ACTIONS)
+    manifest = Manifest(*sizes, targets, digest, ACTIONS)
+    finish_folder(data_dir, manifest, files)
     counts["users that indexer.pkl lacks, added"] = len(index.users) - index.limits.num_users
     print(f"wrote {data_dir}: {manifest.num_items:,} items, {manifest.num_users:,} users")
     for text, count in counts.items():

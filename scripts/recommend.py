@@ -21,27 +21,25 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import numpy as np
 import torch
-from inspect_data import date
-from prepare_table import Rows, parsed, read_rows, time_of
 
-from dataset import MyDataset, load_emb
+from dataset import MyDataset, Negatives, load_emb
 from dot_product_similarity import DotProductSimilarity
-from engine.export import load_model, request_action
+from engine.export import read_request
 from engine.flags import at_least, unix_seconds
+from engine.trained_model import load_model
 from files.atomic_io import DataError, exit_code, read_json
 from files.data_folder import (
-    EVENT_DTYPE,
-    USER_DTYPE,
     Manifest,
-    Sequences,
     check_re_ids,
     fingerprint,
     read_indexer,
     read_item_names,
     read_manifest,
 )
-from files.data_writer import write_manifest, write_split
+from files.data_writer import finish_folder, write_split
+from files.sequences import EVENT_DTYPE, USER_DTYPE, Sequences
 from model import HSTUModel
+from table_source import Rows, date, parsed, read_rows, time_of
 
 NUM_RECENT = 5  # events shown
 COLUMNS = {"item", "action", "timestamp"}
@@ -68,19 +66,23 @@ class Question(NamedTuple):
     target: int | None  # re-id of the item that was held out, if there is one
 
 
-def main(argv: list[str] | None = None) -> int:
+def main(argv: list[str] | None = None, model_class: type[HSTUModel] = HSTUModel) -> int:
+    """`model_class`: your own, if the model was trained with one."""
     args = get_args(argv)
     sys.stdout.reconfigure(errors="replace")  # for titles that the terminal cannot spell
-    return exit_code(lambda: answer(args))
+    return exit_code(lambda: answer(args, model_class))
 
 
-def answer(args: argparse.Namespace) -> None:
+def answer(args: argparse.Namespace, model_class: type[HSTUModel]) -> None:
     export = open_export(args)
     if args.item is not None:
         show_neighbours(args, export)
     else:
-        ask = ask_export if args.events is None else ask_model
-        show_best(args, export, ask(args, export))
+        if args.events is None:
+            question = ask_export(args, export)
+        else:
+            question = ask_model(args, export, model_class)
+        show_best(args, export, question)
 
 
 def get_args(argv: list[str] | None) -> argparse.Namespace:
@@ -220,8 +222,7 @@ def ask_export(args: argparse.Namespace, export: Export) -> Question:
         DataError: the user is not in the test split, or twice, or the exports do not fit.
     """
     user = re_id_of(args.user, export.user_ids, args, "user")
-    options = {"negatives": "batch", "holds_out": False, "trust_pickle": args.trust_pickle}
-    dataset = MyDataset(args.data_dir, "test", **options)
+    dataset = MyDataset(args.data_dir, "test", whole_history=True, trust_pickle=args.trust_pickle)
     indices = dataset.indices_of(user)
     if len(indices) != 1:
         raise DataError(
@@ -250,7 +251,7 @@ def ask_export(args: argparse.Namespace, export: Export) -> Question:
 
 
 @torch.no_grad()
-def ask_model(args: argparse.Namespace, export: Export) -> Question:
+def ask_model(args: argparse.Namespace, export: Export, model_class: type[HSTUModel]) -> Question:
     """The model's query for the history in a file, which becomes a test split of one user.
 
     Raises:
@@ -260,14 +261,14 @@ def ask_model(args: argparse.Namespace, export: Export) -> Question:
     if args.user is not None:
         user = re_id_of(args.user, export.user_ids, args, "user")
     events = read_events(args, export)
-    model = load_exported_model(args, export)
-    asked = {
-        "request_time": args.request_time,
-        "request_action": request_action(args, model.config, export.manifest),
-    }
+    model = load_exported_model(args, export, model_class)
+    request = read_request(
+        args.data_dir, args.request_time, args.request_action, model.config, export.manifest
+    )
     with tempfile.TemporaryDirectory() as folder:
         write_history(Path(folder), export.manifest, events)
-        dataset = MyDataset(folder, "test", model.config.maxlen, "batch", **asked)
+        negatives = Negatives(export.manifest.num_items, "batch")
+        dataset = MyDataset(folder, "test", model.config.maxlen, negatives, request=request)
         batch = dataset.collate_fn(dataset[0])
     batch = batch._replace(user_ids=torch.full_like(batch.user_ids, user))
     exported = export.embeddings[batch.distinct_ids - 1]
@@ -280,14 +281,22 @@ def ask_model(args: argparse.Namespace, export: Export) -> Question:
     return Question(model.predict(batch), events, None)
 
 
-def load_exported_model(args: argparse.Namespace, export: Export) -> HSTUModel:
+def load_exported_model(
+    args: argparse.Namespace, export: Export, model_class: type[HSTUModel]
+) -> HSTUModel:
     path = args.output_dir / export.checkpoint
     if not path.exists():
         raise DataError(
             f"{path}: not there, but --events needs the checkpoint of the export; put it there"
         )
-    flags = {"state_dict_path": path, "device": "cpu", "mm_emb_device": "loader", "kernels": "auto"}
-    return load_model(argparse.Namespace(**vars(args), **flags), HSTUModel, export.manifest)
+    return load_model(
+        path,
+        args.data_dir,
+        export.manifest,
+        mm_emb_device="loader",
+        trust_pickle=args.trust_pickle,
+        model_class=model_class,
+    )
 
 
 def write_history(folder: Path, manifest: Manifest, events: np.ndarray) -> None:
@@ -295,7 +304,7 @@ def write_history(folder: Path, manifest: Manifest, events: np.ndarray) -> None:
     history = Sequences(events, np.array([0, len(events)]), np.ones(1, USER_DTYPE))
     targets = {"train": "next", "test": "none"}
     files = [name for split in targets for name in write_split(folder, split, [history])]
-    write_manifest(folder, manifest._replace(targets=targets), files, set())
+    finish_folder(folder, manifest._replace(targets=targets), files)
 
 
 def read_events(args: argparse.Namespace, export: Export) -> np.ndarray:

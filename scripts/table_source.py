@@ -12,6 +12,7 @@ import zipfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, NamedTuple, TextIO
 
@@ -229,3 +230,23 @@ def are_numbers(texts: Iterable[str]) -> bool:
         return all(math.isfinite(float(text)) for text in texts)
     except ValueError:
         return False
+
+
+def finite(text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError("not finite")
+    return value
+
+
+def time_of(text: str) -> float:
+    """A number as it is, or the Unix seconds of an ISO date or time, in UTC unless it says so."""
+    try:
+        return finite(text)
+    except ValueError:
+        moment = datetime.fromisoformat(text.removesuffix(" UTC"))
+        return (moment if moment.tzinfo else moment.replace(tzinfo=UTC)).timestamp()
+
+
+def date(seconds: int) -> str:
+    return str(np.datetime64(int(seconds), "s")).replace("T", " ")

@@ -19,8 +19,8 @@ import numpy as np
 from tqdm import tqdm
 
 from files.atomic_io import DataError
-from files.data_folder import EVENT_DTYPE
 from files.safe_pickle import load_pickle
+from files.sequences import EVENT_DTYPE
 
 try:
     from orjson import loads as fast_loads

@@ -8,8 +8,11 @@ import numpy as np
 import pytest
 import torch
 
-from files.data_folder import EVENT_DTYPE
+from dataset import MyDataset, Negatives, Request
+from files.checkpoint import load_checkpoint
+from files.data_folder import read_manifest
 from files.data_writer import Column, leave_one_out, write_dataset
+from files.sequences import EVENT_DTYPE
 
 torch.set_num_threads(1)  # the models are tiny: a second thread only waits
 
@@ -54,3 +57,42 @@ def write_tiny(
 @pytest.fixture
 def tiny(tmp_path: Path) -> Path:
     return write_tiny(tmp_path / "data")
+
+
+def open_dataset(
+    data_dir: Path,
+    split: str,
+    maxlen: int = 101,
+    negatives: str = "all",
+    num_negatives: int = 0,
+    *,
+    target_counts: np.ndarray | None = None,
+    has_logq: bool = False,
+    only_trained: bool = False,
+    request_time: int | None = None,
+    request_action: int = -1,
+    **options,
+) -> MyDataset:
+    num_items = read_manifest(data_dir).num_items
+    of = Negatives(num_items, negatives, num_negatives, target_counts, has_logq, only_trained)
+    request = Request(request_time, request_action)
+    return MyDataset(data_dir, split, maxlen, of, request=request, **options)
+
+
+def count_items(data_dir: Path, split: str = "train") -> np.ndarray:
+    return open_dataset(data_dir, split).sequences.count_items()
+
+
+def are_equal(one: object, other: object) -> bool:
+    """Of what checkpoints hold: equal numbers, and equal tensors to the bit."""
+    if isinstance(one, dict) and isinstance(other, dict):
+        return one.keys() == other.keys() and all(are_equal(one[k], other[k]) for k in one)
+    if isinstance(one, list | tuple) and isinstance(other, list | tuple):
+        return len(one) == len(other) and all(map(are_equal, one, other))
+    if isinstance(one, torch.Tensor) and isinstance(other, torch.Tensor):
+        return one.dtype == other.dtype and torch.equal(one, other)
+    return one == other
+
+
+def are_equal_checkpoints(one: Path, other: Path) -> bool:
+    return are_equal(load_checkpoint(one), load_checkpoint(other))

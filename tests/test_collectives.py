@@ -1,4 +1,4 @@
-"""Several ranks train what one process trains: two gloo processes on the CPU."""
+"""Several processes train what one trains: two gloo processes on the CPU."""
 
 from __future__ import annotations
 
@@ -19,21 +19,24 @@ import prepare_synthetic
 import pytest
 import torch
 import torch.multiprocessing as mp
-from conftest import NUM_ITEMS, write_tiny
+from conftest import are_equal_checkpoints, count_items, open_dataset, write_tiny
 
 import hstu_components
 import main as main_module
-from dataset import BatchSampler, MyDataset, count_items, deal
+from dataset import BatchSampler, MyDataset, share_of
 from dot_product_similarity import DotProductSimilarity
+from engine import training_setup
 from engine.flags import get_args
-from engine.training_step import Updater
+from engine.state import Run
+from engine.training_setup import prepare_run
+from engine.training_step import TrainingStep
 from files.atomic_io import DataError, read_json
 from files.checkpoint import load_checkpoint
-from files.data_folder import read_manifest
+from model import HSTUModel
 from ops import collectives, sharded_table
 
 ROOT = Path(__file__).resolve().parent.parent
-NUM_RANKS = 2
+NUM_PROCESSES = 2
 SMALL = [
     "--device=cpu", "--num_workers=0", "--num_epochs=2", "--batch_size=5", "--maxlen=6",
     "--hidden_units=8", "--attention_dim=5", "--linear_dim=6", "--warmup_steps=2",
@@ -47,7 +50,7 @@ def environment(rank: int, port: int) -> dict[str, str]:
     return {
         "RANK": str(rank),
         "LOCAL_RANK": str(rank),
-        "WORLD_SIZE": str(NUM_RANKS),
+        "WORLD_SIZE": str(NUM_PROCESSES),
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
         "OMP_NUM_THREADS": "1",
@@ -61,7 +64,7 @@ def free_port() -> int:
 
 
 def serve(rank: int, port: int, pipe: Any) -> None:
-    """A rank: answers each (function, arguments) with what it returns, or the error's text."""
+    """A process: answers each (function, arguments) with what it returns, or the error's text."""
     os.environ |= environment(rank, port)
     torch.set_num_threads(1)
     warnings.simplefilter("error", UserWarning)
@@ -76,10 +79,10 @@ def serve(rank: int, port: int, pipe: Any) -> None:
 
 
 @pytest.fixture(scope="module")
-def ranks() -> Iterator[Callable[..., list[Any]]]:
-    """Calls a function of this module on all ranks at once; their answers in order."""
+def on_all() -> Iterator[Callable[..., list[Any]]]:
+    """Calls a function of this module in all processes at once; their answers in order."""
     context, port = mp.get_context("spawn"), free_port()
-    pairs = [context.Pipe() for _ in range(NUM_RANKS)]
+    pairs = [context.Pipe() for _ in range(NUM_PROCESSES)]
     processes = [
         context.Process(target=serve, args=(rank, port, pipe), daemon=True)
         for rank, (_, pipe) in enumerate(pairs)
@@ -92,9 +95,9 @@ def ranks() -> Iterator[Callable[..., list[Any]]]:
             pipe.send((function, args))
         answers = []
         for pipe, _ in pairs:
-            assert pipe.poll(60), "a rank hangs"
+            assert pipe.poll(60), "a process hangs"
             answers.append(pipe.recv())
-        assert [error for _, error in answers] == [None] * NUM_RANKS
+        assert [error for _, error in answers] == [None] * NUM_PROCESSES
         return [answer for answer, _ in answers]
 
     yield call
@@ -115,16 +118,15 @@ def data(tmp_path_factory) -> Path:
 def gradients(
     data: Path, negatives: str, indices: list[int], is_sparse: bool, wrong: str = ""
 ) -> tuple[float, dict[str, torch.Tensor]]:
-    """Loss and gradients of one step, of this rank or of the only process."""
+    """Loss and gradients of one step, of this process or of the only one."""
     whole_rows, hstu_components.DENSE_ROWS = hstu_components.DENSE_ROWS, 2 if is_sparse else 99
-    args = get_args([*SMALL, f"--data_dir={data}", "--dropout_rate=0", "--clip_grad=0"])
     train_set = make_set(data, "train", negatives)
-    run = prepare(args, train_set)
+    run = prepare(data, negatives, "--dropout_rate=0", "--clip_grad=0")
     hstu_components.DENSE_ROWS = whole_rows
     batch = make_batch(train_set, indices)
-    if wrong == "mean of each rank":
+    if wrong == "mean of each process":
         own = (batch.target_index >= 0).sum()
-        batch = batch._replace(num_targets=own * collectives.num_ranks())
+        batch = batch._replace(num_targets=own * collectives.world_size())
     if wrong == "negatives of others without gradient":
         is_own = torch.zeros(len(batch.distinct_ids), 1, dtype=torch.bool)
         is_own[torch.cat([batch.item_index, batch.target_index])] = True
@@ -132,7 +134,7 @@ def gradients(
         run.model.compute_infonce_loss = lambda queries, rows, *rest: plain(
             queries, torch.where(is_own, rows, rows.detach()), *rest
         )
-    if wrong == "negatives of each rank":
+    if wrong == "negatives of each process":
         batch = batch._replace(negative_index=batch.target_index.unique(), negative_log_q=None)
     found = {}
 
@@ -140,25 +142,22 @@ def gradients(
         named = run.model.named_parameters()
         found.update({n: p.grad.to_dense().clone() for n, p in named if p.grad is not None})
 
-    run.updater.optimizer.step = record
-    values = run.updater.step([batch], epoch=1, step=1)
+    run.training_step.optimizer.step = record
+    values = run.training_step([batch], epoch=1, step=1)
     return float(values["Loss/train"]), found | {"norm": values["Train/grad_norm"]}
 
 
 def make_set(data: Path, split: str, negatives: str) -> MyDataset:
-    counts = count_items(data, "train", NUM_ITEMS)
-    return MyDataset(data, split, 6, negatives, 4, target_counts=counts, has_logq=True)
+    options = {"target_counts": count_items(data), "has_logq": True}
+    return open_dataset(data, split, 6, negatives, 4, **options)
 
 
-def prepare(args: Any, train_set: MyDataset) -> main_module.Run:
-    manifest = read_manifest(args.data_dir)
-    with collectives.first_goes_ahead():
-        features = main_module.read_features(args, manifest)
-    return main_module.prepare_run(args, manifest, features, train_set)
+def prepare(data: Path, negatives: str, *flags: str) -> Run:
+    return prepare_run(get_args([*SMALL, f"--data_dir={data}", f"--negatives={negatives}", *flags]))
 
 
 def make_batch(dataset: MyDataset, indices: list[int]) -> Any:
-    sampler = BatchSampler(len(indices), 99, 3, False, collectives.rank(), collectives.num_ranks())
+    sampler = BatchSampler(len(indices), 99, 3, False, collectives.rank(), collectives.world_size())
     draw = next(iter(sampler))
     return dataset.collate_fn(dataset.__getitems__(draw._replace(indices=np.array(indices))))
 
@@ -167,17 +166,17 @@ def make_batch(dataset: MyDataset, indices: list[int]) -> Any:
 @pytest.mark.parametrize("negatives", ["all", "batch", "uniform", "mixed"])
 @pytest.mark.parametrize("indices", [[0, 3, 5, 8, 9], [7]], ids=["3 and 2", "1 and 0"])
 def test_loss_and_every_gradient_are_those_of_one_process(
-    negatives, is_sparse, indices, data, ranks
+    negatives, is_sparse, indices, data, on_all
 ):
     loss, expected = gradients(data, negatives, indices, is_sparse)
-    answers = ranks(gradients, data, negatives, indices, is_sparse)
+    answers = on_all(gradients, data, negatives, indices, is_sparse)
     for rank_loss, found in answers:
         assert rank_loss == pytest.approx(loss, rel=1e-5)
         assert found.keys() >= expected.keys()
         for name, gradient in found.items():
             whole = expected.get(name, torch.zeros_like(gradient))
             torch.testing.assert_close(gradient, whole, **CLOSE, msg=name)
-    # All ranks make the same update: to the bit, or they would drift apart.
+    # All processes make the same step: to the bit, or they would drift apart.
     (_, first), (_, second) = answers
     assert all(torch.equal(first[name], second[name]) for name in first)
 
@@ -185,15 +184,15 @@ def test_loss_and_every_gradient_are_those_of_one_process(
 @pytest.mark.parametrize(
     "wrong",
     [
-        "mean of each rank",
+        "mean of each process",
         "negatives of others without gradient",
-        "negatives of each rank",
+        "negatives of each process",
     ],
 )
-def test_the_comparison_would_find_a_wrong_form(wrong, data, ranks):
+def test_the_comparison_would_find_a_wrong_form(wrong, data, on_all):
     indices = [0, 3, 5, 8, 9]
     _, expected = gradients(data, "batch", indices, False)
-    _, found = ranks(gradients, data, "batch", indices, False, wrong)[0]
+    _, found = on_all(gradients, data, "batch", indices, False, wrong)[0]
     name = "embedding_module.item_emb.weight"
     error = (found[name] - expected[name]).norm() / expected[name].norm()
     assert error > 0.01
@@ -207,9 +206,9 @@ def negatives_of(data: Path, split: str, negatives: str, indices: list[int]) -> 
 
 @pytest.mark.parametrize("split", ["train", "valid"])
 @pytest.mark.parametrize("negatives", ["all", "batch", "uniform", "mixed"])
-def test_negatives_and_their_corrections_are_those_of_one_process(negatives, split, data, ranks):
+def test_negatives_and_their_corrections_are_those_of_one_process(negatives, split, data, on_all):
     *expected, users = negatives_of(data, split, negatives, list(range(7)))
-    answers = ranks(negatives_of, data, split, negatives, list(range(7)))
+    answers = on_all(negatives_of, data, split, negatives, list(range(7)))
     for *found, _ in answers:
         for one, other in zip(found, expected, strict=True):
             assert one is other is None or torch.equal(one, other)
@@ -218,10 +217,10 @@ def test_negatives_and_their_corrections_are_those_of_one_process(negatives, spl
     assert [len(share) for share in shares] == [3, 4]
 
 
-@pytest.mark.parametrize("num_ranks", [1, 2, 3, 5])
-def test_shares_are_whole_disjoint_and_about_as_long(num_ranks):
+@pytest.mark.parametrize("world_size", [1, 2, 3, 5])
+def test_shares_are_whole_disjoint_and_about_as_long(world_size):
     lengths = np.sort(np.random.default_rng(0).zipf(1.5, 64).clip(max=200))[::-1]
-    shares = [deal(64, rank, num_ranks) for rank in range(num_ranks)]
+    shares = [share_of(64, rank, world_size) for rank in range(world_size)]
     assert (np.sum(shares, 0) == 1).all()
     events = [lengths[share].sum() for share in shares]
     assert max(events) - min(events) <= lengths[0]
@@ -233,11 +232,11 @@ def test_shares_are_whole_disjoint_and_about_as_long(num_ranks):
 def train(
     data: Path, output: Path, flags: list[str], steps: int | None = None, dense_rows: int = 99
 ) -> list[Any]:
-    """Train, to the end or killed behind a step; the sequences of each batch, sorted."""
+    """Train, to the end or killed after a step; the sequences of each batch, sorted."""
     usual = hstu_components.DENSE_ROWS
-    hstu_components.DENSE_ROWS = main_module.DENSE_ROWS = dense_rows
+    hstu_components.DENSE_ROWS = training_setup.DENSE_ROWS = dense_rows
     folders = [f"--data_dir={data}", f"--output_dir={output}", f"--log_dir={output}/logs"]
-    fetch, step, drawn, taken = MyDataset.__getitems__, Updater.step, [], []
+    fetch, step, drawn, taken = MyDataset.__getitems__, TrainingStep.__call__, [], []
 
     def fetching(dataset: MyDataset, draw: Any) -> Any:
         if dataset.split == "train":
@@ -250,14 +249,14 @@ def train(
         taken.append(1)
         return step(*args)
 
-    MyDataset.__getitems__, Updater.step = fetching, stepping
+    MyDataset.__getitems__, TrainingStep.__call__ = fetching, stepping
     try:
-        main_module.train(get_args([*folders, *SMALL, *flags]))
+        main_module.train(get_args([*folders, *SMALL, *flags]), HSTUModel)
     except KeyboardInterrupt:
         pass
     finally:
-        MyDataset.__getitems__, Updater.step = fetch, step
-        hstu_components.DENSE_ROWS = main_module.DENSE_ROWS = usual
+        MyDataset.__getitems__, TrainingStep.__call__ = fetch, step
+        hstu_components.DENSE_ROWS = training_setup.DENSE_ROWS = usual
     return drawn[: len(taken)]
 
 
@@ -287,47 +286,49 @@ def whole(request, data, tmp_path_factory) -> tuple[str, Path, list[Any]]:
     return request.param, output, train(data, output, flags)
 
 
-def test_two_ranks_train_what_one_process_trains(whole, data, ranks, tmp_path):
+def test_two_processes_train_what_one_trains(whole, data, on_all, tmp_path):
     negatives, output, drawn = whole
-    assert ranks(train, data, tmp_path, [*EXACT, f"--negatives={negatives}"]) == [drawn, drawn]
+    assert on_all(train, data, tmp_path, [*EXACT, f"--negatives={negatives}"]) == [drawn, drawn]
     assert_alike(tmp_path, output)
 
 
-def test_a_run_goes_on_with_other_numbers_of_ranks(whole, data, ranks, tmp_path):
+def test_a_run_goes_on_with_another_number_of_processes(whole, data, on_all, tmp_path):
     negatives, output, drawn = whole
     flags = [*EXACT, f"--negatives={negatives}"]
-    first = ranks(train, data, tmp_path, flags, 2)[0]
+    first = on_all(train, data, tmp_path, flags, 2)[0]
     second = train(data, tmp_path, flags, 2)
-    third = ranks(train, data, tmp_path, flags)[0]
+    third = on_all(train, data, tmp_path, flags)[0]
     assert (len(first), len(second)) == (2, 2)
     assert first + second + third == drawn
     assert_alike(tmp_path, output)
 
 
-def test_with_as_many_ranks_a_resumed_run_ends_with_the_same_bytes(data, ranks, tmp_path):
+def test_with_as_many_processes_a_resumed_run_ends_with_equal_tensors(data, on_all, tmp_path):
     flags = ["--dropout_rate=0.4", "--save_every_steps=1", "--negatives=mixed"]
-    ranks(train, data, tmp_path / "whole", flags)
-    ranks(train, data, tmp_path / "o", flags, 4)
-    ranks(train, data, tmp_path / "o", flags)
-    for name in ("model_epoch_1.pt", "model_epoch_2.pt", "model_best.pt", "metrics.json"):
-        assert (tmp_path / "o" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+    on_all(train, data, tmp_path / "whole", flags)
+    on_all(train, data, tmp_path / "o", flags, 4)
+    on_all(train, data, tmp_path / "o", flags)
+    for name in ("model_epoch_1.pt", "model_epoch_2.pt", "model_best.pt"):
+        assert are_equal_checkpoints(tmp_path / "o" / name, tmp_path / "whole" / name)
+    found = [read_json(tmp_path / output / "metrics.json") for output in ("o", "whole")]
+    assert found[0] == found[1]
 
 
 def seed_of(data: Path, step: int) -> int:
-    """The seed of dropout behind a step."""
-    args, train_set = get_args([*SMALL, f"--data_dir={data}"]), make_set(data, "train", "all")
-    prepare(args, train_set).updater.step([make_batch(train_set, [1, 2])], epoch=1, step=step)
+    """The seed of dropout after a step."""
+    batch = make_batch(make_set(data, "train", "all"), [1, 2])
+    prepare(data, "all").training_step([batch], epoch=1, step=step)
     return torch.initial_seed()
 
 
-def test_dropout_differs_by_rank_and_step(data, ranks):
-    seeds = [ranks(seed_of, data, step) for step in (1, 2, 1)]
+def test_dropout_differs_by_process_and_step(data, on_all):
+    seeds = [on_all(seed_of, data, step) for step in (1, 2, 1)]
     assert seeds[0] == seeds[2]
     assert len({*seeds[0], *seeds[1]}) == 4
 
 
 def writes_of(data: Path, output: Path) -> list[str]:
-    """Files that this rank opens to write during a training."""
+    """Files that this process opens to write during a training."""
     opened: list[str] = []
 
     def record(event: str, arguments: tuple) -> None:
@@ -339,8 +340,8 @@ def writes_of(data: Path, output: Path) -> list[str]:
     return [path for path in opened if not path.startswith("/dev/")]
 
 
-def test_rank_0_alone_writes(data, ranks, tmp_path):
-    first, second = ranks(writes_of, data, tmp_path / "o")
+def test_the_main_process_alone_writes(data, on_all, tmp_path):
+    first, second = on_all(writes_of, data, tmp_path / "o")
     assert any("resume_" in path for path in first)
     assert second == []
 
@@ -352,7 +353,7 @@ NUM_ROWS, WIDTH = 103, 7
 
 
 def look_up(ids: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """Vectors, the whole table and its gradient; a rank's part of the batch weighs 1, 2, ..."""
+    """Vectors, the whole table and its gradient; a process's part of the batch weighs 1, 2, ..."""
     torch.manual_seed(5)
     sharded_table.CHUNK_ROWS = 32
     table = sharded_table.ShardedEmbedding(NUM_ROWS, WIDTH)
@@ -365,9 +366,9 @@ def look_up(ids: torch.Tensor) -> tuple[torch.Tensor, ...]:
     return vectors.detach(), loaded, len(table.weight), weight, gradient
 
 
-def test_a_sharded_table_is_the_whole_table(ranks):
+def test_a_sharded_table_is_the_whole_table(on_all):
     ids = torch.tensor([4, 0, 102, 7, 1, 7, 64])
-    answers = ranks(look_up, ids)
+    answers = on_all(look_up, ids)
     torch.manual_seed(5)
     whole = torch.nn.Embedding(NUM_ROWS, WIDTH, padding_idx=0)
     (whole(ids) * 3 * torch.arange(WIDTH)).sum().backward()
@@ -383,29 +384,28 @@ def test_a_sharded_table_is_the_whole_table(ranks):
 
 
 def shard_of(data: Path, negatives: str) -> tuple[int, int] | str:
-    """Rows of the item table on this rank, and weights of the model; or why there is no shard."""
-    main_module.DENSE_ROWS = 2
-    args = get_args([*SMALL, f"--data_dir={data}", "--shard_items"])
+    """Rows of the item table here, and weights of the model; or why there is no shard."""
+    training_setup.DENSE_ROWS = 2
     try:
-        run = prepare(args, make_set(data, "train", negatives))
+        run = prepare(data, negatives, "--shard_items")
     except DataError as error:
         return str(error)
-    return len(run.model.embedding_module.item_emb.weight), main_module.num_weights(run.model)
+    return len(run.model.embedding_module.item_emb.weight), training_setup.num_weights(run.model)
 
 
-def test_each_rank_holds_its_part_of_the_items(data, ranks):
-    whole = prepare(get_args([*SMALL, f"--data_dir={data}"]), make_set(data, "train", "mixed"))
+def test_each_process_holds_its_part_of_the_items(data, on_all):
+    whole = prepare(data, "mixed")
     total = sum(weight.numel() for weight in whole.model.parameters())
-    assert ranks(shard_of, data, "mixed") == [(12, total), (12, total)]
-    assert "sampled negatives" in ranks(shard_of, data, "all")[0]
+    assert on_all(shard_of, data, "mixed") == [(12, total), (12, total)]
+    assert "sampled negatives" in on_all(shard_of, data, "all")[0]
 
 
 def ranks_of(split_at: int, *arguments: torch.Tensor) -> torch.Tensor:
-    """Ranks of this rank's queries among all items, of which it holds some."""
+    """Ranks of this process's queries among all items, of which it holds some."""
     queries, items, target_ids, seen_ids, offsets = arguments
     part = [slice(0, split_at), slice(split_at, None)][collectives.rank()]
     bounds = offsets[part.start : None if part.stop is None else part.stop + 1]
-    return sharded_table.ranks_over_shards(
+    return sharded_table.sharded_target_ranks(
         queries[part],
         sharded_table.keep_own_items(items.split(5)),
         target_ids[part],
@@ -415,10 +415,10 @@ def ranks_of(split_at: int, *arguments: torch.Tensor) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("split_at", [0, 4, 9])
-def test_ranks_among_sharded_items_are_those_among_all(split_at, ranks):
+def test_ranks_among_sharded_items_are_those_among_all(split_at, on_all):
     generator = torch.Generator().manual_seed(3)
     items = torch.nn.functional.normalize(torch.randn(23, 3, generator=generator))
-    items[11] = items[6]  # a tie, on the other rank
+    items[11] = items[6]  # a tie, in the other process
     queries = torch.nn.functional.normalize(torch.randn(9, 3, generator=generator))
     queries[3] = torch.nan
     target_ids = torch.tensor([7, 12, 23, 1, 2, 7, 5, 5, 9])
@@ -428,21 +428,21 @@ def test_ranks_among_sharded_items_are_those_among_all(split_at, ranks):
         queries, items, target_ids - 1, (seen_ids - 1, offsets)
     )
     arguments = queries, items, target_ids, seen_ids, offsets
-    assert torch.cat(ranks(ranks_of, split_at, *arguments)).tolist() == expected.tolist()
+    assert torch.cat(on_all(ranks_of, split_at, *arguments)).tolist() == expected.tolist()
 
 
-def test_sharded_items_train_and_resume_like_whole_ones(data, ranks, tmp_path):
+def test_sharded_items_train_and_resume_like_whole_ones(data, on_all, tmp_path):
     flags = [*EXACT, "--negatives=mixed", "--clip_grad=0.1"]
     drawn = train(data, tmp_path / "whole", flags, None, 2)
     sharded = [*flags, "--shard_items"]
-    first = ranks(train, data, tmp_path / "o", sharded, 2, 2)[0]
+    first = on_all(train, data, tmp_path / "o", sharded, 2, 2)[0]
     second = train(data, tmp_path / "o", sharded, 1, 2)
-    third = ranks(train, data, tmp_path / "o", sharded, None, 2)[0]
+    third = on_all(train, data, tmp_path / "o", sharded, None, 2)[0]
     assert first + second + third == drawn
     assert_alike(tmp_path / "o", tmp_path / "whole")
 
 
-# -------------------------------------------------------------------------- signals and dead ranks
+# ------------------------------------------------------------------- signals and dead processes
 
 
 LONG = [
@@ -466,7 +466,7 @@ def start(*flags: str) -> list[subprocess.Popen]:
             cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
             env=os.environ | environment(rank, port),
         )
-        for rank in range(NUM_RANKS)
+        for rank in range(NUM_PROCESSES)
     ]  # fmt: skip
 
 
@@ -477,7 +477,7 @@ def wait_for_step(process: subprocess.Popen, step: int) -> None:
     raise AssertionError(process.stderr.read())
 
 
-def test_a_signal_to_one_rank_stops_all_with_a_state(long_data, tmp_path):
+def test_a_signal_to_one_process_stops_all_with_a_state(long_data, tmp_path):
     folders = [f"--data_dir={long_data}", f"--output_dir={tmp_path}", f"--log_dir={tmp_path}/l"]
     processes = start(*folders, *LONG)
     wait_for_step(processes[0], 30)
@@ -492,8 +492,8 @@ def test_a_signal_to_one_rank_stops_all_with_a_state(long_data, tmp_path):
     assert state["progress"]["step"] == int(step)
 
 
-def test_torchrun_ranks_say_once_why_they_end(long_data, tmp_path):
-    command = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={NUM_RANKS}"]
+def test_processes_of_torchrun_say_once_why_they_end(long_data, tmp_path):
+    command = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={NUM_PROCESSES}"]
     flags = [f"--data_dir={long_data}", f"--output_dir={tmp_path}", *LONG]
     done = subprocess.run(
         [*command, "--standalone", "main.py", *flags, "--inference_only", "--state_dict_path=x.pt"],
@@ -513,16 +513,16 @@ def test_half_of_torchruns_environment_is_one_line(long_data, tmp_path, monkeypa
     assert "RANK is set in the environment, but not " in capsys.readouterr().err
 
 
-def test_a_rank_without_a_number_on_its_machine_is_one_line_on_cuda(monkeypatch):
+def test_a_process_without_a_number_on_its_machine_is_one_line_on_cuda(monkeypatch):
     for name in ("RANK", "MASTER_ADDR", "MASTER_PORT"):
         monkeypatch.setenv(name, "0")
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.delenv("LOCAL_RANK", raising=False)
-    with pytest.raises(collectives.LostRankError, match="but not LOCAL_RANK"):
+    with pytest.raises(collectives.LostProcessError, match="but not LOCAL_RANK"):
         collectives.join(is_on_cuda=True)
 
 
-def test_a_killed_rank_ends_the_others_with_one_line(long_data, tmp_path):
+def test_a_killed_process_ends_the_others_with_one_line(long_data, tmp_path):
     folders = [f"--data_dir={long_data}", f"--output_dir={tmp_path}", f"--log_dir={tmp_path}/l"]
     processes = start(*folders, *LONG)
     wait_for_step(processes[0], 3)
@@ -532,5 +532,5 @@ def test_a_killed_rank_ends_the_others_with_one_line(long_data, tmp_path):
     processes[1].communicate()
     assert time.perf_counter() - started < 10
     assert processes[0].returncode == 1
-    assert err.startswith("error: rank 0: another rank has ended")
+    assert err.startswith("error: process 0: another process has ended")
     assert err.count("\n") == 1

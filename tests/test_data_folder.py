@@ -19,13 +19,8 @@ from numpy.testing import assert_array_equal
 from dataset import MyDataset
 from files.atomic_io import DataError
 from files.data_folder import (
-    EVENT_DTYPE,
     SPLITS,
     Manifest,
-    Sequences,
-    check_split,
-    gather,
-    open_split,
     original_ids,
     read_indexer,
     read_item_names,
@@ -34,6 +29,13 @@ from files.data_folder import (
 from files.data_writer import Column, leave_one_out, write_dataset
 from files.features import LONGEST_LIST, load_features
 from files.item_vectors import load_vectors
+from files.sequences import (
+    EVENT_DTYPE,
+    Sequences,
+    check_split,
+    gather,
+    open_split,
+)
 
 NUM_ITEMS, NUM_USERS, NUM_ACTIONS = 19, 8, 3
 
@@ -57,6 +59,7 @@ def write(folder: Path, splits, **options) -> Path:
         "item_ids": [100 + k for k in range(NUM_ITEMS)],
         "user_ids": [f"u{k}" for k in range(NUM_USERS)],
         "num_action_types": NUM_ACTIONS,
+        "overwrite": True,
     } | options
     write_dataset(folder, splits, **options)
     return folder
@@ -105,7 +108,7 @@ def test_sequences_are_read_as_they_were_written(tmp_path, seed, lengths, num_te
         "train": make_sequences(generator, lengths),
         "test": make_sequences(generator, [3] * num_test),
     }
-    folder = write(tmp_path / "data", splits)
+    folder = write(clean(tmp_path / "data"), splits)
     if not has_manifest:
         remove_manifest(folder)
     for split, sequences in splits.items():
@@ -220,32 +223,6 @@ def test_gather_copies_the_asked_ranges_in_the_asked_order(folder):
     assert not np.shares_memory(found.events, events)
 
 
-def test_a_rewrite_that_fails_leaves_no_manifest(folder):
-    sequences = read(folder)
-
-    def chunks():
-        yield sequences
-        raise RuntimeError
-
-    with pytest.raises(RuntimeError):
-        write(folder, {"train": chunks()})
-    assert not (folder / "manifest.json").exists()
-    assert len(open_split(folder, "train")[0]) == 11  # the old split, whole
-    with pytest.raises(DataError, match="did not finish; write the data again"):
-        read_manifest(folder)
-    write(folder, {"train": sequences})
-    assert len(read(folder).events) == 11
-
-
-def test_a_rewrite_sweeps_what_a_killed_one_was_writing(folder):
-    strays = [folder / ".train_data.bin.7.tmp", folder / "creative_emb" / ".emb_81_6.npy.7.tmp"]
-    (folder / "creative_emb").mkdir(exist_ok=True)
-    for stray in strays:
-        stray.touch()
-    write(folder, {"train": read(folder)})
-    assert not any(stray.exists() for stray in strays)
-
-
 def test_offsets_whose_differences_overflow_are_no_rising_ones(folder):
     offsets = np.array([0, 2**63 - 1, -(2**63), -1, 11], "<i8")
     with pytest.raises(DataError, match="train_offsets"):
@@ -260,77 +237,75 @@ FEATURES = {
 }
 
 
+def files_in(folder: Path) -> dict:
+    return json.loads((folder / "manifest.json").read_text())["files"]
+
+
+def clean(folder: Path) -> Path:
+    shutil.rmtree(folder, ignore_errors=True)
+    return folder
+
+
 def names_in(folder: Path) -> set[str]:
     paths = (path for path in folder.rglob("*") if path.is_file())
     return {path.relative_to(folder).as_posix() for path in paths}
 
 
-def test_what_an_unfinished_conversion_left_is_gone_after_the_next(folder, tmp_path):
-    splits = {split: read(folder, split) for split in ("train", "test")}
-    write(folder, splits, **FEATURES)
-    remove_manifest(folder)
-    users_own = {"notes.txt", "item_feat_dict.json.bak", "creative_emb/82.pkl", "more/indexer.pkl"}
-    for name in users_own:
-        (folder / name).parent.mkdir(exist_ok=True)
-        (folder / name).touch()
-    write(folder, {"train": splits["train"]})
-    write(tmp_path / "fresh", {"train": splits["train"]})
-    assert names_in(folder) == names_in(tmp_path / "fresh") | users_own
-    assert load_features(folder, "item", NUM_ITEMS) == {}
-
-
-def test_a_folder_with_a_manifest_holds_nothing_of_the_data_before(folder, monkeypatch):
-    sequences = {"train": read(folder)}
-    write(folder, sequences, **FEATURES)
+def test_a_conversion_that_fails_is_no_data_and_its_rest_is_removed_by_the_next(tmp_path, folder):
+    sequences, data = read(folder), tmp_path / "new"
 
     def stop(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("files.data_writer.write_json", stop)  # the manifest: there are no features
+    def chunks():
+        yield sequences
+        stop()
+
+    write_features = pytest.MonkeyPatch()
+    write_features.setattr("files.data_writer.finish_folder", stop)
     with pytest.raises(KeyboardInterrupt):
-        write(folder, sequences)
-    assert not names_in(folder) & {"feature_types.json", "item_feat_dict.json", "item_names.txt"}
+        write(data, {"train": sequences, "test": sequences}, **FEATURES)
+    write_features.undo()
+    with pytest.raises(DataError, match="did not finish; write the data again"):
+        read_manifest(data)
+    (data / ".train_data.bin.7.tmp").touch()
+    (data / "notes.txt").touch()
+    with pytest.raises(KeyboardInterrupt):
+        write(data, {"train": chunks()})
+    write(data, {"train": sequences})
+    assert names_in(data) == names_in(write(tmp_path / "fresh", {"train": sequences})) | {
+        "notes.txt"
+    }
+    assert load_features(data, "item", NUM_ITEMS) == {}
 
 
-@pytest.mark.parametrize("is_absolute", [False, True])
-def test_a_manifest_that_names_files_outside_costs_none_of_them(folder, is_absolute):
-    sequences = {"train": read(folder)}
-    outside = folder.parent / "precious.txt"
+def test_data_are_written_over_on_request_alone_and_other_files_stay(folder, tmp_path):
+    splits = {split: read(folder, split) for split in ("train", "test")}
+    write(folder, splits, overwrite=True, **FEATURES)
+    outside = tmp_path / "precious.txt"
     outside.touch()
-    (folder / "more").symlink_to(outside.parent)
-    names = [str(outside)] if is_absolute else ["../precious.txt", "more/precious.txt"]
-    here = ["../data/train_data.bin", str(folder / "train_users.bin"), "", ".", "..", "more"]
-    edit_manifest(folder, files={name: {} for name in (*names, *here, "old.bin")})
-    (folder / "old.bin").touch()
-    write(folder, sequences)
-    assert outside.exists() and not (folder / "old.bin").exists()
-    assert_equal(read(folder), sequences["train"])
+    edit_manifest(folder, files={"../precious.txt": {}, str(outside): {}, **files_in(folder)})
+    before = names_in(folder)
+    with pytest.raises(DataError, match="holds data; add --overwrite"):
+        write(folder, splits, overwrite=False)
+    assert names_in(folder) == before
+    users_own = {"notes.txt", "creative_emb/82.pkl", "item_names_old.txt"}
+    for name in users_own:
+        (folder / name).touch()
+    write(folder, {"train": splits["train"]}, overwrite=True)
+    fresh = write(tmp_path / "fresh", {"train": splits["train"]})
+    assert names_in(folder) == names_in(fresh) | users_own
+    assert outside.exists()
 
 
-@pytest.mark.parametrize("text", ["", "[]", "3", '{"files', "{}", '{"files": ["a"]}', "null"])
-def test_a_damaged_manifest_can_be_written_over(folder, text):
-    sequences = {"train": read(folder)}
-    write(folder, sequences, **FEATURES)
-    (folder / "manifest.json").write_text(text)
-    write(folder, sequences)
-    assert_equal(read(folder), sequences["train"])
-    assert load_features(folder, "item", NUM_ITEMS) == {}
-
-
-def test_the_manifest_of_another_program_is_never_replaced(tmp_path):
-    (tmp_path / "manifest.json").write_text('{"name": "my app"}')
-    with pytest.raises(DataError, match=r"manifest\.json: of another program"):
-        write(tmp_path, {"train": make_sequences(np.random.default_rng(1), [3])})
-    assert (tmp_path / "manifest.json").read_text() == '{"name": "my app"}'
-    assert not (tmp_path / ".unfinished").exists()
-
-
-def test_files_put_beside_complete_data_by_hand_survive_a_rewrite(folder):
-    sequences = {"train": read(folder)}
-    write(folder, sequences)
-    (folder / "item_names.txt").write_text("a film\n" * NUM_ITEMS)
-    write(folder, sequences)
-    assert read_item_names(folder, NUM_ITEMS)[1] == "a film"
+@pytest.mark.parametrize("name", ["manifest.json", "events.csv"])
+def test_a_folder_of_other_files_is_not_written_into(tmp_path, name):
+    (tmp_path / name).write_text('{"name": "my app"}')
+    for overwrite in (False, True):
+        with pytest.raises(DataError, match=r"of another program|not empty"):
+            splits = {"train": make_sequences(np.random.default_rng(1), [3])}
+            write(tmp_path, splits, overwrite=overwrite)
+    assert names_in(tmp_path) == {name}
 
 
 def test_an_empty_split_can_be_read(tmp_path):

@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import itertools
 import logging
-import os
 import pickle
-import re
-import shutil
 import struct
 from itertools import chain, pairwise
 from pathlib import Path
@@ -15,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import count_items, open_dataset
 from numpy.testing import assert_array_equal
 from torch.utils.data import DataLoader
 
@@ -23,16 +21,14 @@ from dataset import (
     BatchSampler,
     Draw,
     MyDataset,
-    count_items,
-    count_targets,
-    emb_pieces,
     load_emb,
     save_emb,
 )
 from files.atomic_io import DataError
-from files.data_folder import EVENT_DTYPE, Sequences, open_split
 from files.data_writer import write_dataset
+from files.embeddings import emb_pieces
 from files.features import Feature
+from files.sequences import EVENT_DTYPE, Sequences, open_split
 
 NUM_ITEMS, NUM_USERS, NUM_ACTIONS, MAXLEN = 23, 11, 3, 4
 LENGTHS = [3, 9, 2, 5, 6, 2, 4]
@@ -42,7 +38,7 @@ SEED = (42, 1, 3)
 
 
 def counts_of(dataset: MyDataset) -> np.ndarray:
-    return count_items(dataset.data_dir, dataset.split, dataset.num_items)
+    return dataset.sequences.count_items()
 
 
 def make_events(num_events: int, seed: int = 0) -> np.ndarray:
@@ -73,13 +69,6 @@ def write(folder: Path, lengths=LENGTHS, users=USERS, events=None, targets=None)
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
     return write(tmp_path_factory.mktemp("data"), targets={"test": "none"})
-
-
-@pytest.fixture(params=["held", "not held"])
-def each_way_to_read(request, monkeypatch) -> bool:
-    """Files read when they are opened, and sequence by sequence as large ones are; which it is."""
-    monkeypatch.setattr("dataset.HELD_BYTES", {"held": 1 << 25, "not held": 0}[request.param])
-    return request.param == "held"
 
 
 def histories(lengths=LENGTHS, events=None) -> list[list[tuple[int, int, int]]]:
@@ -159,14 +148,14 @@ def target_ids(batch: Batch) -> set[int]:
 @pytest.mark.parametrize("maxlen", [1, MAXLEN, 100])
 @pytest.mark.parametrize("split", ["train", "valid", "test"])
 def test_a_batch_equals_the_slow_version(folder, split, maxlen, negatives):
-    dataset = MyDataset(folder, split, maxlen, negatives, num_negatives=5)
+    dataset = open_dataset(folder, split, maxlen, negatives, num_negatives=5)
     for indices in ([0, 1, 2, 3, 4, 5, 6], [6, 2, 4], [5]):
         assert decoded(make_batch(dataset, indices)) == slow_batch(indices, split, maxlen)
 
 
 @pytest.mark.parametrize("split", ["train", "valid", "test"])
 def test_batch_fields_have_the_stated_shapes_and_types(folder, split):
-    batch = make_batch(MyDataset(folder, split, MAXLEN, "mixed", 5), [1, 3, 0])
+    batch = make_batch(open_dataset(folder, split, MAXLEN, "mixed", 5), [1, 3, 0])
     T, B = int(batch.offsets[-1]), 3
     ints = {
         "distinct_ids": len(batch.distinct_ids), "item_index": T, "target_index": T,
@@ -184,7 +173,7 @@ def test_batch_fields_have_the_stated_shapes_and_types(folder, split):
 
 
 def test_sequences_come_by_falling_length_with_their_users(folder):
-    batch = make_batch(MyDataset(folder, "train", maxlen=5), range(7))
+    batch = make_batch(open_dataset(folder, "train", maxlen=5), range(7))
     assert batch.offsets.diff().tolist() == [5, 5, 4, 3, 2, 1, 1]
     # Of equal length, in the order asked for: 9 and 6 events are both 5 seen ones.
     assert batch.user_ids.tolist() == [2, 1, 7, 5, 4, 11, 9]
@@ -193,14 +182,14 @@ def test_sequences_come_by_falling_length_with_their_users(folder):
 def test_without_a_users_file_sequence_k_is_user_k_plus_one(folder, tmp_path):
     for name in ("train_data.bin", "train_offsets.bin"):
         (tmp_path / name).write_bytes((folder / name).read_bytes())
-    batch = make_batch(MyDataset(tmp_path, "train", maxlen=5), [0, 1, 3])
+    batch = make_batch(open_dataset(tmp_path, "train", maxlen=5), [0, 1, 3])
     assert batch.user_ids.tolist() == [2, 4, 1]
 
 
 @pytest.mark.parametrize("maxlen", [1, 2, 5])
 @pytest.mark.parametrize("split", ["train", "valid", "test"])
 def test_the_newest_events_are_kept_and_the_newest_is_never_dropped(folder, split, maxlen):
-    dataset = MyDataset(folder, split, maxlen)
+    dataset = open_dataset(folder, split, maxlen)
     for index, events in enumerate(histories()):
         fields = decoded(make_batch(dataset, [index]))
         assert len(fields["items"][0]) <= maxlen
@@ -210,37 +199,37 @@ def test_the_newest_events_are_kept_and_the_newest_is_never_dropped(folder, spli
 
 @pytest.mark.parametrize("time", [REQUEST_TIME, 0])
 def test_an_unknown_target_has_the_request_time(folder, time):
-    dataset = MyDataset(folder, "test", MAXLEN, request_time=time)
+    dataset = open_dataset(folder, "test", MAXLEN, request_time=time)
     batch = make_batch(dataset, [1, 3])
     assert decoded(batch) == slow_batch([1, 3], "test", request_time=time)
     assert batch.target_timestamps[batch.offsets[1:] - 1].tolist() == [time, time]
 
 
 def test_an_unknown_target_has_the_request_action(folder):
-    dataset = MyDataset(folder, "test", MAXLEN, request_action=1)
+    dataset = open_dataset(folder, "test", MAXLEN, request_action=1)
     batch = make_batch(dataset, [1, 3])
     assert decoded(batch) == slow_batch([1, 3], "test", request_action=1)
     with pytest.raises(
         DataError, match=f"--request_action {NUM_ACTIONS}: the data has {NUM_ACTIONS} act"
     ):
-        MyDataset(folder, "test", MAXLEN, request_action=NUM_ACTIONS)
+        open_dataset(folder, "test", MAXLEN, request_action=NUM_ACTIONS)
 
 
 @pytest.mark.parametrize("split", ["train", "valid"])
 def test_a_request_does_not_touch_known_targets(folder, split):
-    dataset = MyDataset(folder, split, MAXLEN, request_time=REQUEST_TIME, request_action=1)
+    dataset = open_dataset(folder, split, MAXLEN, request_time=REQUEST_TIME, request_action=1)
     assert decoded(make_batch(dataset, [1, 3])) == slow_batch([1, 3], split)
 
 
 @pytest.mark.parametrize("negatives", ["all", "batch"])
 def test_target_ids_are_the_last_events(folder, negatives):
-    batch = make_batch(MyDataset(folder, "valid", MAXLEN, negatives), [0, 1, 3])
+    batch = make_batch(open_dataset(folder, "valid", MAXLEN, negatives), [0, 1, 3])
     assert batch.target_ids().tolist() == [histories()[index][-1][0] for index in (1, 3, 0)]
 
 
 @pytest.mark.parametrize("split", ["valid", "test"])
 def test_seen_items_are_the_whole_history_without_the_target(folder, split):
-    batch = make_batch(MyDataset(folder, split, maxlen=2), [0, 1, 4])
+    batch = make_batch(open_dataset(folder, split, maxlen=2), [0, 1, 4])
     bounds = batch.seen_offsets.tolist()
     parts = [batch.seen_ids[a:b].tolist() for a, b in pairwise(bounds)]
     stop = -1 if split == "valid" else None
@@ -254,7 +243,7 @@ def test_seen_items_are_the_whole_history_without_the_target(folder, split):
 def test_plain_item_ids_have_no_time_and_no_actions(tmp_path, dtype):
     np.array([3, 1, 2, 9, 4], dtype).tofile(tmp_path / "train_data.bin")
     np.array([0, 2, 5], "<i8").tofile(tmp_path / "train_offsets.bin")
-    dataset = MyDataset(tmp_path, "train", MAXLEN)
+    dataset = open_dataset(tmp_path, "train", MAXLEN)
     assert not dataset.has_timestamps and dataset.num_action_types == 0
     batch = make_batch(dataset, [0, 1])
     fields = decoded(batch)
@@ -266,7 +255,7 @@ def test_plain_item_ids_have_no_time_and_no_actions(tmp_path, dtype):
 @pytest.mark.parametrize("split", ["train", "valid", "test"])
 @pytest.mark.parametrize("negatives", ["all", "mixed"])
 def test_a_list_of_single_items_collates_to_the_same_batch(folder, split, negatives):
-    dataset = MyDataset(folder, split, MAXLEN, negatives, 5)
+    dataset = open_dataset(folder, split, MAXLEN, negatives, 5)
     indices = [2, 1, 6, 0, 4]
     together = dataset.collate_fn(dataset.__getitems__(indices))
     one_by_one = dataset.collate_fn([dataset[index] for index in indices])
@@ -279,7 +268,7 @@ def assert_equal_batches(left: Batch, right: Batch) -> None:
 
 
 def test_moving_a_batch_leaves_its_offsets_on_the_cpu(folder):
-    batch = make_batch(MyDataset(folder, "train"), [0, 1])
+    batch = make_batch(open_dataset(folder, "train"), [0, 1])
     moved = batch.to("meta")
     places = {
         name: value.device.type for name, value in moved._asdict().items() if value is not None
@@ -295,7 +284,7 @@ def test_sequences_too_short_are_skipped_with_one_warning(tmp_path, caplog):
     lengths = [2, 0, 3, 1, 4]
     folder = write(tmp_path, lengths, targets={"test": "none"})
     caplog.set_level(logging.WARNING, logger="hstu")
-    dataset = MyDataset(folder, "train", maxlen=5)
+    dataset = open_dataset(folder, "train", maxlen=5)
     messages = [record.getMessage() for record in caplog.records]
     assert messages == [
         "train: 2 of 5 sequences have fewer than 2 events and are skipped, the first: 1, 3"
@@ -307,14 +296,14 @@ def test_sequences_too_short_are_skipped_with_one_warning(tmp_path, caplog):
     assert decoded(batch)["items"] == expected
     assert len(caplog.records) == 1
     # A single event is enough where no target is needed.
-    assert len(MyDataset(folder, "test")) == 4
+    assert len(open_dataset(folder, "test")) == 4
 
 
 @pytest.mark.parametrize("maxlen", [1, 2, MAXLEN, 100])
 @pytest.mark.parametrize("lengths", [LENGTHS, [2, 1, 9, 5, 0]])
 def test_windows_predict_every_event_but_the_first_once(tmp_path, lengths, maxlen):
     folder = write(tmp_path, lengths)
-    dataset = MyDataset(folder, "train", maxlen, has_windows=True)
+    dataset = open_dataset(folder, "train", maxlen, has_windows=True)
     found = []
     for index in range(len(dataset)):
         batch = make_batch(dataset, [index])
@@ -329,30 +318,30 @@ def test_windows_predict_every_event_but_the_first_once(tmp_path, lengths, maxle
 
 
 def test_the_first_window_is_the_newest_and_valid_and_test_have_no_other(folder):
-    newest = MyDataset(folder, "train", MAXLEN)
-    windows = MyDataset(folder, "train", MAXLEN, has_windows=True)
+    newest = open_dataset(folder, "train", MAXLEN)
+    windows = open_dataset(folder, "train", MAXLEN, has_windows=True)
     first_of_each = [0, 1, 3, 4, 5, 7, 8]  # 9 and 6 events are cut in two
     one, other = make_batch(newest, range(7)), make_batch(windows, first_of_each)
     assert decoded(one) == decoded(other)
     assert len(windows) == 9
     for split in ("valid", "test"):
-        assert len(MyDataset(folder, split, MAXLEN, has_windows=True)) == 7
+        assert len(open_dataset(folder, split, MAXLEN, has_windows=True)) == 7
 
 
 def test_a_users_sequences_are_found_where_short_ones_are_skipped(tmp_path):
     lengths, users = [2, 0, 3, 1, 4, 2], [3, 5, 2, 7, 3, 1]
-    dataset = MyDataset(write(tmp_path, lengths, users), "valid", maxlen=5)
+    dataset = open_dataset(write(tmp_path, lengths, users), "valid", maxlen=5)
     found = {user: dataset.indices_of(user).tolist() for user in range(1, 9)}
     assert found == {1: [3], 2: [1], 3: [0, 2]} | {user: [] for user in (4, 5, 6, 7, 8)}
     assert [dataset[k].sequences.user_ids.tolist() for k in found[3]] == [[3], [3]]
     (tmp_path / "valid_users.bin").unlink()
     (tmp_path / "manifest.json").unlink()  # which knows of the file
-    dataset = MyDataset(tmp_path, "valid", maxlen=5)
+    dataset = open_dataset(tmp_path, "valid", maxlen=5)
     assert [dataset.indices_of(user).tolist() for user in (1, 2, 3, 6)] == [[0], [], [1], [3]]
 
 
 def test_nothing_is_said_where_all_sequences_are_long_enough(folder, caplog):
-    MyDataset(folder, "train")
+    open_dataset(folder, "train")
     assert caplog.records == []
 
 
@@ -360,21 +349,21 @@ def test_nothing_is_said_where_all_sequences_are_long_enough(folder, caplog):
 def test_training_without_anything_to_predict_is_refused_by_name(tmp_path, lengths):
     folder = write(tmp_path, lengths)
     with pytest.raises(DataError, match=r"train_data\.bin: no sequence has two events"):
-        MyDataset(folder, "train")
-    assert len(MyDataset(folder, "valid")) == 0
+        open_dataset(folder, "train")
+    assert len(open_dataset(folder, "valid")) == 0
 
 
 def test_a_split_that_is_not_there_is_refused_by_name(tmp_path):
     np.array([3, 1], "<i4").tofile(tmp_path / "train_data.bin")
     np.array([0, 2], "<i8").tofile(tmp_path / "train_offsets.bin")
     with pytest.raises(DataError, match="no valid split there, only train"):
-        MyDataset(tmp_path, "valid")
+        open_dataset(tmp_path, "valid")
 
 
 @pytest.mark.parametrize(("negatives", "count"), [("uniform", 0), ("mixed", 0), ("Uniform", 5)])
 def test_negatives_that_would_leave_no_loss_are_refused(folder, negatives, count):
     with pytest.raises(ValueError, match=negatives):
-        MyDataset(folder, "train", negatives=negatives, num_negatives=count)
+        open_dataset(folder, "train", negatives=negatives, num_negatives=count)
 
 
 # ------------------------------------------------------------------------------------ bad records
@@ -398,7 +387,7 @@ def test_a_bad_record_is_refused_by_file_sequence_and_event(
 ):
     events = make_events(sum(LENGTHS))
     events[field][LENGTHS[0] + event] = value
-    dataset = MyDataset(write(tmp_path, events=events), split, MAXLEN)
+    dataset = open_dataset(write(tmp_path, events=events), split, MAXLEN)
     make_batch(dataset, [0, 2, 3])
     place = rf"{split}_data\.bin: sequence 1 event {event}: "
     with pytest.raises(DataError, match=place + message.replace(".", r"\.")):
@@ -412,16 +401,16 @@ def test_a_bad_record_before_maxlen_is_refused_where_the_whole_history_is_used(t
     events = make_events(sum(LENGTHS))
     events["item_id"][LENGTHS[0] + 1] = value
     folder = write(tmp_path, events=events)
-    make_batch(MyDataset(folder, "train", MAXLEN), [1])
+    make_batch(open_dataset(folder, "train", MAXLEN), [1])
     with pytest.raises(DataError, match=rf"valid_data\.bin: sequence 1 event 1: item id {value} "):
-        make_batch(MyDataset(folder, "valid", MAXLEN), [0, 1])
+        make_batch(open_dataset(folder, "valid", MAXLEN), [0, 1])
 
 
 def test_a_bad_record_is_named_by_its_place_in_the_file_when_others_are_skipped(tmp_path):
     lengths = [1, 3, 0, 4]
     events = make_events(sum(lengths))
     events["item_id"][1 + 3 + 2] = 99
-    dataset = MyDataset(write(tmp_path, lengths, events=events), "train", MAXLEN)
+    dataset = open_dataset(write(tmp_path, lengths, events=events), "train", MAXLEN)
     with pytest.raises(DataError, match="sequence 3 event 2: item id 99"):
         make_batch(dataset, [0, 1])
 
@@ -431,19 +420,19 @@ def test_a_plain_id_beyond_int32_is_refused(tmp_path):
     np.array([0, 2], "<i8").tofile(tmp_path / "train_offsets.bin")
     (tmp_path / "indexer.pkl").write_bytes(pickle.dumps({"i": dict(a=1, b=2, c=3), "u": {"x": 1}}))
     with pytest.raises(DataError, match=r"train_data\.bin: sequence 0 event 1: item id"):
-        make_batch(MyDataset(tmp_path, "train"), [0])
+        make_batch(open_dataset(tmp_path, "train"), [0])
 
 
 def test_items_are_counted_over_the_whole_file(folder):
     expected = np.bincount(make_events(sum(LENGTHS))["item_id"], minlength=NUM_ITEMS + 1)
-    assert_array_equal(counts_of(MyDataset(folder, "train", maxlen=1)), expected)
+    assert_array_equal(counts_of(open_dataset(folder, "train", maxlen=1)), expected)
 
 
 @pytest.mark.parametrize("value", [0, -1, NUM_ITEMS + 1])
 def test_counting_names_a_bad_event(tmp_path, value):
     events = make_events(sum(LENGTHS))
     events["item_id"][13] = value
-    dataset = MyDataset(write(tmp_path, events=events), "train")
+    dataset = open_dataset(write(tmp_path, events=events), "train")
     place = r"train_data\.bin: sequence 2 event 1: "
     with pytest.raises(DataError, match=rf"{place}item id {value} is not in 1\.\.23"):
         counts_of(dataset)
@@ -451,50 +440,50 @@ def test_counting_names_a_bad_event(tmp_path, value):
 
 @pytest.mark.parametrize("size", [1, 4, 31])
 def test_counting_by_blocks_is_counting_the_whole(folder, tmp_path, monkeypatch, size):
-    monkeypatch.setattr("dataset._BLOCK", size)
+    monkeypatch.setattr("files.sequences.BLOCK", size)
     expected = np.bincount(make_events(sum(LENGTHS))["item_id"], minlength=NUM_ITEMS + 1)
-    assert_array_equal(count_items(folder, "train", NUM_ITEMS), expected)
+    assert_array_equal(count_items(folder), expected)
     events = make_events(sum(LENGTHS))
     events["item_id"][[13, 20]] = NUM_ITEMS + 1
     with pytest.raises(DataError, match=r"train_data\.bin: sequence 2 event 1: item id 24 "):
-        count_items(write(tmp_path, events=events), "train", NUM_ITEMS)
+        count_items(write(tmp_path, events=events))
 
 
 # -------------------------------------------------------------------------------------- negatives
 
 
 def test_all_items_are_negatives_without_a_list(folder):
-    batch = make_batch(MyDataset(folder, "train", MAXLEN, "all"), [0, 1])
+    batch = make_batch(open_dataset(folder, "train", MAXLEN, "all"), [0, 1])
     assert batch.negative_index is None and batch.negative_log_q is None
     assert batch.distinct_ids.tolist() == list(range(1, NUM_ITEMS + 1))
 
 
 @pytest.mark.parametrize("split", ["train", "valid"])
 def test_batch_negatives_are_the_targets(folder, split):
-    batch = make_batch(MyDataset(folder, split, MAXLEN, "batch"), [0, 1, 4])
+    batch = make_batch(open_dataset(folder, split, MAXLEN, "batch"), [0, 1, 4])
     assert negative_ids(batch) == target_ids(batch)
     items = set(batch.distinct_ids[batch.item_index].tolist())
     assert set(batch.distinct_ids.tolist()) == items | target_ids(batch)
 
 
 def test_without_targets_there_are_no_batch_negatives(folder):
-    batch = make_batch(MyDataset(folder, "test", MAXLEN, "batch"), [0, 1])
+    batch = make_batch(open_dataset(folder, "test", MAXLEN, "batch"), [0, 1])
     assert negative_ids(batch) == set()
     assert (batch.target_index == -1).all()
 
 
 def test_uniform_negatives_depend_on_the_seed_alone(folder):
-    dataset = MyDataset(folder, "train", MAXLEN, "uniform", 5)
+    dataset = open_dataset(folder, "train", MAXLEN, "uniform", 5)
     first = negative_ids(make_batch(dataset, [0, 1, 4]))
     assert len(first) == 5
     assert negative_ids(make_batch(dataset, [6, 3])) == first
-    assert negative_ids(make_batch(MyDataset(folder, "valid", 2, "uniform", 5), [2])) == first
+    assert negative_ids(make_batch(open_dataset(folder, "valid", 2, "uniform", 5), [2])) == first
     for other in ((43, 1, 3), (42, 2, 3), (42, 1, 4)):
         assert negative_ids(make_batch(dataset, [0, 1, 4], other)) != first
 
 
 def test_uniform_negatives_are_uniform(folder):
-    dataset = MyDataset(folder, "train", 1, "uniform", 5)
+    dataset = open_dataset(folder, "train", 1, "uniform", 5)
     counts, draws = np.zeros(NUM_ITEMS + 1), 1500
     for batch_number in range(draws):
         counts[list(negative_ids(make_batch(dataset, [2], (0, 0, batch_number))))] += 1
@@ -506,13 +495,13 @@ def test_uniform_negatives_are_uniform(folder):
 
 def test_mixed_negatives_are_the_targets_and_the_uniform_ones(folder):
     indices = [0, 1, 4]
-    mixed = make_batch(MyDataset(folder, "train", MAXLEN, "mixed", 5), indices)
-    uniform = make_batch(MyDataset(folder, "train", MAXLEN, "uniform", 5), indices)
+    mixed = make_batch(open_dataset(folder, "train", MAXLEN, "mixed", 5), indices)
+    uniform = make_batch(open_dataset(folder, "train", MAXLEN, "uniform", 5), indices)
     assert negative_ids(mixed) == target_ids(mixed) | negative_ids(uniform)
 
 
 def test_more_negatives_than_items_are_all_items(folder):
-    batch = make_batch(MyDataset(folder, "train", MAXLEN, "uniform", NUM_ITEMS + 9), [0, 1])
+    batch = make_batch(open_dataset(folder, "train", MAXLEN, "uniform", NUM_ITEMS + 9), [0, 1])
     assert negative_ids(batch) == set(range(1, NUM_ITEMS + 1))
 
 
@@ -550,8 +539,8 @@ def inclusion(dataset: MyDataset, num_batches: int, is_weighted: bool) -> np.nda
 def test_log_q_makes_negatives_of_the_batch_as_good_as_uniform_ones(
     popular, negatives, num_negatives
 ):
-    dataset = MyDataset(popular, "train", MAXLEN, negatives, num_negatives)
-    dataset.has_logq, dataset.target_counts = True, counts_of(dataset)
+    options = {"target_counts": count_items(popular), "has_logq": True}
+    dataset = open_dataset(popular, "train", MAXLEN, negatives, num_negatives, **options)
     weights = inclusion(dataset, 3000, is_weighted=True)
     # A uniform negative counts 1 on average. Monte Carlo: 5 standard errors, passed for one of 13
     # items once in 130,000 seeds. The + 1 that smooths the counts: less than 1 %.
@@ -563,8 +552,8 @@ def test_log_q_makes_negatives_of_the_batch_as_good_as_uniform_ones(
 
 
 def test_log_q_is_a_function_of_frequency_and_batch(popular):
-    dataset = MyDataset(popular, "train", MAXLEN, "batch")
-    dataset.has_logq, dataset.target_counts = True, counts_of(dataset)
+    options = {"target_counts": count_items(popular), "has_logq": True}
+    dataset = open_dataset(popular, "train", MAXLEN, "batch", **options)
     batch = make_batch(dataset, range(6))
     ids = batch.distinct_ids[batch.negative_index].tolist()
     total = 2 * POPULARITY.sum() + len(POPULARITY)
@@ -575,13 +564,13 @@ def test_log_q_is_a_function_of_frequency_and_batch(popular):
 
 
 def test_uniform_negatives_need_no_correction(popular):
-    dataset = MyDataset(popular, "train", MAXLEN, "uniform", 4)
-    dataset.has_logq, dataset.target_counts = True, counts_of(dataset)
+    options = {"target_counts": count_items(popular), "has_logq": True}
+    dataset = open_dataset(popular, "train", MAXLEN, "uniform", 4, **options)
     assert make_batch(dataset, [0, 1, 2]).negative_log_q is None
 
 
 def test_without_counts_there_is_no_correction(popular):
-    assert make_batch(MyDataset(popular, "train", negatives="batch"), [0]).negative_log_q is None
+    assert make_batch(open_dataset(popular, "train", negatives="batch"), [0]).negative_log_q is None
 
 
 # ----------------------------------------------------------------------------- samplers and workers
@@ -595,8 +584,8 @@ def make_loader(dataset: MyDataset, sampler: BatchSampler, num_workers: int) -> 
 
 @pytest.mark.parametrize("negatives", ["all", "batch", "mixed"])
 def test_any_number_of_workers_gives_the_same_batches(folder, negatives):
-    dataset = MyDataset(folder, "train", MAXLEN, negatives, 5)
-    dataset.has_logq, dataset.target_counts = True, counts_of(dataset)
+    options = {"target_counts": count_items(folder), "has_logq": True}
+    dataset = open_dataset(folder, "train", MAXLEN, negatives, 5, **options)
     sampler = BatchSampler(len(dataset), 2, seed=5, is_shuffled=True)
     sampler.epoch = 3
     runs = [list(make_loader(dataset, sampler, workers)) for workers in (0, 1, 2)]
@@ -614,9 +603,8 @@ def write_plain(folder: Path, dtype: str) -> Path:
 
 
 @pytest.mark.parametrize("dtype", ["<i4", "<i8"])
-def test_a_worker_reads_plain_ids_as_they_are(tmp_path, dtype, each_way_to_read):
-    dataset = MyDataset(write_plain(tmp_path, dtype), "train", MAXLEN)
-    assert (dataset._rows[""].held is not None) == each_way_to_read
+def test_a_worker_reads_plain_ids_as_they_are(tmp_path, dtype):
+    dataset = open_dataset(write_plain(tmp_path, dtype), "train", MAXLEN)
     sampler = BatchSampler(len(dataset), 3, seed=5, is_shuffled=True)
     here, there = (list(make_loader(dataset, sampler, workers)) for workers in (0, 1))
     for left, right in zip(here, there, strict=True):
@@ -632,7 +620,6 @@ def vectors_in(path: Path, order: str = "C") -> Feature:
     return Feature("emb", 6, np.load(path, mmap_mode="r"), None, np.arange(NUM_ITEMS + 1) % 3 > 0)
 
 
-@pytest.mark.usefixtures("each_way_to_read")
 @pytest.mark.parametrize("kind", ["file", "Fortran order", "file that is gone", "part", "memory"])
 def test_a_worker_brings_the_host_vectors_of_the_items(folder, tmp_path, kind):
     vectors = vectors_in(tmp_path / "81.npy", kind[0])
@@ -645,7 +632,7 @@ def test_a_worker_brings_the_host_vectors_of_the_items(folder, tmp_path, kind):
         wider = np.vstack([expected[:2], expected])
         np.save(tmp_path / "82.npy", wider)
         vectors = vectors._replace(values=np.load(tmp_path / "82.npy", mmap_mode="r")[2:])
-    dataset = MyDataset(folder, "train", MAXLEN, "batch", host_vectors={"81": vectors})
+    dataset = open_dataset(folder, "train", MAXLEN, "batch", host_vectors={"81": vectors})
     sampler = BatchSampler(len(dataset), 3, seed=5, is_shuffled=True)
     for batch in chain(*(make_loader(dataset, sampler, workers) for workers in (0, 1))):
         values, present = batch.item_vectors["81"]
@@ -655,70 +642,18 @@ def test_a_worker_brings_the_host_vectors_of_the_items(folder, tmp_path, kind):
 
 def test_a_dataset_that_was_unpickled_collates_before_it_reads(folder, tmp_path):
     vectors = vectors_in(tmp_path / "81.npy")
-    dataset = MyDataset(folder, "train", MAXLEN, "batch", host_vectors={"81": vectors})
+    dataset = open_dataset(folder, "train", MAXLEN, "batch", host_vectors={"81": vectors})
     fetched = dataset[0]
     other = pickle.loads(pickle.dumps(dataset))
     values = [each.collate_fn(fetched).item_vectors["81"][0] for each in (other, dataset)]
     assert_array_equal(*values)
 
 
-def mapped_kb(pid: int, path: Path) -> int:
-    """What of a file's pages counts as memory of a process."""
-    areas = re.split(r"\n(?=\w+-\w+ )", Path(f"/proc/{pid}/smaps").read_text())
-    of_file = [area for area in areas if str(path) in area.partition("\n")[0]]
-    assert of_file
-    return sum(int(re.search(r"^Rss: +(\d+)", area, re.MULTILINE)[1]) for area in of_file)
-
-
-@pytest.mark.usefixtures("each_way_to_read")
-def test_the_data_does_not_become_a_workers_memory(tmp_path):
-    vectors = vectors_in(tmp_path / "81.npy")
-    write_plain(tmp_path, "<i8")
-    np.arange(len(LENGTHS), 0, -1, "<i4").tofile(tmp_path / "train_users.bin")
-    dataset = MyDataset(tmp_path, "train", MAXLEN, "batch", host_vectors={"81": vectors})
-    loader = make_loader(dataset, BatchSampler(len(dataset), 2, 5, is_shuffled=True), 2)
-    batches = iter(loader)
-    next(batches), next(batches)
-    for worker in batches._workers:
-        assert mapped_kb(worker.pid, tmp_path / "train_data.bin") == 0
-        assert mapped_kb(worker.pid, tmp_path / "81.npy") == 0
-
-
-@pytest.mark.usefixtures("each_way_to_read")
-@pytest.mark.parametrize("num_workers", [0, 1])
-@pytest.mark.parametrize("size", [0, 40, 41])
-def test_a_file_cut_short_under_a_loader_is_refused(tmp_path, size, num_workers):
-    """And does not end the process, as a map of it would."""
-    dataset = MyDataset(write_plain(tmp_path, "<i4"), "train", MAXLEN)
-    os.truncate(tmp_path / "train_data.bin", size)
-    sampler = BatchSampler(len(dataset), 7, 5, is_shuffled=False)
-    with pytest.raises(DataError, match=r"train_data\.bin: changed since this run opened it"):
-        list(make_loader(dataset, sampler, num_workers))
-
-
-def test_offsets_and_users_cut_short_are_in_memory(folder, tmp_path):
-    data = shutil.copytree(folder, tmp_path / "data")
-    dataset = MyDataset(data, "train", MAXLEN)
-    before = make_batch(dataset, range(3))
-    for name in ("train_offsets.bin", "train_users.bin"):
-        os.truncate(data / name, 0)
-    assert_equal_batches(make_batch(dataset, range(3)), before)
-
-
-@pytest.mark.usefixtures("each_way_to_read")
-def test_vectors_cut_short_are_refused(folder, tmp_path):
-    vectors = vectors_in(tmp_path / "81.npy")
-    dataset = MyDataset(folder, "train", MAXLEN, "batch", host_vectors={"81": vectors})
-    os.truncate(tmp_path / "81.npy", 200)
-    with pytest.raises(DataError, match=r"81\.npy: changed since this run opened it"):
-        make_batch(dataset, range(3))
-
-
 def test_the_counts_are_summed_once_however_many_batches(popular):
-    dataset = MyDataset(popular, "train", MAXLEN, "batch", has_logq=True)
-    dataset.target_counts = counts_of(dataset)
+    options = {"target_counts": count_items(popular), "has_logq": True}
+    dataset = open_dataset(popular, "train", MAXLEN, "batch", **options)
     first = make_batch(dataset, range(6))
-    dataset.target_counts = dataset.target_counts.view(NoSum)
+    dataset.negatives.target_counts = dataset.negatives.target_counts.view(NoSum)
     assert_equal_batches(make_batch(dataset, range(6)), first)
 
 
@@ -728,7 +663,7 @@ class NoSum(np.ndarray):
 
 
 def test_a_pickled_dataset_takes_no_maps_along(folder):
-    dataset = MyDataset(folder, "train", MAXLEN, "mixed", 5)
+    dataset = open_dataset(folder, "train", MAXLEN, "mixed", 5)
     before = make_batch(dataset, [0, 1, 4])
     text = pickle.dumps(dataset)
     assert b"memmap" not in text and len(text) < 1000
@@ -752,7 +687,7 @@ def test_four_workers_read_thirty_thousand_sequences_without_one_wrong(tmp_path)
     events.tofile(tmp_path / "train_data.bin")
     offsets.astype("<i8").tofile(tmp_path / "train_offsets.bin")
     users.astype("<i4").tofile(tmp_path / "train_users.bin")
-    dataset = MyDataset(tmp_path, "train", maxlen=4, negatives="mixed", num_negatives=50)
+    dataset = open_dataset(tmp_path, "train", maxlen=4, negatives="mixed", num_negatives=50)
     sampler = BatchSampler(len(dataset), 256, seed=1, is_shuffled=True)
     found, wrong = [], 0
     for batch in make_loader(dataset, sampler, 4):
@@ -929,10 +864,10 @@ def test_an_item_is_trained_on_where_events_before_it_are_its_query(folder, maxl
         for event in range(start + 1, end):
             if maxlen is None or event >= end - maxlen:
                 expected[events["item_id"][event]] += 1
-    counts = count_items(folder, "train", NUM_ITEMS)
-    found = count_targets(folder, NUM_USERS, counts, maxlen)
+    sequences = open_dataset(folder, "train").sequences
+    found = sequences.count_targets(sequences.count_items(), maxlen)
     assert_array_equal(found, expected)
-    dataset = MyDataset(folder, "train", maxlen or 3, "all", has_windows=maxlen is None)
+    dataset = open_dataset(folder, "train", maxlen or 3, "all", has_windows=maxlen is None)
     targets = np.zeros_like(expected)
     for index in range(len(dataset)):
         batch = make_batch(dataset, [index])
@@ -944,7 +879,7 @@ def test_an_item_is_trained_on_where_events_before_it_are_its_query(folder, maxl
 def test_an_item_that_is_never_trained_on_is_no_negative(tiny, negatives):
     counts = np.ones(24, np.int64)
     counts[[0, 4, 17]] = 0
-    dataset = MyDataset(tiny, "train", 1, negatives, num_negatives=23, target_counts=counts)
+    dataset = open_dataset(tiny, "train", 1, negatives, 23, target_counts=counts, only_trained=True)
     batch = dataset.collate_fn(dataset.__getitems__([0]))  # one event, so one target
     ids = set(batch.distinct_ids[batch.negative_index].tolist())
     targets = set(batch.distinct_ids[batch.target_index].tolist())

@@ -15,7 +15,7 @@ import prepare_synthetic
 import pytest
 import torch
 
-from files.data_folder import EVENT_DTYPE
+from files.sequences import EVENT_DTYPE
 from main import main
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -7,9 +7,8 @@ from conftest import write_tiny
 
 from engine.evaluation import Ranking, evaluate
 from engine.flags import get_args
-from engine.setup import make_eval_loader, read_features
+from engine.training_setup import eval_loader, prepare_run
 from files.data_folder import read_manifest
-from main import open_datasets, prepare_run
 
 
 def test_targets_never_trained_on_and_those_had_before_are_counted_apart():
@@ -28,11 +27,9 @@ def test_ranks_are_those_of_every_item_by_hand(tmp_path):
     data = write_tiny(tmp_path)
     args = get_args([f"--data_dir={data}", "--device=cpu", "--num_workers=0", "--batch_size=4"])
     manifest = read_manifest(data)
-    features = read_features(args, manifest)
-    datasets = open_datasets(args, manifest, {})
-    run = prepare_run(args, manifest, features, datasets["train"])
-    loader = make_eval_loader(datasets["test"], args, run.device)
-    ranking = evaluate(run.updater, loader, removes_seen=True)
+    run = prepare_run(args)
+    loader = eval_loader(args, run, "test")
+    ranking = evaluate(run.model, loader, removes_seen=True)
     model, place = run.model.eval(), 0
     items = model.item_embeddings(torch.arange(1, manifest.num_items + 1))
     for batch in loader:
@@ -45,7 +42,7 @@ def test_ranks_are_those_of_every_item_by_hand(tmp_path):
             assert (ranking.ranks[place], ranking.target_ids[place]) == (rank, target)
             assert ranking.num_seen[place] == len(seen)
             assert ranking.is_repeat[place] == (target in seen)
-            torch.testing.assert_close(ranking.of_targets[place], scores[target - 1])
+            torch.testing.assert_close(ranking.target_cosines[place], scores[target - 1])
             place += 1
-    assert place == len(ranking.ranks) == len(datasets["test"])
+    assert place == len(ranking.ranks) == len(run.datasets["test"])
     assert 0 < ranking.is_repeat.sum() < place

@@ -10,8 +10,6 @@ import logging
 import os
 import pickle
 import shutil
-import subprocess
-import sys
 import weakref
 from pathlib import Path
 
@@ -28,23 +26,14 @@ from engine.export import (
     by_item,
     candidates_of,
     embed,
-    map_embeddings,
-    publish,
     seen_rows,
 )
 from files.atomic_io import DataError, file_entry
+from files.embeddings import publish
 from files.item_vectors import load_vectors
-from main import main
 
 ROOT = Path(__file__).resolve().parent.parent
 SMALL_FILES = ("feature_types", "feat_statistics", "feature_default_value")
-HOLD = """
-import sys, time
-from files.atomic_io import hold_folder
-with hold_folder(sys.argv[1]):
-    print(flush=True)
-    time.sleep(60)
-"""
 IDS = np.arange(100, 123, dtype=np.uint64)
 SHAPE = (23, 10)
 ORIGIN = {"item_ids": "original"}
@@ -75,7 +64,6 @@ def test_the_stream_writes_what_the_model_says_of_every_item(tiny, tmp_path):
     expected = model.item_embeddings(torch.arange(1, 24)).numpy()
     np.testing.assert_array_equal(load_emb(tmp_path / "embedding.fbin"), expected)
     np.testing.assert_array_equal(load_emb(tmp_path / "id.u64bin")[:, 0], IDS)
-    np.testing.assert_array_equal(map_embeddings(tmp_path, SHAPE).numpy(), expected)
 
 
 @torch.no_grad()
@@ -219,10 +207,7 @@ def write_candidates(folder: Path, data: Path, item_ids: list[int], originals: l
 
 
 def candidates_in(folder: Path, data: Path, model, mm_emb_device: str = "model") -> Catalogue:
-    args = argparse.Namespace(
-        candidates=folder, data_dir=data, trust_pickle=False, mm_emb_device=mm_emb_device
-    )
-    return candidates_of(args, model)
+    return candidates_of(folder, data, model, mm_emb_device, trust_pickle=False)
 
 
 @pytest.mark.parametrize("mm_emb_device", ["model", "loader"])
@@ -344,18 +329,3 @@ def test_a_retrieval_id_that_topk_could_not_say_is_refused(tiny, tmp_path):
     np.array([1, 2**63], "<u8").tofile(folder / "retrieval_ids.bin")
     with pytest.raises(DataError, match="id 9223372036854775808, expected ids below"):
         candidates_in(folder, tiny, make_model(tiny))
-
-
-def test_a_second_export_into_a_folder_at_work_is_refused(tiny, tmp_path, capsys):
-    flags = [f"--data_dir={tiny}", f"--output_dir={tmp_path}/o", "--device=cpu", "--num_workers=0"]
-    assert main([*flags, f"--log_dir={tmp_path}/l", "--num_epochs=1"]) == 0
-    export = [*flags, "--inference_only", f"--state_dict_path={tmp_path}/o/model_best.pt"]
-    (tmp_path / "o" / "item_embeddings").mkdir()
-    command = [sys.executable, "-c", HOLD, str(tmp_path / "o" / "item_embeddings")]
-    holder = subprocess.Popen(command, stdout=subprocess.PIPE, cwd=ROOT)
-    holder.stdout.readline()
-    assert main(export) == 1
-    assert "is at work in it" in capsys.readouterr().err
-    holder.kill()
-    holder.wait()
-    assert main(export) == 0

@@ -106,7 +106,6 @@ def test_a_key_that_occurs_twice_counts_once_with_its_last_record(tmp_path):
         ({"statistics": {}}, r"feat_statistics\.json: .*100 \('missing'\), 112 .*, 106"),
         ({"statistics": STATISTICS | {"112": 2.5}}, r"feat_statistics\.json: .*112 \(2\.5\)"),
         ({"statistics": STATISTICS | {"112": -1}}, r"feat_statistics\.json: .*112 \(-1\)"),
-        ({"statistics": '{"100": 1, "100": 2}'}, r"feat_statistics\.json: key '100' occurs twice"),
         ({"feature_default_value": {"100": 7}}, r"feature_default_value\.json: feature 100 = 7"),
         ({"records": {"6": {}}}, r"item_feat_dict\.json: key '6', expected a re-id in 1\.\.5"),
         ({"records": {"0": {}}}, r"item_feat_dict\.json: key '0'"),

@@ -10,7 +10,7 @@ from test_main import run, scalars, weights
 from test_model import make_batch, make_model
 
 import simplified_hstu
-from engine.training_step import Updater
+from engine.training_step import TrainingStep
 
 pytestmark = [
     pytest.mark.gpu,
@@ -43,7 +43,7 @@ def test_the_loss_is_that_of_the_cpu(tiny, negatives):
 
 def test_a_step_never_waits_for_the_device(tmp_path, data, monkeypatch):
     """But for lists of values, whose number decides shapes: this data is trained without them."""
-    step = Updater.step
+    step = TrainingStep.__call__
 
     def strict_step(*args):
         torch.cuda.set_sync_debug_mode("error")
@@ -54,7 +54,7 @@ def test_a_step_never_waits_for_the_device(tmp_path, data, monkeypatch):
 
     run(tmp_path, data, "--device=cuda", "--item_features=100", "--user_features=none",
         "--log_every=1000", name="warm")  # fmt: skip
-    monkeypatch.setattr(Updater, "step", strict_step)
+    monkeypatch.setattr(TrainingStep, "__call__", strict_step)
     run(tmp_path, data, "--device=cuda", "--item_features=100", "--user_features=none",
         "--log_every=1000")  # fmt: skip
 

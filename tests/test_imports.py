@@ -20,10 +20,10 @@ ALLOWED = {
     "engine": {"ops", "files", "engine", "model", "dataset", *PARTS},
 }
 ALLOWED["main"] = set(ALLOWED)
-# And of others; pyarrow is optional, inside a function.
+# And of others; pyarrow is optional, inside a function; filelock comes with torch.
 PACKAGES = {
     "ops": {"torch"},
-    "files": {"numpy", "torch", "pyarrow"},
+    "files": {"numpy", "torch", "pyarrow", "filelock"},
     **{name: {"numpy", "torch"} for name in (*PARTS, "model", "dataset")},
     **{name: {"numpy", "torch", "tqdm"} for name in ("engine", "main")},
 }

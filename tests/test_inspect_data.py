@@ -14,8 +14,9 @@ import pytest
 from conftest import NUM_ACTIONS, NUM_ITEMS, NUM_USERS, write_tiny
 
 from files.atomic_io import file_entry, read_json, write_json
-from files.data_folder import EVENT_DTYPE, SPLITS, Sequences, item_ids_of, open_split
+from files.data_folder import SPLITS
 from files.data_writer import write_dataset
+from files.sequences import EVENT_DTYPE, Sequences, item_ids_of, open_split
 
 EVENT = EVENT_DTYPE.itemsize
 

@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 from feature_files import ITEM_IDS, VECTORS, load_81, write, write_vectors
 
-from engine.flags import get_args
 from engine.setup import read_features
 from files.atomic_io import DataError, read_json
 from files.data_folder import read_manifest
@@ -78,14 +77,14 @@ def test_only_vectors_by_original_id_need_an_indexer(tmp_path, is_dense):
     np.array([3, 1, 5], "<i4").tofile(tmp_path / "train_data.bin")
     np.array([0, 3], "<i8").tofile(tmp_path / "train_offsets.bin")
     wanted = ["81"] if is_dense else ["81", "82"]
-    args = get_args([f"--data_dir={tmp_path}", "--mm_emb_id", *wanted])
+    arguments = tmp_path, read_manifest(tmp_path), ["all"], ["all"], wanted, False
     if is_dense:
-        items, _ = read_features(args, read_manifest(tmp_path))
+        items, _ = read_features(*arguments)
         assert list(items) == ["81"]
         assert inspect_data.main([str(tmp_path), "--check", "full"]) == 0
         return
     with pytest.raises(DataError, match=r"indexer\.pkl: cannot be read"):
-        read_features(args, read_manifest(tmp_path))
+        read_features(*arguments)
     assert inspect_data.main([str(tmp_path)]) == 1
 
 

@@ -8,9 +8,9 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from conftest import open_dataset
 
 import model as model_module
-from dataset import MyDataset
 from files.data_folder import read_indexer, read_manifest
 from files.features import load_features
 from files.item_vectors import load_vectors
@@ -57,7 +57,7 @@ def make_model(data_dir, features=None, kernels="auto", **changes) -> HSTUModel:
 
 
 def make_batch(data_dir, indices=range(11), split="train", **options):
-    dataset = MyDataset(data_dir, split, 9, **options)
+    dataset = open_dataset(data_dir, split, 9, **options)
     return dataset.collate_fn(dataset.__getitems__(list(indices)))
 
 

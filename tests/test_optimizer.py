@@ -11,13 +11,10 @@ import torch
 from torch import Tensor, nn
 
 import hstu_components
-from dataset import MyDataset
 from engine.flags import get_args
 from engine.optimizer import MuonAdamW, RowAdamW, clip_gradients, orthogonal
-from engine.setup import read_features
-from files.data_folder import read_manifest
+from engine.training_setup import prepare_run
 from hstu_components import ArrayEncoder, SparseEncoder, give_sparse_gradients
-from main import prepare_run
 
 X, D = 11, 3
 OPTIONS = {"lr": 0.1, "betas": (0.9, 0.98), "weight_decay": 0.0}
@@ -311,10 +308,9 @@ def test_a_loss_scaler_leaves_the_step_as_it_is_or_skips_it():
 
 def sparse_gradients(data_dir, negatives: str) -> tuple[set[str], set[str]]:
     """Names of the tables with a sparse gradient after one batch, and of all tables."""
-    args = get_args([f"--data_dir={data_dir}", "--device=cpu", "--hidden_units=7"])
-    manifest = read_manifest(data_dir)
-    train_set = MyDataset(data_dir, "train", 6, negatives=negatives, num_negatives=5)
-    run = prepare_run(args, manifest, read_features(args, manifest), train_set)
+    flags = ["--hidden_units=7", f"--negatives={negatives}", "--num_negatives=5", "--maxlen=6"]
+    run = prepare_run(get_args([f"--data_dir={data_dir}", "--device=cpu", *flags]))
+    train_set = run.datasets["train"]
     run.model(train_set.collate_fn(train_set.__getitems__(range(4)))).backward()
     gradients = {name: p.grad for name, p in run.model.named_parameters() if p.grad is not None}
     tables = {name for name in gradients if re.search(r"item_emb|action_emb|sparse_emb", name)}

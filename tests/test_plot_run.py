@@ -18,9 +18,9 @@ pytest.importorskip("matplotlib", reason="matplotlib is not installed")
 import plot_run
 
 from engine.evaluation import Ranking, evaluate
-from engine.setup import make_eval_loader
+from engine.training_setup import eval_loader
 from files.checkpoint import load_checkpoint
-from files.data_folder import EVENT_DTYPE
+from files.sequences import EVENT_DTYPE
 from main import main
 
 FLAGS = [
@@ -57,9 +57,9 @@ def test_one_command_draws_every_picture(trained, tmp_path, capsys):
 
 def test_what_is_drawn_was_evaluated_as_in_the_training(trained):
     """With the flags of the training, --no-remove_seen among them, and the best epoch."""
-    run, datasets = plot_run.load_run(trained / "o", str(trained / "data"), False)
-    loader = make_eval_loader(datasets["test"], run.args, run.device)
-    found = evaluate(run.updater, loader, run.args.remove_seen).metrics()
+    run, flags = plot_run.load_run(trained / "o", str(trained / "data"), False)
+    loader = eval_loader(flags, run, "test")
+    found = evaluate(run.model, loader, flags.remove_seen).metrics()
     assert found == json.loads((trained / "o" / "metrics.json").read_text())["test"]
 
 

@@ -9,8 +9,9 @@ import numpy as np
 import prepare_movielens
 import pytest
 
-from files.data_folder import open_split, original_ids
+from files.data_folder import original_ids
 from files.features import load_features
+from files.sequences import open_split
 
 SHARED = Path(__file__).resolve().parent.parent.parent / "shared" / "data" / "ml-1m"
 

@@ -11,9 +11,10 @@ import pytest
 
 from dataset import MyDataset
 from files.atomic_io import read_json
-from files.data_folder import SPLITS, open_split, original_ids, read_indexer
+from files.data_folder import SPLITS, original_ids, read_indexer
 from files.features import load_features
 from files.item_vectors import load_vectors
+from files.sequences import open_split
 
 NUM_USERS, NUM_ITEMS, SEED = 601, 260, 3
 

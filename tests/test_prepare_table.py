@@ -18,9 +18,10 @@ import pytest
 import table_source
 from dataset import MyDataset
 from files.atomic_io import read_json
-from files.data_folder import open_split, read_indexer, read_manifest
+from files.data_folder import read_indexer, read_manifest
 from files.features import load_features
 from files.item_vectors import load_vectors
+from files.sequences import open_split
 
 START = 1_700_000_000
 SHARED = Path(__file__).resolve().parent.parent.parent / "shared" / "data"
@@ -62,7 +63,7 @@ def run(tmp_path: Path, rows: list[dict], *flags: str, name: str = "log.csv") ->
     """The folder that the command writes of the rows."""
     data_dir = tmp_path / "data"
     path = write_table(tmp_path / name, rows)
-    assert prepare_table.main([str(path), str(data_dir), *map(str, flags)]) == 0
+    assert prepare_table.main([str(path), str(data_dir), "--overwrite", *map(str, flags)]) == 0
     return data_dir
 
 
@@ -501,7 +502,7 @@ def test_events_without_user_item_or_time_are_left_out_on_request(
     gaps = [{"user": "NA"}, {"item": ""}, {"timestamp": None}, {"user": r"\N", "item": ""}]
     holes = [row | gap for row, gap in zip(log, gaps, strict=False)]
     path = write_table(tmp_path / name, [*log[:2], *holes[:2], *log[2:], *holes[2:]])
-    flags = [str(path), str(tmp_path / "o"), *flags]
+    flags = [str(path), str(tmp_path / "o"), "--overwrite", *flags]
     capsys.readouterr()
     assert prepare_table.main([*flags, "--drop_incomplete"]) == 0
     assert f"{name}: left out 4 events without user, item or time" in capsys.readouterr().out
@@ -729,7 +730,8 @@ def test_a_damaged_log_converts_or_is_refused_in_one_line(tmp_path, capsys, name
     for _ in range(40):
         place, length = rng.integers(len(whole)), rng.integers(5)
         path.write_bytes(whole[:place] + rng.bytes(length) + whole[place + rng.integers(5) :])
-        code = prepare_table.main([str(path), str(tmp_path / "data"), "--action", "kind"])
+        flags = ["--action", "kind", "--overwrite"]
+        code = prepare_table.main([str(path), str(tmp_path / "data"), *flags])
         error = capsys.readouterr().err
         assert code == 0 or (error.startswith(f"error: {path}: ") and error.count("\n") == 1)
 

@@ -13,25 +13,19 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import write_tiny
+from conftest import count_items, open_dataset, write_tiny
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from inspect_data import find_problems
 from torch.utils.data import DataLoader
 
-from dataset import BatchSampler, MyDataset, count_items
+from dataset import BatchSampler, MyDataset
 from files.atomic_io import DataError
-from files.data_folder import (
-    EVENT_DTYPE,
-    Sequences,
-    check_re_ids,
-    original_ids,
-    read_indexer,
-    read_manifest,
-)
+from files.data_folder import check_re_ids, original_ids, read_indexer, read_manifest
 from files.data_writer import Column, write_dataset
 from files.features import load_features
 from files.item_vectors import find_vectors, load_vectors
+from files.sequences import EVENT_DTYPE, Sequences
 
 SECONDS = 2.0  # the longest that opening a damaged folder may take
 
@@ -140,7 +134,7 @@ def test_any_number_of_workers_reads_the_same(folder, seed, lengths, batch_size)
     ]
     data, ids = clean(folder / "workers"), {"item_ids": range(7), "user_ids": range(len(lengths))}
     write_dataset(data, {"train": as_sequences(histories)}, num_action_types=3, **ids)
-    dataset = MyDataset(data, "train", maxlen=4, negatives="mixed", num_negatives=2)
+    dataset = open_dataset(data, "train", 4, "mixed", 2)
     sampler = BatchSampler(len(dataset), batch_size, seed, is_shuffled=True)
     options = {"batch_sampler": sampler, "collate_fn": dataset.collate_fn}
     results = [
@@ -184,7 +178,7 @@ def read_all(data: Path) -> dict[str, Any]:
     """All that a training and an export read of a folder."""
     manifest = read_manifest(data)
     result: dict[str, Any] = {"manifest": manifest}
-    result["counts"] = facts(count_items(data, "train", manifest.num_items))
+    result["counts"] = facts(count_items(data))
     for split in manifest.targets:
         dataset = MyDataset(data, split, maxlen=5)
         if len(dataset):

@@ -9,16 +9,9 @@ from pathlib import Path
 
 import pytest
 import recommend
-from conftest import NUM_ITEMS, write_tiny
 
-import main as main_module
 from engine import flags as flags_module
 from engine.flags import get_args
-from engine.metrics import METRICS
-from files.checkpoint import load_checkpoint
-from files.data_writer import Column
-from files.features import PARSERS
-from hstu_components import ENCODERS
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()
@@ -78,60 +71,6 @@ def test_the_chinese_readme_has_the_same_blocks_headings_and_links(what):
 def test_every_file_that_is_linked_exists():
     for link in re.findall(r"\]\(([^)#]+)\)", README):
         assert link.startswith("http") or (ROOT / link).exists(), link
-
-
-def extension(name: str) -> str:
-    section = README.split("## Extension points")[1].split("\n## ")[0]
-    return re.search(rf"\*\*{name}.*?^```python\n(.*?)^```", section, re.M | re.S).group(1)
-
-
-@pytest.fixture
-def small_run(tmp_path, monkeypatch):
-    """Runs main on tiny data; what an extension registers is gone after the test."""
-    for registry in (PARSERS, ENCODERS, METRICS):
-        for key in list(registry):
-            monkeypatch.setitem(registry, key, registry[key])
-    monkeypatch.setattr(main_module, "HSTUModel", main_module.HSTUModel)
-    data = write_tiny(tmp_path / "data")
-    yield data, [
-        f"--data_dir={data}", f"--output_dir={tmp_path}/o", f"--log_dir={tmp_path}/l",
-        "--device=cpu", "--num_workers=0", "--num_epochs=1",
-    ]  # fmt: skip
-    for registry in (PARSERS, ENCODERS, METRICS):
-        for key in set(registry) & {"hour", "Recall", "Precision"}:
-            del registry[key]
-
-
-def test_the_custom_feature_of_the_readme_trains(small_run):
-    data, flags = small_run
-    write_tiny(data, opened=Column("hour", [k % 24 for k in range(NUM_ITEMS)]))
-    exec(extension("A feature type"), {})
-    assert main_module.main(flags) == 0
-    weights = load_checkpoint(Path(flags[1].split("=")[1]) / "model_best.pt")["weights"]
-    assert any("feature_opened" in name for name in weights)
-
-
-def test_the_custom_loss_of_the_readme_trains(small_run):
-    _, flags = small_run
-    scope: dict = {}
-    exec(extension("Another loss"), scope)
-    assert main_module.HSTUModel is not scope["HSTUModel"]
-    assert main_module.main(flags) == 0
-
-
-def test_the_custom_attention_of_the_readme_trains(small_run):
-    _, flags = small_run
-    scope: dict = {}
-    exec(extension("Another attention"), scope)
-    assert main_module.main([*flags, "--num_blocks=1"]) == 0
-
-
-def test_the_custom_metric_of_the_readme_is_reported(small_run):
-    _, flags = small_run
-    exec(extension("Another metric"), {})
-    assert main_module.main(flags) == 0
-    result = (Path(flags[1].split("=")[1]) / "metrics.json").read_text()
-    assert "Precision@10" in result
 
 
 def test_the_parser_is_argparse_and_help_fits(capsys):

@@ -17,12 +17,14 @@ import numpy as np
 import pytest
 import recommend
 import torch
-from conftest import NUM_ITEMS, NUM_USERS, write_tiny
+from conftest import NUM_ITEMS, NUM_USERS, open_dataset, write_tiny
 
 import main as main_module
 from dataset import load_emb
-from files.data_folder import EVENT_DTYPE, Sequences, open_split
+from engine.trained_model import load_model
+from files.data_folder import read_manifest
 from files.data_writer import leave_one_out, write_dataset
+from files.sequences import EVENT_DTYPE, Sequences, open_split
 
 ROOT = Path(__file__).resolve().parent.parent
 TRAIN = [
@@ -227,10 +229,7 @@ def test_without_a_user_no_feature_of_a_user_is_known(trained, tmp_path, capsys)
     anyone = screen(capsys, trained, f"--events={path}")
     assert anyone != screen(capsys, trained, f"--events={path}", "--user=user-0")
     checkpoint = trained / "outputs" / "model_best.pt"
-    flags = ["--inference_only", f"--state_dict_path={checkpoint}", "--device=cpu"]
-    args = main_module.get_args([f"--data_dir={trained}/data", *flags])
-    manifest = main_module.read_manifest(trained / "data")
-    model = recommend.load_model(args, main_module.HSTUModel, manifest)
+    model = load_model(checkpoint, trained / "data", read_manifest(trained / "data"))
     model._users = lambda *_: None
     history, _ = history_of(trained, 1)
     whole = Sequences(history, np.array([0, len(history)]), np.ones(1, np.int32))
@@ -238,7 +237,7 @@ def test_without_a_user_no_feature_of_a_user_is_known(trained, tmp_path, capsys)
     ids = {"item_ids": range(NUM_ITEMS), "user_ids": range(NUM_USERS)}
     targets = {"test": "none"}
     write_dataset(tmp_path / "one", splits, **ids, num_action_types=3, targets=targets)
-    dataset = main_module.MyDataset(tmp_path / "one", "test", 6, negatives="batch")
+    dataset = open_dataset(tmp_path / "one", "test", 6, "batch")
     with torch.no_grad():
         query = model.predict(dataset.collate_fn(dataset[0]))
     scores = exported(trained, "item_embeddings/embedding.fbin") @ query[0].numpy()

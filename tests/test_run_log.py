@@ -28,9 +28,9 @@ import main as main_module
 from dataset import load_emb
 from engine import run_log
 from engine.run_log import RunLog, duration
-from engine.training_step import Updater
+from engine.training_step import TrainingStep
 from files.checkpoint import load_checkpoint
-from files.data_folder import EVENT_DTYPE
+from files.sequences import EVENT_DTYPE
 from main import main
 
 # pytest catches what a thread dies of, which else is a traceback on the terminal.
@@ -111,7 +111,7 @@ def test_the_projector_has_the_most_frequent_items_of_the_best_epoch(
     data, whole, tmp_path, monkeypatch
 ):
     assert not (whole / "logs" / "projector_config.pbtxt").exists()
-    monkeypatch.setattr(main_module, "MOST_PROJECTED", 7)
+    monkeypatch.setattr("engine.report.MOST_PROJECTED", 7)
     assert main([*flags_of(data, tmp_path, tmp_path / "logs"), "--projector"]) == 0
     assert "tensors.tsv" in (tmp_path / "logs" / "projector_config.pbtxt").read_text()
     folder = tmp_path / "logs" / "00006" / "items"
@@ -176,24 +176,24 @@ def test_a_log_folder_that_holds_another_run_is_told_of(data, tmp_path, capfd):
 
 def kill_at(last_step: int, flags: list[str]) -> None:
     """Run in a child process, whose log is slow, and end it behind a step, its state saved."""
-    write, step, save_run = RecordWriter.write, Updater.step, main_module.save_run
+    write, step, save_run = RecordWriter.write, TrainingStep.__call__, main_module.save_run
 
     def slow_write(writer, data):
         time.sleep(0.01)
         write(writer, data)
 
-    def last(updater, batches, epoch, number):
+    def last(training_step, batches, epoch, number):
         if number > last_step:
             time.sleep(0.5)  # the log has been written, but for what is in no state
             os.kill(os.getpid(), signal.SIGKILL)
-        return step(updater, batches, epoch, number)
+        return step(training_step, batches, epoch, number)
 
     def save(run):
         save_run(run)
         if run.progress.step == last_step:
             os.kill(os.getpid(), signal.SIGKILL)
 
-    RecordWriter.write, Updater.step, main_module.save_run = slow_write, last, save
+    RecordWriter.write, TrainingStep.__call__, main_module.save_run = slow_write, last, save
     main(flags)
     os._exit(0)
 
@@ -243,14 +243,14 @@ def test_a_read_only_disk_stops_the_log_and_not_the_run(data, whole, volume, tmp
 def test_a_folder_deleted_meanwhile_stops_the_log_and_not_the_run(
     data, whole, tmp_path, capfd, monkeypatch
 ):
-    step = Updater.step
+    step = TrainingStep.__call__
 
-    def deleting(updater, batches, epoch, number):
+    def deleting(training_step, batches, epoch, number):
         if number == 4:
             shutil.rmtree(tmp_path / "logs")
-        return step(updater, batches, epoch, number)
+        return step(training_step, batches, epoch, number)
 
-    monkeypatch.setattr(Updater, "step", deleting)
+    monkeypatch.setattr(TrainingStep, "__call__", deleting)
     warning = assert_trains(data, whole, tmp_path / "o", tmp_path / "logs", capfd)
     assert "No such file or directory" in warning
 

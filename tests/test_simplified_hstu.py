@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 import simplified_hstu
-from engine.setup import compile_blocks
+from engine.training_setup import compile_blocks
 from model import KERNELS
 from simplified_hstu import DEFINITION, HSTU, HSTUAttention, time_buckets
 

@@ -18,7 +18,7 @@ from typing import Any
 import prepare_synthetic
 import pytest
 
-from engine.training_step import Updater
+from engine.training_step import TrainingStep
 from main import main
 
 BROWSER = shutil.which("chromium") or shutil.which("chromium-browser")
@@ -116,15 +116,15 @@ def board(tmp_path_factory) -> Iterator[str]:
         "--device=cpu", "--num_workers=0", "--num_epochs=6", "--lr=0.003", "--log_every=1",
         "--projector",
     ]  # fmt: skip
-    step = Updater.step
+    step = TrainingStep.__call__
 
-    def stopping(updater, batches, epoch, number):
+    def stopping(training_step, batches, epoch, number):
         if number == 18:
             raise KeyboardInterrupt
-        return step(updater, batches, epoch, number)
+        return step(training_step, batches, epoch, number)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Updater, "step", stopping)
+        patch.setattr(TrainingStep, "__call__", stopping)
         with pytest.raises(KeyboardInterrupt):
             main(flags)
     time.sleep(1 - time.time() % 1)  # files of one second have no order

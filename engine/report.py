@@ -1,0 +1,89 @@
+"""The end of a training: the best epoch tested once, and what there is now."""
+
+from __future__ import annotations
+
+import logging
+import shlex
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch.utils.data import DataLoader
+
+from engine.evaluation import evaluate
+from engine.export import exported_ids
+from engine.run_log import RunLog, summary
+from engine.state import Progress, Run, load_best
+from files.atomic_io import read_json, write_json
+from files.data_folder import read_item_names
+from ops.collectives import is_main_process
+
+log = logging.getLogger("hstu")
+
+# Of the projector, whose page gets slow with more.
+MOST_PROJECTED = 5_000
+
+
+def test_best(
+    run: Run,
+    loader: DataLoader | None,
+    removes_seen: bool,
+    precision: str,
+    check_stop: Callable[[], None],
+) -> None:
+    """Write metrics.json, unless it is there: the best epoch's metrics on valid and on test."""
+    path, progress = run.output_dir / "metrics.json", run.progress
+    if path.exists():
+        return
+    result = {"best_epoch": progress.best_epoch, "valid": progress.best_metrics}
+    if loader is not None:
+        load_best(run)
+        ranking = evaluate(run.model, loader, removes_seen, precision, check_stop)
+        result["test"] = ranking.metrics()
+        if cold := ranking.cold_metrics(run.item_counts):
+            result["test_cold"] = cold
+        if removes_seen and (repeats := ranking.repeat_metrics()):
+            result["test_repeat"] = repeats
+    if is_main_process():
+        write_json(path, result)
+
+
+def report(progress: Progress, output_dir: Path, data_dir: str, log_dir: str, reason: str) -> None:
+    """Say what metrics.json holds, what there is, and what comes next; `reason`: of the end."""
+    best, path = output_dir / "model_best.pt", output_dir / "metrics.json"
+    result = read_json(path)
+    log.info("finished: %d epochs, best epoch %d%s", progress.epoch, result["best_epoch"], reason)
+    for split in ("valid", "test"):
+        if result.get(split):
+            log.info("  %-6s %s", split, summary(result[split]))
+    if cold := result.get("test_cold"):
+        log.info("  cold   %s: %d targets without a training event", summary(cold), cold["targets"])
+    if repeats := result.get("test_repeat"):
+        log.info(
+            "  repeat %s: %d targets that their users had before; an export leaves out what a user "
+            "has seen, and finds these only with --no-remove_seen",
+            summary(repeats), repeats["targets"],
+        )  # fmt: skip
+    log.info("  wrote  %s, model_epoch_*.pt, %s", best, path)
+    folders = f"--data_dir {shlex.quote(data_dir)} --output_dir {shlex.quote(str(output_dir))}"
+    export = f"python main.py --inference_only --state_dict_path {shlex.quote(str(best))} {folders}"
+    log.info("  next   %s", export)
+    log.info("  curves tensorboard --logdir %s", shlex.quote(log_dir))
+    log.info("  plots  python scripts/plot_run.py %s --log_dir %s", folders, shlex.quote(log_dir))
+
+
+@torch.no_grad()
+def project_items(run: Run, data_dir: str, trust_pickle: bool, run_log: RunLog) -> None:
+    """The best epoch's embeddings of the items that are trained on most, with their names."""
+    load_best(run)
+    counts, num_items = run.item_counts, len(run.item_counts) - 1
+    item_ids = counts[1:].argsort(descending=True, stable=True)[:MOST_PROJECTED] + 1
+    names = read_item_names(data_dir, num_items)
+    ids, _ = exported_ids(data_dir, "i", num_items, trust_pickle)
+    labels = {
+        "name": [names[item_id] or item_id for item_id in item_ids.tolist()],
+        "id": ids[item_ids.numpy()].tolist(),
+        "events": counts[item_ids].tolist(),
+    }
+    embeddings = run.model.item_embeddings(item_ids.to(run.device))
+    run_log.items(run.progress.step, embeddings, labels)

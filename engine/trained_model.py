@@ -1,0 +1,102 @@
+"""A trained model out of its checkpoint, over the data folder that it is to be used with."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import fields
+from pathlib import Path
+
+from torch import Tensor
+
+from engine.setup import pick_device, read_features, vectors_on_host
+from files.atomic_io import DataError
+from files.checkpoint import differences, load_checkpoint, load_weights
+from files.data_folder import Manifest
+from model import HSTUConfig, HSTUModel
+
+
+def load_model(
+    path: str | Path,
+    data_dir: str | Path,
+    manifest: Manifest,
+    *,
+    device: str = "cpu",
+    mm_emb_device: str = "auto",
+    kernels: str = "auto",
+    trust_pickle: bool = False,
+    model_class: type[HSTUModel] = HSTUModel,
+) -> HSTUModel:
+    """The model of a checkpoint over the features in a data folder, ready to predict.
+
+    Args:
+        path: a model_*.pt or resume_*.pt.
+        data_dir: the folder that it was trained on, or one of the same items.
+        manifest: of that folder.
+        device, mm_emb_device, kernels, trust_pickle: as the flags of main.py.
+        model_class: your own, if it was trained with one.
+
+    Raises:
+        DataError: no such checkpoint, or the data has other items or features than the model knows.
+    """
+    config, weights = read_model(path)
+    features = read_config_features(path, data_dir, config, manifest, trust_pickle)
+    on_host = vectors_on_host(features[0], mm_emb_device)
+    model = model_class(config, *features, on_host=on_host, kernels=kernels)
+    model = model.to(pick_device(device)).eval()
+    load_weights(model, weights, path)
+    return model
+
+
+def read_model(path: str | Path) -> tuple[HSTUConfig, Mapping[str, Tensor]]:
+    """The config and the weights in a checkpoint."""
+    content = load_checkpoint(path)
+    config, weights = content["config"], content.get("weights")
+    if not isinstance(config, dict) or not isinstance(weights, dict):
+        raise DataError(f"{path}: not a checkpoint of this package (no config and weights in it)")
+    names = {setting.name for setting in fields(HSTUConfig)}
+    if changed := sorted(names ^ config.keys()):
+        raise DataError(
+            f"{path}: settings {', '.join(changed)} are unknown or missing; export it with the "
+            "version that trained it"
+        )
+    return HSTUConfig(**config), weights
+
+
+def read_config_features(
+    path: str | Path,
+    data_dir: str | Path,
+    config: HSTUConfig,
+    manifest: Manifest,
+    trust_pickle: bool,
+) -> tuple[dict, dict]:
+    """The features that a checkpoint's model was built with, from a data folder."""
+    known, found = {"items": config.num_items}, {"items": manifest.num_items}
+    if config.item_ids_digest and manifest.item_ids_digest:  # an item, or an order, may differ
+        known["digest of the item ids"] = config.item_ids_digest[:8]
+        found["digest of the item ids"] = manifest.item_ids_digest[:8]
+    num_types = max(config.num_action_types, config.num_target_action_types)
+    if num_types:
+        known["action types"] = num_types
+        found["action types"] = max(num_types, manifest.num_action_types)
+        if config.action_names and manifest.action_names:
+            shared = min(num_types, manifest.num_action_types)  # there may be fewer now
+            known["action names"] = config.action_names[:shared]
+            found["action names"] = manifest.action_names[:shared]
+    refuse_other_data(path, data_dir, known, found)
+    sides = config.item_features, config.user_features
+    vectors = [name for name, spec in sides[0].items() if spec["kind"] == "emb"]
+    plain = [[name for name in side if name not in vectors] or ["none"] for side in sides]
+    features = read_features(data_dir, manifest, *plain, vectors, trust_pickle)
+    for specs, loaded in zip(sides, features, strict=True):
+        known |= {name: (spec["kind"], spec["size"]) for name, spec in specs.items()}
+        found |= {name: (feature.kind, feature.size) for name, feature in loaded.items()}
+    refuse_other_data(path, data_dir, known, found)
+    return features
+
+
+def refuse_other_data(
+    path: str | Path, data_dir: str | Path, known: Mapping[str, object], found: Mapping[str, object]
+) -> None:
+    if changed := differences(known, found):
+        differing = "; ".join(changed)
+        raise DataError(f"{data_dir}: not the data that {path} was trained on: {differing}")

@@ -1,0 +1,234 @@
+"""The parts of a training, made of its flags: datasets, model, training step."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader
+
+from dataset import MyDataset, Negatives
+from engine.flags import ALL_NEGATIVES_UP_TO, FREE_FLAGS, get_args
+from engine.setup import make_loader, pick_device, read_features, vectors_on_host
+from engine.state import STATE_FORMAT, Run
+from engine.training_step import Optimization, TrainingStep
+from files.atomic_io import DataError
+from files.checkpoint import seed_random
+from files.data_folder import Manifest, fingerprint, read_manifest
+from files.features import Feature
+from files.sequences import Split
+from hstu_components import DENSE_ROWS, encoder_arguments
+from model import HSTUConfig, HSTUModel
+from ops.collectives import main_process_first, world_size
+from ops.sharded_table import ShardedEmbedding
+from simplified_hstu import HSTU, HSTUAttention
+
+log = logging.getLogger("hstu")
+
+
+def prepare_run(args: argparse.Namespace, model_class: type[HSTUModel] = HSTUModel) -> Run:
+    """A fresh model over the data that the flags name, and what trains it.
+
+    Raises:
+        DataError: the data is bad, or does not fit the flags.
+    """
+    manifest = read_manifest(args.data_dir, trust=args.trust_pickle)
+    with main_process_first():  # it writes what it made of feature files beside them
+        features = read_features(
+            args.data_dir, manifest, args.item_features, args.user_features, args.mm_emb_id,
+            args.trust_pickle,
+        )  # fmt: skip
+    datasets, item_counts = open_datasets(
+        args, manifest, features[0], vectors_on_host(features[0], args.mm_emb_device)
+    )
+    train_set, device = datasets["train"], pick_device(args.device)
+    config = make_config(args, manifest, features, train_set.has_timestamps)
+    seed_random(args.seed)
+    model = model_class(
+        config,
+        *features,
+        on_host=train_set.host_vectors,
+        shards_items=shards_items(args, train_set),
+        kernels=args.kernels,
+    ).to(device)
+    model.hstu.gradient_checkpointing = args.gradient_checkpointing
+    if args.compile:
+        compile_blocks(model.hstu)
+    num_batches = -(-len(train_set) // args.batch_size)
+    names = ("lr", "weight_decay", "muon", "warmup_steps", "clip_grad", "precision", "seed")
+    optimization = Optimization(
+        total_steps=args.num_epochs * -(-num_batches // args.accumulate_steps),
+        **{name: getattr(args, name) for name in names},
+    )
+    return Run(
+        model=model,
+        training_step=TrainingStep(model, optimization, train_set.negatives.kind == "all"),
+        datasets=datasets,
+        item_counts=torch.from_numpy(item_counts),
+        output_dir=Path(args.output_dir),
+        binding={name: value for name, value in vars(args).items() if name not in FREE_FLAGS}
+        | {
+            "state format": STATE_FORMAT,
+            "config": asdict(config),
+            "data": manifest._asdict() | {"sequences": len(train_set)},
+            "data files": fingerprint(args.data_dir),
+        },
+    )
+
+
+def open_datasets(
+    args: argparse.Namespace,
+    manifest: Manifest,
+    item_features: Mapping[str, Feature],
+    host_vectors: Mapping[str, Feature],
+) -> tuple[dict[str, MyDataset], np.ndarray]:
+    """The splits there are, with the negatives asked for; and each item's events in training."""
+    kind = args.negatives
+    if kind == "auto":
+        kind = "all" if manifest.num_items <= ALL_NEGATIVES_UP_TO else "mixed"
+    train = Split(Path(args.data_dir), "train", *manifest[:3])
+    item_counts = train.count_items()
+    target_counts = train.count_targets(item_counts, None if args.windows else args.maxlen)
+    negatives = Negatives(
+        manifest.num_items,
+        kind,
+        args.num_negatives,
+        target_counts,
+        args.logq,
+        only_trained=bool(item_features),
+    )
+    options = {
+        "has_windows": args.windows,
+        "host_vectors": host_vectors,
+        "trust_pickle": args.trust_pickle,
+    }
+    datasets = {
+        split: MyDataset(args.data_dir, split, args.maxlen, negatives, **options)
+        for split in manifest.targets
+    }
+    return datasets, item_counts
+
+
+def eval_loader(args: argparse.Namespace, run: Run, split: str) -> DataLoader | None:
+    """None where the split is absent, empty, or does not tell its targets."""
+    dataset = run.datasets.get(split)
+    if dataset is None or dataset.target == "none" or not len(dataset):
+        return None
+    return make_loader(dataset, args.batch_size, args.seed, run.device, args.num_workers)
+
+
+def make_config(
+    args: argparse.Namespace, manifest: Manifest, features: tuple, has_timestamps: bool
+) -> HSTUConfig:
+    specs = [
+        {
+            name: encoder_arguments(feature, args.mm_missing, args.mm_projection)
+            for name, feature in side.items()
+        }
+        for side in features
+    ]
+    return HSTUConfig(
+        num_items=manifest.num_items,
+        num_action_types=manifest.num_action_types if args.actions else 0,
+        num_target_action_types=manifest.num_action_types if args.target_action else 0,
+        item_features=specs[0],
+        user_features=specs[1],
+        maxlen=args.maxlen,
+        hidden_units=args.hidden_units,
+        num_blocks=args.num_blocks,
+        num_heads=args.num_heads,
+        attention_dim=args.attention_dim,
+        linear_dim=args.linear_dim,
+        dropout_rate=args.dropout_rate,
+        time_bias=args.time_bias if has_timestamps else "off",
+        position_bias=args.position_bias,
+        infonce_temp=args.infonce_temp,
+        item_ids_digest=manifest.item_ids_digest,
+        action_names=manifest.action_names,
+    )
+
+
+def shards_items(args: argparse.Namespace, train_set: MyDataset) -> bool:
+    """Whether each process is to hold a part of the item table.
+
+    Raises:
+        DataError: the table would not be trained by rows, or not in the same steps everywhere.
+    """
+    if not args.shard_items or world_size() == 1:
+        return False
+    kind = train_set.negatives.kind
+    if kind == "all" or train_set.num_items < DENSE_ROWS or args.precision == "fp16":
+        raise DataError(
+            f"--shard_items with {train_set.num_items:,} items, {kind} negatives, "
+            f"{args.precision}: it needs {DENSE_ROWS:,} items, sampled negatives (--negatives "
+            "mixed), and fp32 or bf16"
+        )
+    return True
+
+
+def compile_blocks(hstu: HSTU) -> None:
+    """Compile what stands around each block's attention, once for all lengths.
+
+    The attention itself loops over groups, whose number and shapes follow the lengths.
+    """
+    for block in hstu.blocks:
+        if isinstance(block, HSTUAttention):  # not one of your own
+            block.merge = torch.compile(block.merge, dynamic=True)
+
+
+def announce(args: argparse.Namespace, run: Run) -> None:
+    """One line that says what will happen, and a warning for each flag that does nothing."""
+    train_set, total_steps = run.datasets["train"], run.training_step.options.total_steps
+    place = run.device if world_size() == 1 else f"{world_size()} x {run.device.type}"
+    first_entry = (run.progress.step // args.log_every + 1) * args.log_every
+    what = "windows of sequences" if train_set.is_cut else "sequences"
+    remark = f"; from step {first_entry} on the time that is left is shown"
+    log.info(
+        f"train on {place} in {args.precision}: {len(train_set):,} {what}, "
+        f"{train_set.num_items:,} items, {run.item_counts.sum():,} events of {args.data_dir}; "
+        f"{num_weights(run.model):,} weights, {train_set.negatives.kind} negatives; "
+        f"{args.num_epochs} epochs, {total_steps:,} steps"
+        + (remark if first_entry <= total_steps else "")
+    )
+    if args.warmup_steps >= total_steps:
+        log.warning(
+            "the learning rate rises for %d steps (--warmup_steps), but there are %d: it never "
+            "reaches --lr; try --warmup_steps %d",
+            args.warmup_steps, total_steps, total_steps // 10,
+        )  # fmt: skip
+    if not train_set.has_timestamps:
+        log.info("the data holds plain item ids: time and actions are off")
+    defaults = get_args([])
+    for name, is_idle, reason in idle_flags(run):
+        value = getattr(args, name)
+        if is_idle and value != getattr(defaults, name):
+            log.warning("--%s%s changes nothing %s", "no-" * (value is False), name, reason)
+
+
+def num_weights(model: HSTUModel) -> int:
+    """Of the whole model, whatever part of its tables this process holds."""
+    shards = [module for module in model.modules() if isinstance(module, ShardedEmbedding)]
+    elsewhere = [(shard.num_rows - len(shard.weight)) * shard.embedding_dim for shard in shards]
+    return sum(p.numel() for p in model.parameters()) + sum(elsewhere)
+
+
+def idle_flags(run: Run) -> list[tuple[str, bool, str]]:
+    """Flags that may do nothing, whether so in this run, and the reason."""
+    train_set, config = run.datasets["train"], run.model.config
+    kind = train_set.negatives.kind
+    has_vectors = any(spec["kind"] == "emb" for spec in config.item_features.values())
+    return [
+        ("num_negatives", kind in ("all", "batch"), f"with {kind} negatives"),
+        ("logq", kind in ("all", "uniform"), f"with {kind} negatives"),
+        ("shard_items", world_size() == 1, "in a single process"),
+        ("target_action", not train_set.num_action_types, "without actions in the data"),
+        *(
+            (name, not has_vectors, "without multimodal vectors")
+            for name in ("mm_missing", "mm_projection", "mm_emb_device")
+        ),
+    ]

@@ -1,0 +1,308 @@
+"""The event sequences of a split on disk: opened, checked, gathered and counted.
+
+docs/data_format.md describes every file.
+"""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from files.atomic_io import DataError
+
+log = logging.getLogger("hstu")
+
+EVENT_DTYPE = np.dtype([("item_id", "<i4"), ("action_type", "<i4"), ("timestamp", "<i8")])
+OFFSET_DTYPE = np.dtype("<i8")
+USER_DTYPE = np.dtype("<i4")
+BLOCK = 1 << 16  # events looked at at once; 1 MB, which a cache holds
+
+
+class Sequences(NamedTuple):
+    """Users' events laid end to end; the target, if there is one, is the last."""
+
+    events: np.ndarray  # (E,) EVENT_DTYPE
+    offsets: np.ndarray  # (B + 1,) int64: sequence b is events[offsets[b]:offsets[b + 1]]
+    user_ids: np.ndarray  # (B,) int32 in 1..num_users
+
+
+def gather_ranges(
+    values: np.ndarray, starts: np.ndarray, ends: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """values[starts[k]:ends[k]] of every k, joined; and the (n + 1,) offsets of each among them."""
+    lengths = ends - starts
+    offsets = np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths)])
+    index = np.arange(offsets[-1]) + np.repeat(starts - offsets[:-1], lengths)
+    return np.asarray(values)[index], offsets
+
+
+def gather(
+    events: np.ndarray, starts: np.ndarray, ends: np.ndarray, user_ids: np.ndarray
+) -> Sequences:
+    """The events starts[b]..ends[b]-1 of each sequence."""
+    picked, offsets = gather_ranges(events, starts, ends)
+    return Sequences(as_records(picked), offsets, user_ids)
+
+
+def as_records(events: np.ndarray) -> np.ndarray:
+    """Records, or plain item ids made into some, without action or time."""
+    if events.dtype == EVENT_DTYPE:
+        return events
+    records = np.zeros(len(events), EVENT_DTYPE)
+    # A wider id must stay out of range, to be refused, instead of wrapping to a valid one.
+    records["item_id"], records["action_type"] = np.clip(events, -(2**31), 2**31 - 1), -1
+    return records
+
+
+def item_ids_of(events: np.ndarray) -> np.ndarray:
+    return events["item_id"] if events.dtype == EVENT_DTYPE else events
+
+
+# ------------------------------------------------------------------------------- opening and checks
+
+
+def split_path(data_dir: Path, split: str, what: str) -> Path:
+    return data_dir / f"{split}_{what}.bin"
+
+
+def open_split(data_dir: Path, split: str) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
+    """Events (EVENT_DTYPE or plain ids), offsets, and users or None, as memory maps.
+
+    Raises:
+        DataError: a file is missing, or sizes do not fit together.
+    """
+    offsets = map_file(split_path(data_dir, split, "offsets"), OFFSET_DTYPE)
+    users_path = split_path(data_dir, split, "users")
+    users = map_file(users_path, USER_DTYPE) if users_path.exists() else None
+    path = split_path(data_dir, split, "data")
+    num_events, size = int(offsets[-1]) if len(offsets) else 0, file_size(path)
+    if not len(offsets) and size == 0 and split != "train":
+        offsets = np.zeros(1, OFFSET_DTYPE)
+    dtypes = {16: EVENT_DTYPE, 4: np.dtype("<i4"), 8: np.dtype("<i8")}
+    width = size // num_events if num_events > 0 and size % num_events == 0 else 0
+    if size == num_events == 0:
+        width = EVENT_DTYPE.itemsize
+    if width not in dtypes:
+        beyond = np.flatnonzero(offsets[1:] > size // EVENT_DTYPE.itemsize)[:1]
+        place = "".join(f"; sequence {k} ends at event {offsets[k + 1]} of them" for k in beyond)
+        raise DataError(
+            f"{path}: {size} bytes, but {split}_offsets.bin describes {num_events} events, which "
+            f"makes {num_events * 16} bytes of records (or 4 or 8 bytes per plain item id){place}. "
+            "One of the two is truncated or from another run; write the split again"
+        )
+    return map_file(path, dtypes[width]), offsets, users
+
+
+def map_file(path: Path, dtype: np.dtype) -> np.ndarray:
+    """A read-only memory map of a whole file."""
+    size = file_size(path)
+    if size % dtype.itemsize:
+        raise DataError(
+            f"{path}: {size} bytes is not a multiple of {dtype.itemsize}; the file is truncated, "
+            "write the split again"
+        )
+    return np.memmap(path, dtype, mode="r") if size else np.empty(0, dtype)
+
+
+def file_size(path: Path) -> int:
+    if not path.is_file():
+        found = "a folder" if path.is_dir() else "no such file"
+        raise DataError(f"{path}: {found}; write the split again")
+    return path.stat().st_size
+
+
+def check_split(
+    data_dir: Path, split: str, offsets: np.ndarray, users: np.ndarray | None, num_users: int
+) -> None:
+    """Refuse offsets that do not start at 0 or fall, and users not one per sequence or unknown."""
+    path = split_path(data_dir, split, "offsets")
+    if len(offsets) == 0 or offsets[0] != 0:
+        found = "is empty" if len(offsets) == 0 else f"begins with {offsets[0]}"
+        raise DataError(f"{path}: {found}, but the first offset is 0; write the split again")
+    falls = np.flatnonzero(offsets[1:] < offsets[:-1])
+    if len(falls):
+        k = falls[0] + 1
+        raise DataError(
+            f"{path}: offset[{k}] = {offsets[k]} is below offset[{k - 1}] = {offsets[k - 1]}, but "
+            "offsets never decrease; the file is damaged, write the split again"
+        )
+    if users is not None and len(users) != len(offsets) - 1:
+        raise DataError(
+            f"{split_path(data_dir, split, 'users')}: {len(users)} users, but {len(offsets) - 1} "
+            "sequences; write the split again"
+        )
+    if users is None and len(offsets) - 1 > num_users:
+        raise DataError(
+            f"{path}: {len(offsets) - 1} sequences, but {num_users} users; name the user of each "
+            f"sequence in {split}_users.bin"
+        )
+    if users is not None and (k := first_outside(users, 1, num_users)) < len(users):
+        raise DataError(
+            f"{split_path(data_dir, split, 'users')}: sequence {k} has user {users[k]}, not in "
+            f"1..{num_users}; write the split again"
+        )
+
+
+def first_outside(values: np.ndarray, low: int, high: int) -> int:
+    """Place of the first value outside low..high; their number, if there is none."""
+    # Where all is well two reductions are enough, a fraction of the time of three masks.
+    if not len(values) or low <= values.min() <= values.max() <= high:
+        return len(values)
+    return int(((values < low) | (values > high)).argmax())
+
+
+class Split:
+    """The sequences of one split, opened and checked, to be read a batch at a time.
+
+    Args:
+        data_dir: a folder as docs/data_format.md describes it.
+        name: "train", "valid" or "test".
+        num_items, num_users, num_action_types: of the data, from its manifest.
+
+    Raises:
+        DataError: files are missing, or do not fit together.
+    """
+
+    def __init__(
+        self, data_dir: Path, name: str, num_items: int, num_users: int, num_action_types: int
+    ):
+        self._arguments = data_dir, name, num_items, num_users, num_action_types
+        self.data_dir, self.name = data_dir, name
+        self.num_items, self.num_action_types = num_items, num_action_types
+        self.events, self.offsets, self.users = open_split(data_dir, name)
+        check_split(data_dir, name, self.offsets, self.users, num_users)
+        self._stamps = self._read_stamps()
+
+    def __reduce__(self) -> tuple:
+        """Another process opens the files anew: no data travels to it."""
+        return Split, self._arguments
+
+    def read(self, rows: np.ndarray, starts: np.ndarray, ends: np.ndarray) -> Sequences:
+        """The events starts[b]..ends[b]-1, which belong to sequence rows[b], of every b.
+
+        Raises:
+            DataError: an item id or an action type is out of range; before it indexes anything.
+        """
+        users = rows + 1 if self.users is None else self.users[rows]
+        sequences = gather(self.events, starts, ends, users.astype(USER_DTYPE))
+        # Copied out of the records, they are read in a fraction of the time.
+        ids, actions = (sequences.events[name].copy() for name in ("item_id", "action_type"))
+        bad_item = first_outside(ids, 1, self.num_items)
+        bad_action = first_outside(actions, -1, self.num_action_types - 1)
+        event = min(bad_item, bad_action)
+        if event == len(ids):
+            return sequences
+        b = int(np.searchsorted(sequences.offsets, event, side="right")) - 1
+        place = starts[b] + event - sequences.offsets[b]
+        if event == bad_item:
+            raise bad_item_error(self, place, ids[event])
+        raise DataError(
+            f"{self.path('data')}: {self.place(place)}: action type {actions[event]} is not in "
+            f"-1..{self.num_action_types - 1}; write the split again"
+        )
+
+    def path(self, what: str) -> Path:
+        return split_path(self.data_dir, self.name, what)
+
+    def place(self, event: int) -> str:
+        """Where an event of the file is, for a message."""
+        k = int(np.searchsorted(self.offsets, event, side="right")) - 1
+        return f"sequence {k} event {event - self.offsets[k]}"
+
+    def check_unchanged(self) -> None:
+        """Refuse to go on over files that were written to.
+
+        Raises:
+            DataError: a file has another size or time of change than when it was opened.
+        """
+        for path, stamp in self._read_stamps().items():
+            if stamp != self._stamps[path]:
+                raise DataError(
+                    f"{path}: changed since this run opened it; write new data into a folder of "
+                    "their own, and start again"
+                )
+
+    def _read_stamps(self) -> dict[Path, tuple[int, int] | None]:
+        """Size and time of change, in nanoseconds, of each file; None: not there."""
+        paths = [self.path(what) for what in ("data", "offsets", "users")]
+        stats = {path: path.stat() if path.exists() else None for path in paths}
+        return {path: stat and (stat.st_size, stat.st_mtime_ns) for path, stat in stats.items()}
+
+    def warn_of_oddities(self) -> None:
+        """Say, once each, what is legal and yet seldom meant: falling times, users that come twice.
+
+        The order stays that of the file: sorting here would change which event is the target, and
+        the splits were cut by this order.
+        """
+        count, first = self._falls() if self.events.dtype == EVENT_DTYPE else (0, [])
+        if count:
+            log.warning(
+                "%s: events older than the one before: %d of %d, left where they are, the first: "
+                "%s", self.path("data"), count, len(self.events), ", ".join(map(self.place, first)),
+            )  # fmt: skip
+        counts = np.bincount(self.users) if self.users is not None else np.empty(0)
+        if (counts > 1).any():
+            repeated = np.flatnonzero(counts > 1)
+            log.warning(
+                "%s: users with several sequences: %d, the first: %s",
+                self.path("users"), len(repeated), first_few(repeated),
+            )  # fmt: skip
+
+    def _falls(self) -> tuple[int, list[int]]:
+        """How many events are older than the one before in their sequence, and the first three."""
+        times, count, first = self.events["timestamp"], 0, []
+        for start in range(1, len(times), BLOCK):
+            end = min(start + BLOCK, len(times))
+            is_fall = times[start:end] < times[start - 1 : end - 1]
+            low, high = np.searchsorted(self.offsets, [start, end])
+            is_fall[self.offsets[low:high] - start] = False  # a sequence's first has none before it
+            falls = np.flatnonzero(is_fall)
+            count, first = count + len(falls), (first + (falls[:3] + start).tolist())[:3]
+        return count, first
+
+    def count_items(self) -> np.ndarray:
+        """(X + 1,) int64: how often each item occurs.
+
+        Raises:
+            DataError: an item id lies outside 1..num_items.
+        """
+        counts = np.zeros(self.num_items + 1, np.int64)
+        size = max(BLOCK, self.num_items)  # as each block costs a pass over the counts
+        for start in range(0, len(self.events), size):
+            ids = np.ascontiguousarray(item_ids_of(self.events[start : start + size]))
+            event = first_outside(ids, 1, self.num_items)
+            if event < len(ids):
+                raise bad_item_error(self, start + event, ids[event])
+            counts += np.bincount(ids, minlength=len(counts))
+        return counts
+
+    def count_targets(self, item_counts: np.ndarray, maxlen: int | None) -> np.ndarray:
+        """(X + 1,) int64: how often each item is a target of the training, of its `item_counts`.
+
+        A sequence's first event is none, nor is one older than its newest `maxlen`, if that is
+        given.
+        """
+        starts, ends = self.offsets[:-1], self.offsets[1:]
+        firsts = starts + 1 if maxlen is None else np.maximum(starts + 1, ends - maxlen)
+        firsts = np.minimum(firsts, ends)  # of the targets; there may be no events
+        counts = item_counts.copy()
+        for k in range(0, len(starts), BLOCK // 16):
+            some = slice(k, k + BLOCK // 16)
+            others, _ = gather_ranges(self.events, starts[some], firsts[some])
+            np.subtract.at(counts, item_ids_of(others), 1)
+        return counts
+
+
+def first_few(values: np.ndarray) -> str:
+    return ", ".join(map(str, values[:3]))
+
+
+def bad_item_error(split: Split, event: int, item_id: int) -> DataError:
+    return DataError(
+        f"{split.path('data')}: {split.place(event)}: item id {item_id} is not in "
+        f"1..{split.num_items} (0 is padding and never stored); write the split again with dense "
+        "item ids"
+    )
