@@ -1,17 +1,13 @@
-"""Features' columns as memory maps, kept beside the data until their sources change.
+"""Feature columns as memory maps, kept beside the data until their sources change.
 
-In `data_dir/.cache/`, `{stem}.{values,offsets,present}.npy` count only with their `{stem}.json`,
-which is written last and names the content that they were built from.
+`.cache/NAME-KEY.FIELD.npy` in the data folder. KEY is a hash of all that the column depends on, the
+size and time of change of its sources among it: a file that is there is current.
 """
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
-import json
 import logging
-import os
-import tempfile
 import tokenize
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
@@ -21,17 +17,10 @@ from urllib.parse import quote
 
 import numpy as np
 
-from files.atomic_io import (
-    atomic_write,
-    read_json,
-    reading,
-    sha256_of,
-    sweep_temporaries,
-    write_json,
-)
+from files.atomic_io import atomic_write, reading, sweep_temporaries
 
-CACHE_VERSION = 1  # raise it when a parser comes to read the same source differently
-LONGEST_NAME = 100  # bytes of a quoted id; a file's name has 255, a Chinese letter takes nine
+CACHE_VERSION = 2  # raise it when a parser comes to read the same source differently
+LONGEST_NAME = 60  # letters of a quoted id
 
 log = logging.getLogger("hstu")
 
@@ -52,96 +41,82 @@ class Feature(NamedTuple):
 def cached(
     data_dir: Path,
     prefix: str,
-    num_rows: int,
     sources: Sequence[Path],
-    settings: Mapping[str, Sequence[Any]],
-    build: Callable[[dict[str, Path]], dict[str, Feature]],
+    settings: Mapping[str, tuple],
+    build: Callable[[dict[str, Path | None]], dict[str, Feature]],
 ) -> dict[str, Feature]:
     """Features as memory maps, by id; `build` makes those that are not cached as they are now.
 
-    A reader takes no lock. A builder does, so that processes started together build once; it
-    removes the key first and writes it last, so that a kill leaves nothing that looks complete.
+    Two processes that build at the same time both do the work, and the last rename wins.
 
     Args:
-        data_dir: folder of the sources and of .cache.
-        prefix: with which the stems begin.
-        num_rows: of the tables, without padding.
-        sources: files in data_dir whose content counts.
-        settings: feature id -> what its table depends on besides, as JSON has it.
-        build: gets feature id -> stem; it may write `{stem}.values.npy` itself.
+        data_dir: folder of .cache.
+        prefix: with which the files' names begin.
+        sources: files whose size and time of change count.
+        settings: feature id -> its kind, its size or None for the width, and what else counts.
+        build: gets feature id -> path; it may write the values there itself. None: in memory.
 
     Raises:
         DataError: a source cannot be read.
     """
-    content = [CACHE_VERSION, num_rows, _hashes(data_dir, sources)]
-    keys = {i: [*content, *setting] for i, setting in settings.items()}
-    folder = data_dir / ".cache"
-    features = {i: _open(_stem(folder, prefix, i), key) for i, key in keys.items()}
-    if all(features.values()):
+    folder, stamps = data_dir / ".cache", [_stamp(path) for path in sources]
+    stems = {
+        i: folder / f"{prefix}-{_name(i)}-{_key(stamps, setting)}"
+        for i, setting in settings.items()
+    }
+    features = {i: _open(stem, *settings[i][:2]) for i, stem in stems.items()}
+    missing = [i for i, feature in features.items() if feature is None]
+    if not missing:
         return features
     try:
         folder.mkdir(exist_ok=True)
-        with open(folder / "lock", "a") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            sweep_temporaries(folder)
-            return _complete(folder, prefix, keys, build)
+        sweep_temporaries(folder)
+        built = build({i: Path(f"{stems[i]}.values.npy") for i in missing})
+        for i, feature in built.items():
+            _save(stems[i], feature)
+            features[i] = _open(stems[i], *settings[i][:2])
     except OSError as error:
         log.info("%s: %s, so tables are built again in every run", folder, error.strerror or error)
-    with tempfile.TemporaryDirectory() as temporary:  # an open memmap outlives its file
-        return _complete(Path(temporary), prefix, keys, build)
-
-
-def _complete(
-    folder: Path, prefix: str, keys: Mapping[str, list], build: Callable
-) -> dict[str, Feature]:
-    stems = {i: _stem(folder, prefix, i) for i in keys}
-    features = {i: _open(stems[i], key) for i, key in keys.items()}
-    missing = {i: stem for i, stem in stems.items() if not features[i]}
-    for stem in missing.values():
-        Path(f"{stem}.json").unlink(missing_ok=True)
-    for i, feature in (build(missing) if missing else {}).items():
-        _save(stems[i], keys[i], feature)
-        features[i] = _open(stems[i], keys[i])
+        features |= build(dict.fromkeys(missing))
     return features
 
 
-def _stem(folder: Path, prefix: str, feature_id: str) -> Path:
+def _name(feature_id: str) -> str:
     name = quote(feature_id, safe="")
-    if len(name) > LONGEST_NAME:
-        name = f"sha256={hashlib.sha256(feature_id.encode()).hexdigest()[:32]}"  # quotes have no =
-    return folder / f"{prefix}-{name}"
+    return name if len(name) <= LONGEST_NAME else f"{name[:LONGEST_NAME]}={_key(feature_id)}"
 
 
-def _save(stem: Path, key: list, feature: Feature) -> None:
-    sizes = {}
-    for field in ("values", "offsets", "present"):
-        array, target = getattr(feature, field), Path(f"{stem}.{field}.npy")
-        if array is None:
-            continue
-        if not isinstance(array, np.memmap):  # a memmap was written in place, by its builder
-            with atomic_write(target) as file:
+def _stamp(path: Path) -> tuple[str, int, int]:
+    with reading(path):
+        stat = path.stat()
+    return path.name, stat.st_size, stat.st_mtime_ns
+
+
+def _key(*content: Any) -> str:
+    return hashlib.sha256(repr((CACHE_VERSION, content)).encode(errors="replace")).hexdigest()[:16]
+
+
+def _save(stem: Path, feature: Feature) -> None:
+    """Write the arrays, the values last; remove those of other keys."""
+    for field in ("offsets", "present", "values"):
+        array = getattr(feature, field)
+        if array is not None and not isinstance(array, np.memmap):  # which lies there already
+            with atomic_write(f"{stem}.{field}.npy") as file:
                 np.save(file, array)
-        sizes[field] = os.path.getsize(target)
-    entry = {"key": key, "kind": feature.kind, "size": feature.size, "bytes": sizes}
-    write_json(f"{stem}.json", entry)
+    name = stem.name.rpartition("-")[0]
+    for old in stem.parent.glob(f"{name.replace('[', '[[]')}-????????????????.*.npy"):
+        if not old.name.startswith(stem.name):
+            old.unlink(missing_ok=True)
 
 
-def _open(stem: Path, key: list) -> Feature | None:
-    """The cached feature; None where it is absent, damaged or of other content."""
-    key_path = Path(f"{stem}.json")
-    try:
-        text = key_path.read_bytes()
-        entry = json.loads(text)
-        arrays = {}
-        for field, size in entry["bytes"].items():
-            path = f"{stem}.{field}.npy"
-            arrays[field] = map_array(path)
-            if os.path.getsize(path) != size:
-                return None
-        is_current = entry["key"] == key and key_path.read_bytes() == text  # not rebuilt meanwhile
-        return Feature(entry["kind"], entry["size"], **arrays) if is_current else None
-    except (OSError, ValueError, LookupError, TypeError, AttributeError, EOFError):
-        return None
+def _open(stem: Path, kind: str, size: int | None) -> Feature | None:
+    """The cached feature; None where it is absent or damaged."""
+    arrays = {}
+    with suppress(OSError, ValueError, EOFError):
+        for field in (*{"array": ["offsets"], "emb": ["present"]}.get(kind, []), "values"):
+            arrays[field] = map_array(f"{stem}.{field}.npy")
+        return Feature(kind, arrays["values"].shape[1] if size is None else size, **arrays)
+    return None
 
 
 def map_array(path: str | Path) -> np.ndarray:
@@ -150,27 +125,3 @@ def map_array(path: str | Path) -> np.ndarray:
         return np.load(path, mmap_mode="r")
     except (SyntaxError, tokenize.TokenError) as error:  # numpy lets them out of a damaged header
         raise ValueError(f"damaged header ({error})") from error
-
-
-def _hashes(data_dir: Path, paths: Sequence[Path]) -> dict[str, str]:
-    """SHA-256 by file name, taken anew only where size, mtime or ctime is not that of last time.
-
-    ctime, because mtime can be set back: an edit that keeps both size and mtime counts too.
-    """
-    memo_path = data_dir / ".cache" / "sources.json"
-    memo: dict[str, dict] = {}
-    with suppress(ValueError, TypeError):  # absent or damaged
-        memo = dict(read_json(memo_path))
-    fresh = {}
-    for path in paths:
-        with reading(path):
-            stat, name = path.stat(), path.relative_to(data_dir).as_posix()
-            stamp = [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns]
-            known = memo.get(name, {"stamp": None})
-            is_same = known["stamp"] == stamp
-            fresh[name] = known if is_same else {"stamp": stamp, "sha256": sha256_of(path)}
-    if memo | fresh != memo:
-        with suppress(OSError):
-            memo_path.parent.mkdir(exist_ok=True)
-            write_json(memo_path, memo | fresh)
-    return {name: entry["sha256"] for name, entry in fresh.items()}

@@ -70,9 +70,10 @@ def load_features(
         return _scan(source, {i: columns[i] for i in feature_ids}, num_rows)
 
     features = build(custom) if custom else {}
+    sizes = {i: 1 if c.kind == "continual" else c.size for i, c in columns.items()}
+    settings = {i: (columns[i].kind, sizes[i], columns[i].default, num_rows) for i in own}
     if own:
-        settings = {i: columns[i][:3] for i in own}
-        features |= cached(data_dir, side, num_rows, [source], settings, build)
+        features |= cached(data_dir, side, [source], settings, build)
     return {i: features[i] for i in columns}
 
 

@@ -9,8 +9,9 @@ import logging
 import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 
@@ -58,14 +59,14 @@ def load_vectors(
     ids_hash = _hash_of_ids(item_ids)
     for i in feature_ids:
         source, files = available[i], _files(available[i])
-        settings = {i: [] if is_by_re_id(source) else [ids_hash]}
+        settings = {i: ("emb", None, num_items, None if is_by_re_id(source) else ids_hash)}
 
-        def build(stems: dict[str, Path], source=source, files=files) -> dict[str, Feature]:
+        def build(paths: dict[str, Path | None], source=source, files=files) -> dict[str, Feature]:
             log.info("%s: reading vectors", source)
             rows = (row for f in files for row in _rows(f, item_ids, num_items, trust_pickle))
-            return {i: _fill(source, rows, num_items, stem) for i, stem in stems.items()}
+            return {i: _fill(source, rows, num_items, path) for i, path in paths.items()}
 
-        features |= cached(data_dir, prefix, num_items, files, settings, build)
+        features |= cached(data_dir, prefix, files, settings, build)
         share = features[i].present[1:].mean()
         log.log(
             logging.INFO if share >= 0.5 else logging.WARNING,
@@ -194,17 +195,19 @@ def _row_of(source: Path, item_ids: Mapping, original: Any) -> int | None:
     return item_ids.get(str(original)) if row is None else row
 
 
-def _fill(source: Path, rows: Iterable[tuple], num_items: int, stem: Path) -> Feature:
-    """The table of `rows`, written to `stem`.values.npy as they come; never all in memory."""
-    present = np.zeros(num_items + 1, bool)
-    table = None
-    with atomic_write(f"{stem}.values.npy") as file:
+def _fill(source: Path, rows: Iterable[tuple], num_items: int, target: Path | None) -> Feature:
+    """The table of `rows`, written to `target` as they come, never all in memory; None: there."""
+    present, table = np.zeros(num_items + 1, bool), None
+    with atomic_write(target) if target else nullcontext() as file:
         for path, row, original, vector in rows:
             values = _vector(path, original, vector, None if table is None else table.shape[1])
             if table is None:
-                shape = (num_items + 1, len(values))
-                table = np.lib.format.open_memmap(file.name, "w+", np.float32, shape)
-                os.posix_fallocate(file.fileno(), 0, os.path.getsize(file.name))  # else SIGBUS
+                shape = num_items + 1, len(values)
+                if file is None:
+                    table = np.zeros(shape, np.float32)
+                else:
+                    table = np.lib.format.open_memmap(file.name, "w+", np.float32, shape)
+                    reserve(file)
             table[row] = values
             present[row] = True
         if table is None:
@@ -212,8 +215,15 @@ def _fill(source: Path, rows: Iterable[tuple], num_items: int, stem: Path) -> Fe
             if not is_by_re_id(source):
                 reason = "none of its ids is an item of indexer.pkl (text and numbers are alike)"
             raise DataError(f"{source}: {reason}; it is empty or of another data set")
-        table.flush()
+        if file is not None:
+            table.flush()
     return Feature("emb", table.shape[1], table, present=present)
+
+
+def reserve(file: IO[bytes]) -> None:
+    """Claim the disk that a memory map will fill: writing to a full one would end the process."""
+    if hasattr(os, "posix_fallocate"):  # not on macOS and Windows
+        os.posix_fallocate(file.fileno(), 0, os.path.getsize(file.name))
 
 
 def _vector(source: Path, original: Any, vector: Any, width: int | None) -> np.ndarray:

@@ -276,7 +276,7 @@ def test_the_datas_vectors_stay_parsed_whatever_candidates_have(tiny, tmp_path):
 
 def written(data_dir: Path) -> dict[str, int]:
     """The vectors' files in the cache, and when each was written."""
-    return {path.name: path.stat().st_mtime_ns for path in (data_dir / ".cache").glob("*-81.*")}
+    return {path.name: path.stat().st_mtime_ns for path in (data_dir / ".cache").glob("*-81-*")}
 
 
 @pytest.mark.parametrize(
