@@ -91,7 +91,7 @@ def one_line(error: Exception) -> str:
     if isinstance(error, DataError | LostProcessError):
         return text
     if isinstance(error, OSError):
-        return cause(error)
+        return cause(error) if error.filename else text
     is_of_memory = isinstance(error, MemoryError | torch.OutOfMemoryError)
     if is_of_memory or "allocate memory" in text:
         first = (text or "MemoryError").splitlines()[0]

@@ -45,15 +45,11 @@ def exit_code(work: Callable[[], Any]) -> int:
 
 
 @contextmanager
-def atomic_write(path: str | Path, size: int = 0) -> Iterator[IO[bytes]]:
+def atomic_write(path: str | Path) -> Iterator[IO[bytes]]:
     """A binary file that appears under `path` complete and durable, or not at all.
 
     The temporary lies in the same folder (a rename across file systems is no rename) and gets the
     mode bits of a plain `open`.
-
-    Args:
-        path: of the file.
-        size: bytes that it will have, about, which the error of a full disk names.
 
     Raises:
         OSError: the disk is full or the folder is not writable; `path` is as it was before.
@@ -68,19 +64,12 @@ def atomic_write(path: str | Path, size: int = 0) -> Iterator[IO[bytes]]:
         os.replace(temporary, path)
         _sync_folder(path.parent)
     except BaseException as error:
-        size = max(size, temporary.stat().st_size if temporary.exists() else 0)
         temporary.unlink(missing_ok=True)
         if isinstance(error, OSError) and error.filename in (None, str(temporary)):
-            _explain(error, path, size)
+            error.filename, error.filename2 = str(path), None
+            if error.errno in (errno.ENOSPC, errno.EDQUOT):
+                error.strerror += f": {shutil.disk_usage(path.parent).free / 1e6:.1f} MB are free"
         raise
-
-
-def _explain(error: OSError, path: Path, size: int) -> None:
-    """Say of a failed write which file it was for and, of a full disk, what it lacks."""
-    error.filename, error.filename2 = str(path), None
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        free = shutil.disk_usage(path.parent).free
-        error.strerror += f": it needs {size / 1e6:.1f} MB, and {free / 1e6:.1f} MB are free"
 
 
 def write_hashed(file: IO[bytes], pieces: Iterable[bytes | memoryview]) -> dict[str, Any]:

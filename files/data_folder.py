@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import operator
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -21,7 +20,7 @@ from files.sequences import EVENT_DTYPE, item_ids_of, map_file, open_split, spli
 
 FORMAT_VERSION = 1
 SPLITS = ("train", "valid", "test")
-# What a damaged or byte-swapped number would make of a folder: tables beyond any memory.
+# What a damaged number would make of a folder: tables beyond any memory.
 MOST_UNSEEN = 1 << 22  # ids without an event, where only the events tell how many there are
 MOST_ACTION_TYPES = 1 << 16
 
@@ -86,11 +85,13 @@ def read_manifest(data_dir: str | Path, *, trust: bool = False) -> Manifest:
         sizes = {name: entry["size"] for name, entry in content["files"].items()}
         names = [n for n in Manifest._fields if n in content or n not in Manifest._field_defaults]
         manifest = Manifest(**{name: content[name] for name in names})
-        _check_manifest(path, manifest, sizes.get("indexer.pkl"))
+        is_right = _is_right(manifest, sizes.get("indexer.pkl"))
     except (AttributeError, LookupError, TypeError) as error:
         raise DataError(
             f"{path}: a field is missing or of the wrong type ({error}); write the data again"
         ) from error
+    if not is_right:
+        raise DataError(f"{path}: {manifest!s:.300} cannot be; write the data again")
     for name, size in sizes.items():
         file = data_dir / name
         found = f"{file.stat().st_size} bytes" if file.is_file() else "no such file"
@@ -102,32 +103,19 @@ def read_manifest(data_dir: str | Path, *, trust: bool = False) -> Manifest:
     return manifest
 
 
-def _check_manifest(path: Path, manifest: Manifest, indexer_size: int | None) -> None:
-    *counts, targets, digest, names = manifest
-    if not isinstance(digest, str | None):
-        raise DataError(f"{path}: item_ids_digest is {digest!r:.60}, expected a text")
-    if names is not None and (
-        not all(isinstance(name, str) for name in names)
-        or not len(names) == len(set(names)) == manifest.num_action_types
-    ):
-        raise DataError(
-            f"{path}: action_names is {names!r:.60}, expected {manifest.num_action_types} "
-            "different names"
-        )
-    for name, count in zip(Manifest._fields, counts, strict=False):
-        limit = MOST_ACTION_TYPES if name == "num_action_types" else 2**31
-        if type(count) is not int or not 0 <= count < limit:
-            raise DataError(f"{path}: {name} is {count!r}, expected a number below {limit}")
-        # An id and its re-id take four bytes or more.
-        if name != "num_action_types" and indexer_size is not None and 4 * count > indexer_size:
-            raise DataError(
-                f"{path}: {name} is {count}, too many for an indexer.pkl of {indexer_size} bytes; "
-                "write the data again"
-            )
-    for split, target in targets.items():
-        legal = ("next",) if split == "train" else ("last", "none")
-        if split not in SPLITS or target not in legal:
-            raise DataError(f"{path}: target {target!r} of split {split!r}, expected {legal}")
+def _is_right(manifest: Manifest, indexer_size: int | None) -> bool:
+    """Whether types fit, counts can be, and targets and names are legal."""
+    num_items, num_users, num_types, targets, digest, names = manifest
+    most = 2**31 if indexer_size is None else indexer_size // 4  # an id and its re-id take 4 bytes
+    targets_of = {"train": ["next"], "valid": ["last", "none"], "test": ["last", "none"]}
+    return (
+        all(type(count) is int and count >= 0 for count in (num_items, num_users, num_types))
+        and (max(num_items, num_users) <= most and num_types < MOST_ACTION_TYPES)
+        and all(target in targets_of.get(split, []) for split, target in targets.items())
+        and isinstance(digest, str | None)
+        and (names is None or all(isinstance(name, str) for name in names))
+        and (names is None or len(names) == len(set(names)) == num_types)
+    )
 
 
 def _infer_manifest(data_dir: Path, trust: bool) -> Manifest:
@@ -147,7 +135,7 @@ def _infer_manifest(data_dir: Path, trust: bool) -> Manifest:
         if max_action >= MOST_ACTION_TYPES:
             raise DataError(
                 f"{split_path(data_dir, split, 'data')}: the largest action type is {max_action}, "
-                f"expected one below {MOST_ACTION_TYPES}; write the split again, little-endian"
+                f"expected one below {MOST_ACTION_TYPES}; write the split again"
             )
     if (data_dir / "indexer.pkl").exists():
         indexer = read_indexer(data_dir, trust=trust)
@@ -161,7 +149,7 @@ def _infer_manifest(data_dir: Path, trust: bool) -> Manifest:
             raise DataError(
                 f"{split_path(data_dir, 'train', 'data')}, or the file of another split: the "
                 f"largest {what} id is {largest}, but re-ids are dense and {count} are stored; "
-                "write the data again, little-endian and with dense ids"
+                "write the data again with dense ids"
             )
     return Manifest(num_items, num_users, max_action + 1, targets)
 
@@ -221,26 +209,18 @@ def digest_of_ids(ids: Iterable[Any]) -> str:
 
 def check_re_ids(path: Path, side: str, re_ids: Mapping[Any, int], count: int) -> None:
     """Refuse a side of an indexer that is not one to one onto 1..count."""
-    kinds = set(map(type, re_ids.values()))
-    is_whole = len(re_ids) == count and all(issubclass(kind, int | np.integer) for kind in kinds)
-    if not is_whole or not all(map(operator.eq, sorted(re_ids.values()), range(1, count + 1))):
-        raise DataError(
-            f"{path}: the re-ids of {side!r} are not 1..{count}, each once: "
-            f"{_re_id_fault(re_ids, count)}; write it again"
-        )
-
-
-def _re_id_fault(re_ids: Mapping[Any, int], count: int) -> str:
-    owners: dict[Any, Any] = {}
+    is_whole = all(issubclass(kind, int | np.integer) for kind in set(map(type, re_ids.values())))
+    if is_whole and sorted(re_ids.values()) == list(range(1, count + 1)):
+        return
+    found, owners = f"there are {len(re_ids)}", {}
     for original, re_id in re_ids.items():
-        if not isinstance(re_id, int | np.integer):
-            return f"{original!r:.60} is {re_id!r:.60}"
-        if re_id in owners:
-            return f"{owners[re_id]!r:.60} and {original!r:.60} are both {re_id}"
-        if not 1 <= re_id <= len(re_ids):
-            return f"{original!r:.60} is {re_id}, but there are {len(re_ids)} of them"
-        owners[re_id] = original
-    return f"there are {len(re_ids)} of them, not {count}"
+        if not isinstance(re_id, int | np.integer) or not 1 <= re_id <= count:
+            found = f"{original!r:.60} is {re_id!r:.60}"
+        elif (other := owners.setdefault(int(re_id), original)) != original:
+            found = f"{other!r:.60} and {original!r:.60} are both {re_id}"
+    raise DataError(
+        f"{path}: the re-ids of {side!r} are not 1..{count}, each once: {found}; write it again"
+    )
 
 
 def read_item_names(data_dir: str | Path, num_items: int) -> list[str]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import math
 import pickle
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -88,67 +89,61 @@ def write_dataset(
     action_names: Sequence[str] | None = None,
     overwrite: bool = False,
 ) -> None:
-    """Write a data folder; the manifest comes last, so a folder with one is complete.
+    """Write a data folder; its manifest is finished last, so a folder with one is complete.
 
     Args:
-        data_dir: made if it is not there.
+        data_dir: a new or empty folder.
         splits: "train", and "valid" and "test" if there are any: sequences, or chunks of them.
-        item_ids: the original id of re-id 1, 2, ...; so `user_ids`.
+        item_ids, user_ids: the original id of re-id 1, 2, ...
         num_action_types: action types are 0..num_action_types - 1, or -1.
         targets: split -> "last" | "none" for valid and test; "last" if not given.
-        item_features: feature id -> Column; so `user_features`.
+        item_features, user_features: feature id -> Column.
         item_vectors: feature id -> (X, W) float, NaN rows for items without a vector.
         item_names: a line of text per item, for people.
         action_names: of the action types 0, 1, ..., all different.
         overwrite: in place of the data that the folder holds.
 
     Raises:
-        DataError: the folder is not empty, or the features could not be read again; the data that
-            was there is as it was.
-        ValueError: lengths differ, an id occurs twice, a number is not finite; so it is then.
+        DataError, ValueError: nothing is written, as the folder is not empty, lengths differ, an id
+            occurs twice, or a feature could not be read again.
     """
-    data_dir = Path(data_dir)
-    sides = {"item": item_features or {}, "user": user_features or {}}
-    item_vectors = item_vectors or {}
-    indexer = {
-        "u": {_plain(user): k for k, user in enumerate(user_ids, 1)},
-        "i": {_plain(item): k for k, item in enumerate(item_ids, 1)},
-        "f": {},
-    }
-    if (len(indexer["u"]), len(indexer["i"])) != (len(user_ids), len(item_ids)):
-        raise ValueError("an original id occurs twice in user_ids or item_ids")
+    data_dir, files = Path(data_dir), []
+    sides, item_vectors = (
+        {"item": item_features or {}, "user": user_features or {}},
+        item_vectors or {},
+    )
+    indexer = {"u": _numbered("user_ids", user_ids), "i": _numbered("item_ids", item_ids), "f": {}}
     if item_names is not None and len(item_names) != len(item_ids):
         raise ValueError(f"item_names: {len(item_names)} names, not {len(item_ids)}")
     if action_names is not None and len(set(action_names)) != num_action_types:
         raise ValueError(f"action_names: {list(action_names)}, not {num_action_types} names")
-    num_rows = {"item": len(item_ids), "user": len(user_ids)}
-    _check_features(data_dir, sides, item_vectors, num_rows)
+    _check_features(data_dir, sides, item_vectors, {"item": len(item_ids), "user": len(user_ids)})
     begin_folder(data_dir, overwrite)
-    files = []
     for split, chunks in splits.items():
         files += write_split(data_dir, split, [chunks] if isinstance(chunks, Sequences) else chunks)
     with atomic_write(data_dir / "indexer.pkl") as file:
         pickle.dump(indexer, file, protocol=4)
-    files.append("indexer.pkl")
-    files += _write_features(data_dir, sides, list(item_vectors))
-    for feature_id, vectors in item_vectors.items():
-        files.append(_write_vectors(data_dir, feature_id, vectors))
+    files += ["indexer.pkl", *_write_features(data_dir, sides, list(item_vectors))]
+    files += [_write_vectors(data_dir, name, vectors) for name, vectors in item_vectors.items()]
     if item_names is not None:
+        files.append("item_names.txt")
         with atomic_write(data_dir / "item_names.txt") as file:
             file.writelines((" ".join(name.splitlines()) + "\n").encode() for name in item_names)
-        files.append("item_names.txt")
-    manifest = Manifest(
-        len(item_ids),
-        len(user_ids),
-        num_action_types,
-        {
-            split: (targets or {}).get(split, "next" if split == "train" else "last")
-            for split in splits
-        },
-        digest_of_ids(indexer["i"]),
-        None if action_names is None else list(action_names),
+    targets = {split: "next" if split == "train" else "last" for split in splits} | dict(
+        targets or {}
     )
-    finish_folder(data_dir, manifest, files)
+    digest = digest_of_ids(indexer["i"])
+    names = None if action_names is None else list(action_names)
+    counts = len(item_ids), len(user_ids), num_action_types
+    finish_folder(data_dir, Manifest(*counts, targets, digest, names), files)
+
+
+def _numbered(what: str, ids: Sequence[Any]) -> dict[Any, int]:
+    """Re-id of each original id."""
+    numbers = {_plain(original): k for k, original in enumerate(ids, 1)}
+    if len(numbers) != len(ids):
+        raise ValueError(f"an original id occurs twice in {what}")
+    return numbers
 
 
 def _check_features(
@@ -159,24 +154,26 @@ def _check_features(
 ) -> None:
     columns = [(side, i, c) for side, named in sides.items() for i, c in named.items()]
     columns += [("item", i, Column("emb", vectors)) for i, vectors in item_vectors.items()]
-    seen: set[str] = set()
+    twice = [i for i, count in Counter(i for _, i, _ in columns).items() if count > 1]
+    if twice:
+        raise DataError(
+            f"{data_dir}: feature {twice[0]} would be listed twice, but an id is unique over the "
+            "features of items and users and the vectors; rename one of the two"
+        )
     for side, i, column in columns:
-        if i in seen:
-            raise DataError(
-                f"{data_dir}: feature {i} would be listed twice, but an id is unique over the "
-                "features of items and users and the vectors; rename one of the two"
-            )
-        seen.add(i)
         if len(column.values) != num_rows[side]:
             raise ValueError(f"{i}: {len(column.values)} values, not {num_rows[side]}")
-        for row, value in enumerate(column.values if column.kind == "array" else (), 1):
-            if value is not None and len(value) > LONGEST_LIST:
+        if column.kind not in ("array", "continual"):
+            continue
+        for row, value in enumerate(column.values, 1):
+            if value is None:
+                continue
+            if column.kind == "array" and len(value) > LONGEST_LIST:
                 raise DataError(
                     f"{data_dir}: feature {i} of {side} {row} is a list of {len(value):,} values, "
                     f"expected {LONGEST_LIST:,} at most; shorten it or leave the feature out"
                 )
-        for row, value in enumerate(column.values if column.kind == "continual" else (), 1):
-            if value is not None and not math.isfinite(value):
+            if column.kind == "continual" and not math.isfinite(value):
                 raise ValueError(f"{i}: {value} for {side} {row}; where there is no number, None")
 
 

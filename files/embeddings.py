@@ -34,13 +34,8 @@ def save_emb(emb: np.ndarray, save_path: str | Path) -> None:
         ValueError: another suffix, or more than 2^31 - 1 rows or columns.
     """
     path = Path(save_path)
-    with atomic_write(path, emb.nbytes) as file:
+    with atomic_write(path) as file:
         file.writelines(emb_pieces(path, emb.shape, [emb]))
-
-
-def emb_size(path: Path, shape: tuple[int, ...]) -> int:
-    """Bytes of a file of that suffix with a matrix of that shape."""
-    return 8 + math.prod(shape) * EMB_DTYPES[path.suffix].itemsize
 
 
 def emb_pieces(
@@ -79,7 +74,7 @@ def load_emb(path: str | Path) -> np.ndarray:
     dtype = EMB_DTYPES[path.suffix]
     header = np.fromfile(path, "<u4", 2)
     shape = tuple(int(size) for size in header)
-    expected = emb_size(path, shape) if len(shape) == 2 else 8
+    expected = 8 + math.prod(shape) * dtype.itemsize if len(shape) == 2 else 8
     if path.stat().st_size != expected:
         raise DataError(
             f"{path}: {path.stat().st_size} bytes, but its header makes {expected}; "
@@ -115,14 +110,14 @@ def publish(
     check_size(folder, *shape)
     folder.mkdir(parents=True, exist_ok=True)
     sweep_temporaries(folder)
-    chunks = checked_rows(folder, embeddings, arrays["id.u64bin"])
-    contents = {name: (array.shape, [array]) for name, array in arrays.items()}
+    named_rows = warn_of_zeros(folder, embeddings, arrays["id.u64bin"])
+    contents = {"embedding.fbin": (shape, named_rows)}
+    contents |= {name: (array.shape, [array]) for name, array in arrays.items()}
     files = {}
     with ExitStack() as complete:  # at its end all files are renamed, and not before
-        for name, (size, rows) in {"embedding.fbin": (shape, chunks), **contents}.items():
-            path = folder / name
-            file = complete.enter_context(atomic_write(path, emb_size(path, size)))
-            files[name] = write_hashed(file, emb_pieces(path, size, rows))
+        for name, (size, rows) in contents.items():
+            file = complete.enter_context(atomic_write(folder / name))
+            files[name] = write_hashed(file, emb_pieces(folder / name, size, rows))
         for old in (folder, *followers):
             (old / "manifest.json").unlink(missing_ok=True)
     n, d = shape
@@ -143,27 +138,16 @@ def check_size(folder: Path, n: int, d: int) -> None:
         )  # fmt: skip
 
 
-def checked_rows(
+def warn_of_zeros(
     folder: Path, chunks: Iterable[np.ndarray], ids: np.ndarray
 ) -> Iterator[np.ndarray]:
-    """The chunks as they come, (c, d) each; behind the last a warning of the rows that are zero.
-
-    Raises:
-        DataError: a row is not finite.
-    """
+    """The chunks as they come, (c, d) each; after the last a warning of the rows that are zero."""
     row, num_zeros, examples = 0, 0, []
     for chunk in chunks:
-        chunk_ids = ids[row : row + len(chunk)]
-        if not np.isfinite(chunk).all():
-            first = np.isfinite(chunk).all(1).argmin()
-            raise DataError(
-                f"{folder}: id {chunk_ids[first]}: its embedding is not finite; the model has "
-                "diverged, export another checkpoint or train with a lower --lr"
-            )
         zeros = np.flatnonzero(chunk[:, 0] == 0)  # few, and any(1) of all is slow
         zeros = zeros[~chunk[zeros].any(1)]
         num_zeros += len(zeros)
-        examples += chunk_ids[zeros[:3]].tolist()[: 3 - len(examples)]
+        examples += ids[row + zeros[:3]].tolist()[: 3 - len(examples)]
         yield chunk
         row += len(chunk)
     if num_zeros:

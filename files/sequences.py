@@ -118,7 +118,7 @@ def check_split(
     data_dir: Path, split: str, offsets: np.ndarray, users: np.ndarray | None, num_users: int
 ) -> None:
     """Refuse offsets that do not start at 0 or fall, and users not one per sequence or unknown."""
-    path = split_path(data_dir, split, "offsets")
+    path, users_path = (split_path(data_dir, split, what) for what in ("offsets", "users"))
     if len(offsets) == 0 or offsets[0] != 0:
         found = "is empty" if len(offsets) == 0 else f"begins with {offsets[0]}"
         raise DataError(f"{path}: {found}, but the first offset is 0; write the split again")
@@ -129,20 +129,21 @@ def check_split(
             f"{path}: offset[{k}] = {offsets[k]} is below offset[{k - 1}] = {offsets[k - 1]}, but "
             "offsets never decrease; the file is damaged, write the split again"
         )
-    if users is not None and len(users) != len(offsets) - 1:
+    num_sequences = len(offsets) - 1
+    if users is None and num_sequences > num_users:
         raise DataError(
-            f"{split_path(data_dir, split, 'users')}: {len(users)} users, but {len(offsets) - 1} "
-            "sequences; write the split again"
+            f"{path}: {num_sequences} sequences, but {num_users} users; name the user of each "
+            f"sequence in {users_path.name}"
         )
-    if users is None and len(offsets) - 1 > num_users:
+    if users is not None and len(users) != num_sequences:
         raise DataError(
-            f"{path}: {len(offsets) - 1} sequences, but {num_users} users; name the user of each "
-            f"sequence in {split}_users.bin"
+            f"{users_path}: {len(users)} users, but {num_sequences} sequences; write the split "
+            "again"
         )
     if users is not None and (k := first_outside(users, 1, num_users)) < len(users):
         raise DataError(
-            f"{split_path(data_dir, split, 'users')}: sequence {k} has user {users[k]}, not in "
-            f"1..{num_users}; write the split again"
+            f"{users_path}: sequence {k} has user {users[k]}, not in 1..{num_users}; write the "
+            "split again"
         )
 
 

@@ -98,12 +98,12 @@ def test_the_manifest_says_size_and_hash_of_what_lies_there(tmp_path):
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
-def test_a_late_row_that_is_not_finite_leaves_the_export_before_and_names_its_id(tmp_path, value):
+def test_a_late_row_that_is_not_finite_leaves_the_export_before_and_is_named(tmp_path, value):
     publish_matrix(tmp_path, random_matrix())
     before = contents(tmp_path)
     matrix = random_matrix(1)
     matrix[21, 3] = value
-    with pytest.raises(DataError, match="id 121: its embedding is not finite"):
+    with pytest.raises(DataError, match="row 21 is not finite"):
         publish_matrix(tmp_path, matrix)
     assert contents(tmp_path) == before
 
