@@ -2,8 +2,9 @@
 
     python benchmarks/attention_memory.py
 
-Two sequences of N events, d 64, one head, forward and backward; each case in a process of its own.
-The plain form is the definition, `simplified_hstu.gated_attention`, differentiated by autograd.
+Two sequences of N events, d 64, one head, forward and backward pass; each case in a process of its
+own. The plain form is the definition, `simplified_hstu.gated_attention`, differentiated by
+autograd.
 """
 
 from __future__ import annotations
@@ -14,16 +15,12 @@ import resource
 import subprocess
 import sys
 import time
-from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
+import torch
+from record import environment, write
 
-import torch  # noqa: E402
-from reproduce import RESULTS, environment  # noqa: E402
-
-from model import KERNELS  # noqa: E402
-from simplified_hstu import HSTUAttention  # noqa: E402
+from model import KERNELS
+from simplified_hstu import HSTUAttention
 
 LENGTHS = [256, 512, 1024, 2048, 4096, 8192]
 SEQUENCES, WIDTH = 2, 64
@@ -97,9 +94,8 @@ def main() -> None:
     differences = {length: disagreement(length) for length in (256, 1024)}
     for length, values in differences.items():
         print(f"float64, N {length}:", {name: f"{value:.1e}" for name, value in values.items()})
-    result = {"rows": rows, "float64_relative_differences": differences} | environment("cpu")
-    (RESULTS / "attention_memory.json").write_text(json.dumps(result, indent=1) + "\n")
-    print(json.dumps(result))
+    result = {"rows": rows, "float64_relative_differences": differences}
+    write("attention_memory", result | environment("cpu"))
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
-from reproduce import RESULTS, ROOT, environment
+from record import ROOT, environment, write
 
 CARDINALITIES = {  # of the set with a million users
     "100": 6, "101": 51, "102": 90_709, "103": 86, "104": 2, "105": 7, "106": 14, "107": 19,
@@ -80,8 +80,7 @@ def main() -> None:
     print("  ".join(f"{name:>20}" for name in columns))
     for row in [*rows, index_row]:
         print("  ".join(f"{row.get(name, ''):>20}" for name in columns))
-    (RESULTS / "convert_tencentgr.json").write_text(json.dumps(result, indent=1) + "\n")
-    print(json.dumps(result))
+    write("convert_tencentgr", result)
 
 
 # ---------------------------------------------------------------------------------- the generator

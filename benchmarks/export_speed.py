@@ -12,10 +12,8 @@ printed is one JSON object, which is written beside those of other CPUs.
 from __future__ import annotations
 
 import hashlib
-import json
 import multiprocessing
 import os
-import sys
 import tempfile
 import threading
 import time
@@ -23,15 +21,13 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from statistics import median
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
 import numpy as np
 import torch
-from reproduce import environment, write_by_cpu
+from record import environment, write_by_cpu
 
-from dataset import emb_pieces
-from engine.export import Catalogue, by_item, embed, map_embeddings, publish
+from engine.export import Catalogue, by_item, embed
 from files.atomic_io import atomic_write
+from files.embeddings import emb_pieces, load_emb, publish
 from files.features import Feature
 from hstu_components import encoder_arguments
 from model import CHUNK_ITEMS, HSTUConfig, HSTUModel
@@ -49,11 +45,10 @@ def main() -> None:
         result["features"] = in_a_process(with_features, folder)
         result["write"] = in_a_process(write_figures, folder)
     result |= environment("cpu")
-    write_by_cpu("export_speed", result)
     for title, figures in result.items():
         for name, value in figures.items() if isinstance(figures, dict) else [("", figures)]:
             print(f"{title:10} {name:32} {value}")
-    print(json.dumps(result))
+    write_by_cpu("export_speed", result)
 
 
 def in_a_process(work: Callable, *args: object) -> dict[str, float]:
@@ -124,8 +119,8 @@ def export_figures(folder: Path, model: HSTUModel) -> dict[str, float]:
         peaks.append(peak)
         embed_seconds.append(timed(lambda: [None for _ in embed(model, catalogue)]))
     queries = torch.nn.functional.normalize(torch.randn(BATCH, WIDTH))
-    items = map_embeddings(export, shape)
-    rank_seconds, rank_peak = measured(lambda: model.similarity.top_k(queries, items, TOP_K))
+    items = torch.from_numpy(load_emb(export / "embedding.fbin"))
+    rank_seconds, rank_peak = measured(lambda: model.kernels.top_k(queries, items, TOP_K))
     return {
         "items": n,
         "embed_items_per_s": round(n / median(embed_seconds)),

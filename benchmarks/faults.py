@@ -4,9 +4,9 @@
     python benchmarks/faults.py --rows 1 2 --trials 20
 
 A trial does something to a tiny training or export, gives the same command again until it is
-through, and compares what there is with what a run that nothing hit wrote: every byte of every
-file, and every logged (tag, step, value) but the timings. No failure in N trials bounds the rate
-of failures below 3 / N (95 %).
+through, and compares what there is with what a run that nothing hit wrote: every tensor of every
+checkpoint, every byte of other files, and every logged (tag, step, value) but the timings. No
+failure in N trials bounds the rate of failures below 3 / N (95 %).
 
 A trial's processes are forks of this one, which has imported torch and run no operator of it:
 torch's threads do not survive a fork. Faults are put around system calls in the fork; the package
@@ -36,7 +36,7 @@ import tempfile
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from functools import partial
@@ -50,20 +50,21 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "scripts"))
 import prepare_synthetic
 import torch
 import torch._dynamo  # which the first optimiser imports: 2 s that a fork need not take
-from loader_speed import IDS_ONLY, SMALL
-from reproduce import RESULTS, ROOT, environment
+from record import RESULTS, ROOT, environment
+from settings import IDS_AND_TIMES, SMALL
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.utils.data import get_worker_info
 
-from dataset import BatchSampler, MyDataset
+from dataset import MyDataset
 from engine.flags import get_args
-from engine.setup import make_loader, read_features
-from engine.training_step import Updater
+from engine.setup import make_loader
+from engine.state import save_run
+from engine.training_setup import prepare_run
+from engine.training_step import TrainingStep
 from files import atomic_io
 from files.atomic_io import DataError, file_entry, read_json
 from files.checkpoint import load_checkpoint, load_newest_state, save_checkpoint, save_state
-from files.data_folder import read_manifest
-from main import main, open_datasets, prepare_run, save_run
+from main import main
 
 STEPS = 6  # of each of two epochs
 FLAGS = [
@@ -73,11 +74,10 @@ FLAGS = [
     "--no-windows",
 ]  # fmt: skip
 TIMINGS = {"Train/users_per_s", "Train/tokens_per_s", "Train/data_wait_ms", "Train/gpu_mem_gb"}
-GRACE = 10  # seconds from a signal to the exit
+GRACE = 10  # seconds within which something has to come
 END = 4_000  # of what a process printed, characters that a failure shows
 HANG = 90  # seconds after which a process hangs
 logging.getLogger("tensorboard").setLevel(logging.ERROR)  # it warns of what it purges
-LOADER_DIED = "a loader process was killed, most often for want of memory: lower --num_workers"
 
 Fault = Callable[[], None]  # what a process does to itself before it runs the command
 
@@ -96,7 +96,7 @@ def start(work: Callable[[], int], text: Path) -> int:
     if pid := os.fork():
         signal.signal(signal.SIGINT, ours)
         return pid
-    code = 70
+    code = 1  # of an exception
     try:
         os.setpgid(0, 0)
         with open(text, "wb") as file:
@@ -153,14 +153,14 @@ def tap(act: Callable[[int, str], object]) -> None:
     """
     numbers = itertools.count(1)
 
-    def tapped(owner: Any, name: str) -> None:
-        plain = getattr(owner, name)
+    def tapped(owner: Any, name: str, attribute: str) -> None:
+        plain = getattr(owner, attribute)
 
         def call(*args: Any, **options: Any) -> Any:
             act(next(numbers), name)
             return plain(*args, **options)
 
-        setattr(owner, name, call)
+        setattr(owner, attribute, call)
 
     class File(io.FileIO):
         def write(self, data: Any) -> int:
@@ -176,8 +176,8 @@ def tap(act: Callable[[int, str], object]) -> None:
         return io.BufferedWriter(File(path, "w"))
 
     for name in ("open", "fsync", "replace", "unlink", "mkdir"):
-        tapped(os, name)
-    tapped(Updater, "step")
+        tapped(os, name, name)
+    tapped(TrainingStep, "step", "__call__")
     atomic_io.open = open_tapped
 
 
@@ -202,7 +202,7 @@ class Lab:
         self.train_calls = self.whole.calls()
         self.seconds = time.perf_counter() - began  # of a training
         self.export_calls = self.whole.calls(*self.whole.export_flags)
-        self.files, self.points = self.whole.files(), self.whole.points()
+        self.contents, self.points = self.whole.contents(), self.whole.points()
 
     @contextmanager
     def trial(self) -> Iterator[Trial]:
@@ -277,15 +277,15 @@ class Trial:
             return f"exit code {code}, steps {steps}: {text[-END:]}{rest[-END:]}"
         return self.difference("model_|metrics")
 
-    def files(self, pattern: str = "") -> dict[str, bytes]:
-        """Path in the output folder -> bytes, of all files that match but the lock."""
+    def contents(self, pattern: str = "") -> dict[str, Any]:
+        """Path in the output folder -> `content`, of all files that match but the lock."""
         found = self.output.rglob("*")
         paths = [path for path in found if path.is_file() and path.name != ".hstu.lock"]
         names = {str(path.relative_to(self.output)): path for path in paths}
-        return {name: path.read_bytes() for name, path in names.items() if re.match(pattern, name)}
+        return {name: content(path) for name, path in names.items() if re.match(pattern, name)}
 
     def temporaries(self) -> list[str]:
-        return [name for name in self.files() if name.endswith(".tmp")]
+        return [path.name for path in self.output.rglob("*.tmp")]
 
     def points(self) -> set[tuple[str, int, float]]:
         """(tag, step, value) of what is logged, each once: a kill may have it logged again."""
@@ -294,17 +294,22 @@ class Trial:
         return {(tag, event.step, event.value) for tag in tags for event in log.Scalars(tag)}
 
     def difference(self, pattern: str = "") -> str:
-        """What of the files that match, and of the log, is not as in the whole run."""
-        found, expected = self.files(pattern), self.lab.files
+        """What of the files that match, and of the log, is not as in the whole run.
+
+        A kill may leave an older state, which no later one has removed.
+        """
+        found, expected = self.contents(pattern), self.lab.contents
         has_export = (self.output / "item_embeddings").exists()
         names = {
             name
             for name in expected
             if re.match(pattern, name) and (has_export or "embeddings" not in name)
         }
-        wrong = [f"{n} is there" for n in sorted(found.keys() - names)]
+        more = sorted(found.keys() - names)
+        wrong = [f"{n} is there" for n in more if not re.match(r"resume_\d+\.pt", n)]
         wrong += [f"{n} is not there" for n in sorted(names - found.keys())]
-        wrong += [f"{n} differs" for n in sorted(names & found.keys()) if found[n] != expected[n]]
+        both = sorted(names & found.keys())
+        wrong += [f"{n} differs" for n in both if not is_equal(found[n], expected[n])]
         wrong += [f"{point} logged by one only" for point in self.points() ^ self.lab.points]
         return ", ".join(wrong[:10])
 
@@ -315,6 +320,29 @@ class Trial:
         if is_good and "Traceback" not in text and not self.temporaries():
             return ""
         return f"exit code {code}, temporaries {self.temporaries()}: {text[-END:]}"
+
+
+def content(path: Path) -> Any:
+    """What two runs have to share of a file; what is wrong with it, if it is damaged."""
+    try:
+        if path.suffix == ".pt":
+            return load_checkpoint(path)
+        if path.name == "manifest.json":  # the same weights may be in other bytes
+            return read_json(path) | {"checkpoint_sha256": ""}
+    except DataError as error:
+        return str(error)
+    return path.read_bytes()
+
+
+def is_equal(one: Any, other: Any) -> bool:
+    """Whether all of two checkpoints is equal, their tensors bit for bit."""
+    if isinstance(one, torch.Tensor):
+        return torch.equal(one, other)
+    if isinstance(one, Mapping):
+        return one.keys() == other.keys() and all(is_equal(one[k], other[k]) for k in one)
+    if isinstance(one, list | tuple):
+        return len(one) == len(other) and all(map(is_equal, one, other))
+    return one == other
 
 
 # --------------------------------------------------------------------------------------------- rows
@@ -364,7 +392,7 @@ def kill_a_resume(lab: Lab, numbers: range) -> Iterator[str]:
 
 
 def resume_otherwise(lab: Lab, numbers: range) -> Iterator[str]:
-    """With other numbers of loaders and threads: to the same bytes.
+    """With other numbers of loaders and threads: to the same tensors.
 
     With other threads only for batches as small as these, which BLAS and the loss leave whole.
     """
@@ -406,13 +434,13 @@ def damage(
     path.parent.mkdir(exist_ok=True)
 
     def work() -> int:
-        save_checkpoint(path, {"config": {}, "table": torch.arange(1.0, 250_001)}, 1)
+        written = {"config": {}, "table": torch.arange(1.0, 250_001)}
+        save_checkpoint(path, written)
         good = path.read_bytes()
         for _ in numbers:
-            path.write_bytes(bad := how(bytearray(good), lab.random))
+            path.write_bytes(how(bytearray(good), lab.random))
             try:
-                load_checkpoint(path)
-                print("" if bad == good else "loaded")
+                print("" if is_equal(load_checkpoint(path), written) else "loaded")
             except DataError as error:
                 print("" if path.name in str(error) else f"not named: {error}")
         return 0
@@ -432,13 +460,13 @@ def fill_the_disk(lab: Lab, numbers: range) -> Iterator[str]:
                     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
             code, text = trial.run(fault=lambda act=act: tap(act))
-            problem = trial.refusal(code, text, "No space left", "needs", "free")
+            problem = trial.refusal(code, text, "No space left", "free")
             yield problem or trial.finish()
 
 
 def fill_a_real_disk(lab: Lab, numbers: range) -> Iterator[str]:
     """A file system in memory of each size; only root may mount one."""
-    most = sum(map(len, lab.files.values()))
+    most = sum(path.stat().st_size for path in lab.whole.output.rglob("*.*"))
     for _ in numbers:
         with lab.trial() as trial:
             trial.output.mkdir()
@@ -448,7 +476,7 @@ def fill_a_real_disk(lab: Lab, numbers: range) -> Iterator[str]:
                 return
             try:
                 code, text = trial.run()
-                problem = code and trial.refusal(code, text, "No space left", "needs", "free")
+                problem = code and trial.refusal(code, text, "No space left", "free")
                 subprocess.run([*mount[:4], "remount,size=100m", *mount[5:]], check=True)
                 yield problem or trial.finish()
             finally:
@@ -487,37 +515,13 @@ def signal_anywhere(lab: Lab, numbers: range) -> Iterator[str]:
             yield problem and f"signal {number} after {after:.3f} s: {problem}"
 
 
-def hang_loaders(lab: Lab, numbers: range) -> Iterator[str]:
-    """Both of two, in the fourth batch and in the one after it."""
-    for _ in numbers:
-        with lab.trial() as trial:
-            flags = ["--save_every_steps=0", "--num_workers=2"]
-            mark = trial.output.with_name("hang")
-
-            def hang(mark: Path = mark) -> None:
-                with open(mark, "a") as file:
-                    file.write("x")
-                time.sleep(60)
-
-            pid = trial.start(*flags, fault=lambda hang=hang: in_loaders(hang, {4, 5}))
-            is_hanging = wait_until(lambda mark=mark: mark.exists() and mark.stat().st_size == 2)
-            began = time.perf_counter()
-            os.kill(pid, signal.SIGTERM)
-            code, seconds = wait(pid), time.perf_counter() - began
-            text = trial.text.read_text()
-            problem = trial.finish_signalled(flags, text)
-            if not is_hanging or code != 143 or seconds > GRACE or not is_gone(pid):
-                problem = f"hanging {is_hanging}, exit code {code} after {seconds:.1f} s: {text}"
-            yield problem
-
-
-def in_loaders(act: Callable[[], None], batches: set[int]) -> None:
-    """From here on loader processes do `act` before these batches of the first epoch, from 1."""
+def in_loaders(act: Callable[[], None], number: int) -> None:
+    """From here on loader processes do `act` before that batch of the first epoch, from 1."""
     fetch = MyDataset.__getitems__
 
     def acting(dataset: MyDataset, draw: Any) -> Any:
         epoch, batch = draw.seed[1:]
-        if get_worker_info() is not None and epoch == 0 and batch in batches:
+        if get_worker_info() is not None and epoch == 0 and batch == number:
             act()
         return fetch(dataset, draw)
 
@@ -528,25 +532,29 @@ def raise_an_error() -> None:
     raise OSError(errno.EIO, os.strerror(errno.EIO), "train_data.bin")
 
 
-LOADER_FAULTS: list[tuple[str, Fault, str]] = [
-    ("SIGKILL", lambda: os.kill(os.getpid(), signal.SIGKILL), LOADER_DIED),
-    ("SIGSEGV", lambda: os.kill(os.getpid(), signal.SIGSEGV), LOADER_DIED),
-    ("exit", lambda: os._exit(3), LOADER_DIED),
-    ("an error", raise_an_error, "Input/output error: 'train_data.bin'"),
-]
+LOADER_FAULTS: dict[str, Fault] = {
+    "SIGKILL": lambda: os.kill(os.getpid(), signal.SIGKILL),
+    "SIGSEGV": lambda: os.kill(os.getpid(), signal.SIGSEGV),
+    "exit": lambda: os._exit(3),
+    "an error": raise_an_error,
+}
 
 
 def kill_a_loader(lab: Lab, numbers: range) -> Iterator[str]:
+    """The run ends, whatever it says, and so do the other loaders."""
     for k in numbers:
         with lab.trial() as trial:
-            name, act, words = LOADER_FAULTS[k % len(LOADER_FAULTS)]
+            name, act = list(LOADER_FAULTS.items())[k % len(LOADER_FAULTS)]
             batch = lab.random.randint(1, STEPS)
             pid = trial.start(
-                "--num_workers=2", fault=lambda act=act, batch=batch: in_loaders(act, {batch})
+                "--num_workers=2", fault=lambda act=act, batch=batch: in_loaders(act, batch)
             )
             code, has_ended = wait(pid), wait_until(lambda pid=pid: is_gone(pid))
-            problem = trial.refusal(code, trial.text.read_text(), words) or trial.finish()
-            yield (problem and f"{name} at batch {batch}: {problem}") or ("" if has_ended else name)
+            text = trial.text.read_text()
+            problem = trial.finish()
+            if code != 1 or not has_ended:
+                problem = f"exit code {code}, ended {has_ended}: {text[-END:]}"
+            yield problem and f"{name} at batch {batch}: {problem}"
 
 
 def share_a_folder(lab: Lab, numbers: range) -> Iterator[str]:
@@ -563,7 +571,7 @@ def share_a_folder(lab: Lab, numbers: range) -> Iterator[str]:
             first = trial.start(fault=lambda hold=hold: tap(hold))
             is_held = wait_until(mark.exists)
             code, text = trial.run()
-            problem = trial.refusal(code, text, f"process {first} on ", "is at work in it")
+            problem = trial.refusal(code, text, str(trial.output), "is at work in it")
             os.kill(first, signal.SIGKILL)
             wait(first)
             yield problem or trial.finish() or ("" if is_held else "never held")
@@ -624,7 +632,6 @@ ROWS = {
     "10, tmpfs": Row("a small disk", fill_a_real_disk, 4, 40),
     "12": Row("a sync or a rename fails", fail_a_call, 6, 60),
     "13": Row("SIGTERM, SIGINT, SIGUSR1 at a random time", signal_anywhere, 60, 600),
-    "14": Row("SIGTERM while all loaders hang", hang_loaders, 3, 6),
     "15": Row("a loader killed, crashed, gone, failing", kill_a_loader, 4, 40),
     "17": Row("two trainings in one folder", share_a_folder, 2, 20),
     "19": Row("another process, folder and hash seed", run_elsewhere, 1, 6),
@@ -650,7 +657,9 @@ def outcomes(row: str, numbers: range) -> list[str]:
 
 
 def new_pool() -> ProcessPoolExecutor:
-    return ProcessPoolExecutor(JOBS, mp_context=multiprocessing.get_context("spawn"))
+    """Of processes in which no operator starts a thread: `is_equal` has some."""
+    spawn = multiprocessing.get_context("spawn")
+    return ProcessPoolExecutor(JOBS, spawn, torch.set_num_threads, (1,))
 
 
 def run_row(pool: ProcessPoolExecutor, row: str, trials: int) -> list[str]:
@@ -676,20 +685,19 @@ def saving_cost(data_dir: Path, num_steps: int = 60, rounds: int = 5) -> dict[st
     """Milliseconds of a step on MovieLens-1M, with a state every 20 steps and without, by turns."""
     every, seconds = (0, 20), {0: [], 20: []}
     with tempfile.TemporaryDirectory() as folder:
-        flags = f"--data_dir {data_dir} --output_dir {folder} {IDS_ONLY} {SMALL} --device cpu"
+        flags = f"--data_dir {data_dir} --output_dir {folder} {IDS_AND_TIMES} {SMALL} --device cpu"
         args = get_args(flags.split())
-        manifest = read_manifest(data_dir)
-        dataset = open_datasets(args, manifest, {})["train"]
-        run = prepare_run(args, manifest, read_features(args, manifest), dataset)
+        run = prepare_run(args)
         run.model.train()
-        sampler = BatchSampler(len(dataset), args.batch_size, args.seed, is_shuffled=True)
-        loader = make_loader(dataset, sampler, run.device, 0)
+        loader = make_loader(
+            run.datasets["train"], args.batch_size, args.seed, run.device, 0, is_shuffled=True
+        )
         batches = list(itertools.islice(loader, num_steps))
-        run.updater.step(batches[:1], 1, 1)  # to warm up
+        run.training_step(batches[:1], 1, 1)  # to warm up
         for save_every in every * rounds:
             began = time.perf_counter()
             for step, batch in enumerate(batches, 1):
-                run.updater.step([batch], 1, step)
+                run.training_step([batch], 1, step)
                 if save_every and step % save_every == 0:
                     save_run(run)
             seconds[save_every].append(time.perf_counter() - began)
@@ -746,7 +754,8 @@ def run_benchmark() -> None:
     if not args.trials:  # rows that were not run stay as they were
         path = RESULTS / "faults.json"
         old = json.loads(path.read_text()) if path.exists() else {"rows": {}}
-        result["rows"] = old["rows"] | result["rows"]
+        kept = {row: found for row, found in old["rows"].items() if row in ROWS or row in TESTS}
+        result["rows"] = kept | result["rows"]
         path.write_text(json.dumps(old | result, indent=1) + "\n")
     print(json.dumps(result))
 

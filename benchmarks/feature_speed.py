@@ -10,27 +10,23 @@ disk. The last line printed is one JSON object, which is also what is written.
 
 from __future__ import annotations
 
-import json
 import multiprocessing
 import resource
-import sys
 import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
 from statistics import median
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
 import numpy as np
 import torch
-from reproduce import RESULTS, environment
+from record import environment, write
 
-from dataset import BatchSampler, MyDataset
+from dataset import BatchSampler, MyDataset, Negatives
 from files.atomic_io import write_json
-from files.data_folder import EVENT_DTYPE, Sequences
 from files.data_writer import write_dataset
 from files.features import Feature, load_features
+from files.sequences import EVENT_DTYPE, Sequences
 from hstu_components import FeatureTables
 
 IDS = ["100", "101", "102", "112", "114", "115", "116", "117", "118", "119", "120", "121", "122"]
@@ -43,11 +39,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         result = build_figures(Path(folder)) | loader_figures(Path(folder) / "data")
     result |= environment("cpu")
-    RESULTS.mkdir(exist_ok=True)
-    (RESULTS / "feature_speed.json").write_text(json.dumps(result, indent=1) + "\n")
     for name, value in result.items():
         print(f"{name:40} {value}")
-    print(json.dumps(result))
+    write("feature_speed", result)
 
 
 # ------------------------------------------------------------------------------------------- caches
@@ -135,7 +129,8 @@ def make_dataset(data_dir: Path, generator: np.random.Generator) -> tuple[MyData
     vectors = Feature("emb", WIDTH, values, None, np.ones(len(values), bool))
     codes = generator.integers(1, CARDINALITY + 1, (len(IDS), LOADER_ITEMS + 1), np.int32)
     tables = {i: Feature("sparse", CARDINALITY, row) for i, row in zip(IDS, codes, strict=True)}
-    return MyDataset(data_dir, "train", negatives="batch", host_vectors={"82": vectors}), tables
+    negatives = Negatives(LOADER_ITEMS, "batch")
+    return MyDataset(data_dir, "train", 101, negatives, host_vectors={"82": vectors}), tables
 
 
 def timed(work: Callable, draw: object) -> tuple[int, float]:

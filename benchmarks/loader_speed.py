@@ -12,33 +12,27 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from statistics import median
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
 import numpy as np
 import torch
-from reproduce import environment, write_by_cpu
+from record import environment, write_by_cpu
+from settings import IDS_AND_TIMES, SMALL
 from torch.utils.data import DataLoader, Dataset
 
-from dataset import BatchSampler, MyDataset, count_items, count_targets
+from dataset import MyDataset, Negatives
 from engine.flags import get_args
-from engine.setup import make_loader, read_features
-from files.data_folder import EVENT_DTYPE, SPLITS, Manifest, fingerprint, open_split, read_manifest
-from files.data_writer import write_manifest
-from main import open_datasets, prepare_run
+from engine.setup import make_loader
+from engine.training_setup import open_datasets, prepare_run
+from files.data_folder import SPLITS, Manifest, fingerprint, read_manifest
+from files.data_writer import begin_folder, finish_folder
+from files.sequences import EVENT_DTYPE, Split, open_split
 
 CPU, MAXLEN, BATCH = torch.device("cpu"), 200, 128
-IDS_ONLY = "--item_features none --user_features none --no-actions --mm_emb_id"
-SMALL = (
-    f"--maxlen {MAXLEN} --batch_size {BATCH} --hidden_units 50 --attention_dim 50 --linear_dim 50 "
-    "--num_blocks 2 --num_heads 1 --negatives all"
-)
 LENGTH = 100  # events of a sequence of the large set
 WORKERS = (0, 2)
 
@@ -63,10 +57,9 @@ def main() -> None:
             "worker_uss_mb_large": worker_megabytes(large),
             **environment("cpu"),
         }
-    write_by_cpu("loader_speed", result)
     for name, value in result.items():
         print(f"{name:32} {value}")
-    print(json.dumps(result))
+    write_by_cpu("loader_speed", result)
 
 
 def timed(work: Callable, *args: object) -> tuple[float, object]:
@@ -85,7 +78,7 @@ def event_rates(data_dir: Path, lines: Path, rounds: int) -> dict[str, float]:
     dataset = MyDataset(data_dir, "train", MAXLEN)
     plain = JsonDataset(write_lines(data_dir, lines))
     loaders = {
-        "ours": make_loader(dataset, BatchSampler(len(dataset), BATCH, 1, True), CPU, 0),
+        "ours": make_loader(dataset, BATCH, 1, CPU, 0, is_shuffled=True),
         "json": DataLoader(plain, BATCH, shuffle=True),
     }
     rates: dict[str, list[float]] = {name: [] for name in loaders}
@@ -152,20 +145,18 @@ class JsonDataset(Dataset):
 
 def epoch_seconds(data_dir: Path, rounds: int, steps: int) -> dict[str, float]:
     """Median seconds of an epoch over each loader, and over the same batches made beforehand."""
-    args = get_args(
-        f"--data_dir {data_dir} --output_dir none --log_dir none {IDS_ONLY} {SMALL}".split()
-    )
-    manifest = read_manifest(data_dir)
-    dataset = open_datasets(args, manifest, {})["train"]
-    run = prepare_run(args, manifest, read_features(args, manifest), dataset)
+    shape = f"{IDS_AND_TIMES} {SMALL} --batch_size {BATCH} --device cpu"
+    run = prepare_run(get_args(f"--data_dir {data_dir} {shape}".split()))
     run.model.train()
-    step = run.updater.step
-    length = steps * BATCH or len(dataset)
-    sampler = BatchSampler(min(length, len(dataset)), BATCH, 1, True)
-    sources: dict[str, Iterable] = {
-        f"{count}_workers": make_loader(dataset, sampler, CPU, count) for count in WORKERS
+    step = run.training_step
+    dataset = run.datasets["train"]
+    loaders = {
+        f"{count}_workers": make_loader(dataset, BATCH, 1, CPU, count, is_shuffled=True)
+        for count in WORKERS
     }
-    sources = {"preloaded": list(sources["0_workers"]), **sources}
+    for loader in loaders.values():
+        loader.batch_sampler.num_sequences = min(steps * BATCH or len(dataset), len(dataset))
+    sources: dict[str, Iterable] = {"preloaded": list(loaders["0_workers"]), **loaders}
     seconds: dict[str, list[float]] = {name: [] for name in sources}
     for _ in range(rounds + 1):
         for name, batches in sources.items():
@@ -184,7 +175,7 @@ def epoch_seconds(data_dir: Path, rounds: int, steps: int) -> dict[str, float]:
 
 def write_large(folder: Path, num_sequences: int) -> Path:
     """Random items and rising times; every split has all events."""
-    folder.mkdir()
+    begin_folder(folder)
     generator = np.random.default_rng(1)
     offsets = np.arange(num_sequences + 1) * LENGTH
     users = np.arange(1, num_sequences + 1, dtype="<i4")
@@ -202,7 +193,7 @@ def write_large(folder: Path, num_sequences: int) -> Path:
             os.link(folder / name, folder / name.replace("train", split))
             names.append(name.replace("train", split))
     targets = {"train": "next", "valid": "last", "test": "last"}
-    write_manifest(folder, Manifest(num_sequences, num_sequences, 1, targets), names, set())
+    finish_folder(folder, Manifest(num_sequences, num_sequences, 1, targets), names)
     return folder
 
 
@@ -217,29 +208,23 @@ def opening_parts(data_dir: Path) -> dict[str, float]:
     parts = {}
     parts["open_s_manifest"], manifest = timed(read_manifest, data_dir)
     parts["open_s_fingerprint"], _ = timed(fingerprint, data_dir)
-    parts["open_s_count_items"], counts = timed(count_items, data_dir, "train", manifest.num_items)
-    parts["open_s_count_targets"], counts = timed(
-        count_targets, data_dir, manifest.num_users, counts, None
-    )
+    parts["open_s_split"], train = timed(Split, data_dir, "train", *manifest[:3])
+    parts["open_s_count_items"], counts = timed(train.count_items)
+    parts["open_s_count_targets"], counts = timed(train.count_targets, counts, None)
+    negatives = Negatives(manifest.num_items, "mixed", 1024, counts, has_logq=True)
     for split in SPLITS:
-        parts[f"open_s_{split}"], dataset = timed(
-            lambda split=split: MyDataset(
-                data_dir, split, MAXLEN, "mixed", 1024, target_counts=counts, has_logq=True
-            )
-        )
-    sampler = BatchSampler(len(dataset), BATCH, 1, True)
+        parts[f"open_s_{split}"], dataset = timed(MyDataset, data_dir, split, MAXLEN, negatives)
     parts["open_s_first_batch"], _ = timed(
-        lambda: next(iter(make_loader(dataset, sampler, CPU, 0)))
+        lambda: next(iter(make_loader(dataset, BATCH, 1, CPU, 0, is_shuffled=True)))
     )
     return parts
 
 
 def worker_megabytes(data_dir: Path, num_batches: int = 500) -> float:
     """The most that a worker has to itself (USS), looked at after each batch."""
-    args = get_args(f"--data_dir {data_dir} --output_dir none --log_dir none {IDS_ONLY}".split())
-    dataset = open_datasets(args, read_manifest(data_dir), {})["train"]
-    sampler = BatchSampler(len(dataset), BATCH, 1, True)
-    batches = iter(make_loader(dataset, sampler, CPU, max(WORKERS)))
+    args = get_args(f"--data_dir {data_dir} {IDS_AND_TIMES}".split())
+    datasets, _ = open_datasets(args, read_manifest(data_dir), {}, {})
+    batches = iter(make_loader(datasets["train"], BATCH, 1, CPU, max(WORKERS), is_shuffled=True))
     most = 0
     for _, _ in zip(range(num_batches), batches, strict=False):
         most = max(most, *(private_kb(worker.pid) for worker in batches._workers))

@@ -82,8 +82,8 @@ def last_targets(sequences: list[np.ndarray], maxlen: int) -> tuple[Tensor, Tens
     """The events before each last one, filled up on the left.
 
     Returns:
-        items: (S, maxlen) int64, 0 in gaps.
-        times: (S, maxlen + 1) int64, the last one the target's; in gaps the first event's.
+        items: (S, maxlen) int64, 0 is padding.
+        times: (S, maxlen + 1) int64, the last one the target's; padding has the first event's.
         targets: (S,) int64.
     """
     items = torch.zeros(len(sequences), maxlen, dtype=torch.int64)
@@ -183,7 +183,7 @@ class RecTools:
 
 @torch.no_grad()
 def evaluate(peer: Any, sequences: list[np.ndarray], maxlen: int) -> dict[str, float]:
-    """As evaluation.evaluate: every item but the seen ones ranked for each last event."""
+    """As engine.evaluation.evaluate: every item but the seen ones ranked for each last event."""
     peer.model.eval()
     items, times, targets = last_targets(sequences, maxlen)
     ranks = []

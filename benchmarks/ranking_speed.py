@@ -11,18 +11,13 @@ its columns are absent. The last line printed is one JSON object, which is also 
 
 from __future__ import annotations
 
-import json
-import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 from statistics import median
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import numpy as np
 import torch
-from reproduce import environment, write_by_cpu
+from record import environment, write_by_cpu
 from torch import Tensor
 from torch.nn.functional import normalize
 
@@ -51,10 +46,9 @@ def main() -> None:
         for name, value in row.items():
             print(f"  {name:40} {value}", flush=True)
     result |= environment("cpu")
-    write_by_cpu("ranking_speed", result)
     if faiss is None:
         print("faiss is not installed: pip install faiss-cpu to compare")
-    print(json.dumps(result))
+    write_by_cpu("ranking_speed", result)
 
 
 @torch.no_grad()

@@ -10,116 +10,18 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import resource
-import shlex
 import statistics
 import subprocess
 import sys
-from datetime import date
-from importlib.metadata import version
 from pathlib import Path
 
+from record import RESULTS, ROOT, environment, write
+from settings import DATA, SETTINGS
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-ROOT = Path(__file__).resolve().parent.parent
-RESULTS = ROOT / "benchmarks" / "results"
-
-# Data set -> script that writes it, and the script's arguments.
-DATA = {
-    "synthetic": "prepare_synthetic.py {data}",
-    "ml-1m": "prepare_movielens.py {source} {data}",
-    "beauty": "prepare_table.py {source}/interactions.csv.gz {data} --order seq_pos "
-    "--item_features {source}/items.csv.gz --item_names text --array text --drop n",
-    "kuairand": "prepare_table.py {source}/interactions.csv.gz {data} --time time_ms "
-    "--action is_follow is_like long_view is_click --item_features {source}/items.csv.gz "
-    "--user_features {source}/users.csv.gz --sparse author_id --continual video_duration "
-    "--drop counts play_* *_cnt *_num comment_stay_duration",
-}
-IDS_AND_TIMES = "--item_features none --user_features none --no-actions --mm_emb_id"
-IDS = f"{IDS_AND_TIMES} --time_bias=off"
-SMALL = (
-    "--maxlen=200 --num_blocks=2 --num_heads=1 --hidden_units=50 --attention_dim=50 --linear_dim=50"
-)
-LARGE = (
-    "--maxlen=200 --num_blocks=8 --num_heads=2 --hidden_units=50 --attention_dim=25 --linear_dim=25"
-)
-ML_1M = "--infonce_temp=0.05"
-# As the published small rows: of each user the newest events alone.
-ML_1M_SMALL = f"{SMALL} {ML_1M} --no-windows --batch_size=16 --lr=0.003 --num_epochs=24"
-BEAUTY = (
-    "--maxlen=20 --hidden_units=128 --attention_dim=128 --linear_dim=128 --batch_size=1024 "
-    "--lr=0.008 --dropout_rate=0.5 --infonce_temp=0.08 --num_epochs=14 --no-muon"
-)
-KUAIRAND = (
-    "--maxlen=50 --batch_size=512 --lr=0.006 --dropout_rate=0.4 --infonce_temp=0.06 "
-    "--num_epochs=10 --no-muon"
-)
-# Name -> (data set, flags of main.py).
-SETTINGS = {
-    "quickstart": ("synthetic", "--num_epochs=30 --lr=0.003"),  # scripts/quickstart.sh
-    "ml-1m-small": ("ml-1m", f"{IDS_AND_TIMES} {ML_1M_SMALL}"),
-    "ml-1m-small-event": ("ml-1m", f"{IDS_AND_TIMES} {ML_1M_SMALL} --time_bias=event"),
-    "ml-1m-small-positions": ("ml-1m", f"{IDS} {ML_1M_SMALL}"),
-    "ml-1m-small-none": ("ml-1m", f"{IDS} {ML_1M_SMALL} --no-position_bias"),
-    "ml-1m-large": (
-        "ml-1m",
-        f"{IDS_AND_TIMES} {LARGE} {ML_1M} --batch_size=32 --lr=0.002 --num_epochs=20",
-    ),
-    "beauty-ids": ("beauty", f"{IDS} {BEAUTY}"),
-    "beauty-event": ("beauty", f"{IDS_AND_TIMES} --time_bias=event {BEAUTY}"),
-    "beauty-request": ("beauty", f"{IDS_AND_TIMES} {BEAUTY}"),
-    "beauty-features": ("beauty", f"--mm_emb_id --time_bias=off {BEAUTY}"),
-    "kuairand-ids": ("kuairand", f"{IDS} {KUAIRAND}"),
-    "kuairand-actions": (
-        "kuairand",
-        f"--item_features none --user_features none --mm_emb_id --time_bias=off {KUAIRAND}",
-    ),
-    "kuairand-items": ("kuairand", f"--user_features none --time_bias=off {KUAIRAND}"),
-    "kuairand-users": ("kuairand", f"--time_bias=off {KUAIRAND}"),
-    "kuairand-time": ("kuairand", KUAIRAND),
-    "kuairand-target-action": ("kuairand", f"{KUAIRAND} --target_action"),
-}
-# The defaults, and the same inputs and shape with other flags of optimisation.
-SETTINGS |= {
-    "ml-1m-default": ("ml-1m", "--num_epochs=12"),
-    "ml-1m-default-tuned": (
-        "ml-1m",
-        f"{ML_1M} --num_epochs=12 --batch_size=16 --lr=0.003",
-    ),
-    "beauty-default": ("beauty", "--num_epochs=12"),
-    "beauty-default-tuned": (
-        "beauty",
-        "--batch_size=1024 --lr=0.008 --dropout_rate=0.5 "
-        "--infonce_temp=0.08 --num_epochs=14 --no-muon",
-    ),
-    "kuairand-default": ("kuairand", "--num_epochs=8"),
-    "kuairand-default-tuned": ("kuairand", KUAIRAND.replace("--maxlen=50 ", "")),
-}
-# ML-1M, small shape, a third of the epochs: one thing changed each time. Seed 42.
-ABLATIONS = {
-    "base": "",
-    "time-event": "--time_bias=event",
-    "time-off": "--time_bias=off",
-    "position-off": "--no-position_bias",
-    "biases-off": "--time_bias=off --no-position_bias",
-    "uniform-1024": "--negatives=uniform",
-    "uniform-256": "--negatives=uniform --num_negatives=256",
-    "batch": "--negatives=batch",
-    "batch-no-logq": "--negatives=batch --no-logq",
-    "mixed": "--negatives=mixed",
-    "mixed-no-logq": "--negatives=mixed --no-logq",
-    "temperature-.03": "--infonce_temp=0.03",
-    "temperature-.1": "--infonce_temp=0.1",
-    "windows": "--windows",
-    "actions": "--actions",
-    "target-action": "--target_action",
-    "adamw": "--no-muon",
-}
-SETTINGS |= {
-    f"ablation-{name}": ("ml-1m", f"{IDS_AND_TIMES} {ML_1M_SMALL} --num_epochs=8 {flags}")
-    for name, flags in ABLATIONS.items()
-}
+from files.atomic_io import DataError
+from files.data_folder import read_manifest
 
 
 def main() -> None:
@@ -149,16 +51,15 @@ def main() -> None:
         "peak_rss_gb": round(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1e6, 2),
         **environment(args.device),
     }
-    RESULTS.mkdir(exist_ok=True)
-    path = RESULTS / f"{args.name}_seed{args.seed}.json"
-    path.write_text(json.dumps(result, indent=1) + "\n")
-    print(json.dumps(result))
+    write(f"{args.name}_seed{args.seed}", result)
 
 
 def prepare(data: str, source: str | None, work_dir: Path) -> Path:
     """The data folder, written if it is not there."""
     data_dir = work_dir / f"data_{data}"
-    if not (data_dir / "manifest.json").exists():
+    try:
+        read_manifest(data_dir)
+    except DataError:  # not there, or not finished
         script, *arguments = DATA[data].split()
         places = {"source": source, "data": data_dir}
         call([f"scripts/{script}", *(argument.format(**places) for argument in arguments)])
@@ -208,31 +109,6 @@ def read_curve(log_dir: Path) -> list[dict[str, float]]:
         | {name: round(event.value, 5) for name, event in zip(columns, row, strict=True)}
         for row in zip(*columns.values(), strict=True)
     ]
-
-
-def write_by_cpu(name: str, result: dict[str, object]) -> None:
-    """Into NAME.json, beside what other CPUs gave: each has its own ratios."""
-    path = RESULTS / f"{name}.json"
-    results = json.loads(path.read_text()) if path.exists() else {}
-    path.write_text(json.dumps(results | {result["cpu"]: result}, indent=1) + "\n")
-
-
-def environment(device: str) -> dict[str, object]:
-    """What a figure depends on besides the code: command, commit, machine, versions, date."""
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=ROOT
-    )
-    cpus = [li for li in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in li]
-    script = f"benchmarks/{Path(sys.argv[0]).name}"
-    return {
-        "command": shlex.join(["python", script, *sys.argv[1:]]),
-        "commit": commit.stdout.strip(),
-        "device": device,
-        "cpu": f"{len(cpus)} x {cpus[0].split(':')[1].strip()}",
-        "versions": {name: version(name) for name in ("torch", "numpy")},
-        "python": platform.python_version(),
-        "date": date.today().isoformat(),
-    }
 
 
 if __name__ == "__main__":

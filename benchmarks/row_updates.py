@@ -14,9 +14,8 @@ import json
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
-from reproduce import IDS_AND_TIMES, RESULTS, SMALL, environment
+from record import environment, write
+from settings import IDS_AND_TIMES, SMALL
 
 import hstu_components
 import main as main_module
@@ -45,15 +44,13 @@ def main() -> None:
             sys.exit(1)
         result[name] = json.loads((folder / "metrics.json").read_text())
     result |= environment("cpu")
-    path = RESULTS / f"row_updates_seed{args.seed}.json"
-    path.write_text(json.dumps(result, indent=1) + "\n")
     for name in ("rows", "whole"):
         for split in ("valid", "test"):
             scores = result[name][split]
             print(
                 f"{name:6} {split:6} HR@10 {scores['HR@10']:.4f}  NDCG@10 {scores['NDCG@10']:.4f}"
             )
-    print(json.dumps(result))
+    write(f"row_updates_seed{args.seed}", result)
 
 
 if __name__ == "__main__":

@@ -12,25 +12,19 @@ import argparse
 import collections
 import contextlib
 import functools
-import json
-import sys
 import tempfile
 import time
 from collections.abc import Callable
-from pathlib import Path
 from statistics import median
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
+import torch
+from record import environment, write_by_cpu
+from step import LOSSES, Ours
 
-import torch  # noqa: E402
-from reproduce import environment, write_by_cpu  # noqa: E402
-from step_time import LOSSES, Ours  # noqa: E402
-
-import main as program  # noqa: E402
-from engine import training_step as updates  # noqa: E402
-from engine.setup import keep_freed_memory  # noqa: E402
-from ops import attention, infonce  # noqa: E402
+from engine import training_step
+from engine.setup import keep_freed_memory
+from engine.state import Run
+from ops import attention, infonce
 
 
 class Clock:
@@ -67,17 +61,17 @@ class Clock:
 
 def watch_code(clock: Clock) -> None:
     function = attention._GatedAttention
-    clock.watch(function, "forward", "attention forward: projection, SiLU, norm, gate")
-    clock.watch(function, "backward", "attention backward: projection, SiLU, norm, gate")
+    clock.watch(function, "forward", "attention forward pass: projection, SiLU, norm, gate")
+    clock.watch(function, "backward", "attention backward pass: projection, SiLU, norm, gate")
     clock.watch(attention, "_weights", "attention: scores with biases, SiLU")
-    clock.watch(attention, "_attention_grads", "attention backward: products, SiLU")
-    clock.watch(attention, "_add_bias_grads", "attention backward: sums for the biases")
+    clock.watch(attention, "_attention_grads", "attention backward pass: products, SiLU")
+    clock.watch(attention, "_add_bias_grads", "attention backward pass: sums for the biases")
     clock.watch(infonce._InfoNCE, "forward", "loss with its gradients")
-    clock.watch(torch.Tensor, "backward", "backward of all other parts")
-    clock.watch(updates, "clip_gradients", "clip")
+    clock.watch(torch.Tensor, "backward", "backward pass of all other parts")
+    clock.watch(training_step, "clip_gradients", "clip")
 
 
-def watch_run(clock: Clock, run: program.Run) -> None:
+def watch_run(clock: Clock, run: Run) -> None:
     model = run.model
     prepare = clock.timed(model.hstu.attention.prepare, "attention: groups and time buckets")
     model.hstu.attention = model.hstu.attention._replace(prepare=prepare)
@@ -87,7 +81,7 @@ def watch_run(clock: Clock, run: program.Run) -> None:
     for block in model.hstu.blocks:
         clock.watch(block, "merge", "blocks: dropout, output, residual")
         clock.watch(block.layer_norm, "forward", "blocks: layer norm")
-    clock.watch(run.updater.optimizer, "step", "optimiser")
+    clock.watch(run.training_step.optimizer, "step", "optimiser")
 
 
 def main() -> None:
@@ -124,7 +118,6 @@ def main() -> None:
             print(f"  {ms:7.2f} ms  {ms / step:6.1%}  {part}")
     result |= environment("cpu")
     write_by_cpu("step_profile", result)
-    print(json.dumps(result))
 
 
 if __name__ == "__main__":

@@ -12,32 +12,20 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 import tempfile
 import time
 from pathlib import Path
 
 import torch
+from peers import PEERS, Peer
+from record import RESULTS, environment, write
+from settings import IDS_AND_TIMES, SMALL
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
+from engine.evaluation import evaluate
+from engine.flags import get_args
+from engine.setup import keep_freed_memory, make_loader
+from engine.training_setup import eval_loader, prepare_run
 
-from peers import PEERS, Peer  # noqa: E402
-from reproduce import IDS_AND_TIMES, RESULTS, SMALL, environment  # noqa: E402
-
-import main as program  # noqa: E402
-from engine.evaluation import evaluate  # noqa: E402
-from engine.flags import get_args  # noqa: E402
-from engine.setup import (  # noqa: E402
-    keep_freed_memory,
-    make_eval_loader,
-    make_loader,
-    make_sampler,
-    read_features,
-)
-from files.data_folder import read_manifest  # noqa: E402
-
-RESULT = RESULTS / "time_to_quality.json"
 FLAGS = (
     f"{IDS_AND_TIMES} {SMALL} --no-windows --infonce_temp 0.05 --lr 0.003 --batch_size 16 "
     "--num_epochs 10 --num_workers 1 --device cpu"
@@ -48,23 +36,22 @@ def train_ours(data_dir: str, folder: str) -> tuple[list[dict], dict[str, float]
     """The curve, and the last epoch's test metrics."""
     folders = f"--data_dir {data_dir} --output_dir {folder}/o --log_dir {folder}/l"
     args = get_args(f"{folders} {FLAGS} --seed 1".split())
-    manifest = read_manifest(data_dir)
-    datasets = program.open_datasets(args, manifest, {})
-    run = program.prepare_run(args, manifest, read_features(args, manifest), datasets["train"])
+    run = prepare_run(args)
     run.model.train()
-    sampler = make_sampler(datasets["train"], args, is_shuffled=True)
-    loader = make_loader(datasets["train"], sampler, run.device, args.num_workers)
-    splits = {split: make_eval_loader(datasets[split], args, run.device) for split in datasets}
+    loader = make_loader(
+        run.datasets["train"], args.batch_size, args.seed, run.device, args.num_workers, True
+    )
+    valid_loader = eval_loader(args, run, "valid")
     curve, seconds, step = [], 0.0, 0
     for epoch in range(args.num_epochs):
-        sampler.epoch, start = epoch, time.perf_counter()
+        loader.batch_sampler.epoch, start = epoch, time.perf_counter()
         for batch in loader:
             step += 1
-            run.updater.step([batch], epoch + 1, step)
+            run.training_step([batch], epoch + 1, step)
         seconds += time.perf_counter() - start
-        found = evaluate(run.updater, splits["valid"], removes_seen=True).metrics()
+        found = evaluate(run.model, valid_loader).metrics()
         curve.append(point("ours", seconds, found["HR@10"], found["NDCG@10"]))
-    found = evaluate(run.updater, splits["test"], removes_seen=True).metrics()
+    found = evaluate(run.model, eval_loader(args, run, "test")).metrics()
     return curve, {name: round(found[name], 4) for name in ("HR@10", "NDCG@10")}
 
 
@@ -91,9 +78,7 @@ def measure(args: argparse.Namespace) -> None:
         found[name] = train_peer(name, args.data_dir, args.peers_python, args.peer_seconds)
     result = {"flags": FLAGS, "peers": PEERS}
     result |= {name: {"valid": curve, "test": test} for name, (curve, test) in found.items()}
-    result |= environment("cpu")
-    RESULT.write_text(json.dumps(result, indent=1) + "\n")
-    print(json.dumps(result))
+    write("time_to_quality", result | environment("cpu"))
 
 
 def draw(result: dict, path: Path) -> None:
@@ -126,7 +111,7 @@ def main() -> None:
     if args.data_dir:
         measure(args)
     if args.picture:
-        draw(json.loads(RESULT.read_text()), args.picture)
+        draw(json.loads((RESULTS / "time_to_quality.json").read_text()), args.picture)
 
 
 if __name__ == "__main__":

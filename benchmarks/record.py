@@ -1,0 +1,52 @@
+"""Result files in benchmarks/results: what was measured, and what it depends on.
+
+Each holds one JSON object: a script's figures, and `environment()`; or one such object per CPU.
+Importing this puts the project's root on the path, from which scripts import the package.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+import shlex
+import subprocess
+import sys
+from datetime import date
+from importlib.metadata import version
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+sys.path.insert(0, str(ROOT))
+
+
+def write(name: str, result: dict[str, object]) -> None:
+    """Into NAME.json; the last line printed is the same JSON object."""
+    (RESULTS / f"{name}.json").write_text(json.dumps(result, indent=1) + "\n")
+    print(json.dumps(result))
+
+
+def write_by_cpu(name: str, result: dict[str, object]) -> None:
+    """As `write`, but beside what other CPUs gave: each has its own ratios."""
+    path = RESULTS / f"{name}.json"
+    results = json.loads(path.read_text()) if path.exists() else {}
+    path.write_text(json.dumps(results | {result["cpu"]: result}, indent=1) + "\n")
+    print(json.dumps(result))
+
+
+def environment(device: str) -> dict[str, object]:
+    """What a figure depends on besides the code: command, commit, machine, versions, date."""
+    commit = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=ROOT
+    )
+    cpus = [li for li in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in li]
+    script = f"benchmarks/{Path(sys.argv[0]).name}"
+    return {
+        "command": shlex.join(["python", script, *sys.argv[1:]]),
+        "commit": commit.stdout.strip(),
+        "device": device,
+        "cpu": f"{len(cpus)} x {cpus[0].split(':')[1].strip()}",
+        "versions": {name: version(name) for name in ("torch", "numpy")},
+        "python": platform.python_version(),
+        "date": date.today().isoformat(),
+    }

@@ -1,0 +1,99 @@
+"""The named settings of reproduce.py: the data of each, and the flags of main.py."""
+
+from __future__ import annotations
+
+# Data set -> script that writes it, and the script's arguments.
+DATA = {
+    "synthetic": "prepare_synthetic.py {data}",
+    "ml-1m": "prepare_movielens.py {source} {data}",
+    "beauty": "prepare_table.py {source}/interactions.csv.gz {data} --order seq_pos "
+    "--item_features {source}/items.csv.gz --item_names text --array text --drop n",
+    "kuairand": "prepare_table.py {source}/interactions.csv.gz {data} --time time_ms "
+    "--action is_follow is_like long_view is_click --item_features {source}/items.csv.gz "
+    "--user_features {source}/users.csv.gz --sparse author_id --continual video_duration "
+    "--drop counts play_* *_cnt *_num comment_stay_duration",
+}
+IDS_AND_TIMES = "--item_features none --user_features none --no-actions --mm_emb_id"
+IDS = f"{IDS_AND_TIMES} --time_bias=off"
+SMALL = (
+    "--maxlen=200 --num_blocks=2 --num_heads=1 --hidden_units=50 --attention_dim=50 --linear_dim=50"
+)
+LARGE = (
+    "--maxlen=200 --num_blocks=8 --num_heads=2 --hidden_units=50 --attention_dim=25 --linear_dim=25"
+)
+ML_1M = "--infonce_temp=0.05"
+# As the published small rows: of each user the newest events alone.
+ML_1M_SMALL = f"{SMALL} {ML_1M} --no-windows --batch_size=16 --lr=0.003 --num_epochs=24"
+BEAUTY = (
+    "--maxlen=20 --hidden_units=128 --attention_dim=128 --linear_dim=128 --batch_size=1024 "
+    "--lr=0.008 --dropout_rate=0.5 --infonce_temp=0.08 --num_epochs=14 --no-muon"
+)
+KUAIRAND = (
+    "--maxlen=50 --batch_size=512 --lr=0.006 --dropout_rate=0.4 --infonce_temp=0.06 "
+    "--num_epochs=10 --no-muon"
+)
+# Name -> (data set, flags of main.py).
+SETTINGS = {
+    "quickstart": ("synthetic", "--num_epochs=30 --lr=0.003"),  # scripts/quickstart.sh
+    "ml-1m-small": ("ml-1m", f"{IDS_AND_TIMES} {ML_1M_SMALL}"),
+    "ml-1m-small-event": ("ml-1m", f"{IDS_AND_TIMES} {ML_1M_SMALL} --time_bias=event"),
+    "ml-1m-small-positions": ("ml-1m", f"{IDS} {ML_1M_SMALL}"),
+    "ml-1m-small-none": ("ml-1m", f"{IDS} {ML_1M_SMALL} --no-position_bias"),
+    "ml-1m-large": (
+        "ml-1m",
+        f"{IDS_AND_TIMES} {LARGE} {ML_1M} --batch_size=32 --lr=0.002 --num_epochs=20",
+    ),
+    "beauty-ids": ("beauty", f"{IDS} {BEAUTY}"),
+    "beauty-event": ("beauty", f"{IDS_AND_TIMES} --time_bias=event {BEAUTY}"),
+    "beauty-request": ("beauty", f"{IDS_AND_TIMES} {BEAUTY}"),
+    "beauty-features": ("beauty", f"--mm_emb_id --time_bias=off {BEAUTY}"),
+    "kuairand-ids": ("kuairand", f"{IDS} {KUAIRAND}"),
+    "kuairand-actions": (
+        "kuairand",
+        f"--item_features none --user_features none --mm_emb_id --time_bias=off {KUAIRAND}",
+    ),
+    "kuairand-items": ("kuairand", f"--user_features none --time_bias=off {KUAIRAND}"),
+    "kuairand-users": ("kuairand", f"--time_bias=off {KUAIRAND}"),
+    "kuairand-time": ("kuairand", KUAIRAND),
+    "kuairand-target-action": ("kuairand", f"{KUAIRAND} --target_action"),
+}
+# The defaults, and the same inputs and shape with other flags of optimisation.
+SETTINGS |= {
+    "ml-1m-default": ("ml-1m", "--num_epochs=12"),
+    "ml-1m-default-tuned": (
+        "ml-1m",
+        f"{ML_1M} --num_epochs=12 --batch_size=16 --lr=0.003",
+    ),
+    "beauty-default": ("beauty", "--num_epochs=12"),
+    "beauty-default-tuned": (
+        "beauty",
+        "--batch_size=1024 --lr=0.008 --dropout_rate=0.5 "
+        "--infonce_temp=0.08 --num_epochs=14 --no-muon",
+    ),
+    "kuairand-default": ("kuairand", "--num_epochs=8"),
+    "kuairand-default-tuned": ("kuairand", KUAIRAND.replace("--maxlen=50 ", "")),
+}
+# ML-1M, small shape, a third of the epochs: one thing changed each time. Seed 42.
+ABLATIONS = {
+    "base": "",
+    "time-event": "--time_bias=event",
+    "time-off": "--time_bias=off",
+    "position-off": "--no-position_bias",
+    "biases-off": "--time_bias=off --no-position_bias",
+    "uniform-1024": "--negatives=uniform",
+    "uniform-256": "--negatives=uniform --num_negatives=256",
+    "batch": "--negatives=batch",
+    "batch-no-logq": "--negatives=batch --no-logq",
+    "mixed": "--negatives=mixed",
+    "mixed-no-logq": "--negatives=mixed --no-logq",
+    "temperature-.03": "--infonce_temp=0.03",
+    "temperature-.1": "--infonce_temp=0.1",
+    "windows": "--windows",
+    "actions": "--actions",
+    "target-action": "--target_action",
+    "adamw": "--no-muon",
+}
+SETTINGS |= {
+    f"ablation-{name}": ("ml-1m", f"{IDS_AND_TIMES} {ML_1M_SMALL} --num_epochs=8 {flags}")
+    for name, flags in ABLATIONS.items()
+}
