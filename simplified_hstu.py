@@ -13,10 +13,8 @@ Letters used throughout the package; in brackets the symbol of the paper (arXiv 
     M           negatives
     X           items
     K           cut-off of a ranking
-"reference" is facebookresearch/generative-recommenders, research/modeling/sequential/hstu.py.
-
-`gated_attention` is the definition, and slow: `--kernels plain` computes with it. The form in
-`ops/attention.py` computes the same, faster.
+"Reference" is facebookresearch/generative-recommenders, research/modeling/sequential/hstu.py.
+`gated_attention` is the definition, and slow (`--kernels plain`); `ops/attention.py` is tuned.
 """
 
 from __future__ import annotations
@@ -46,27 +44,23 @@ def time_buckets(seconds: Tensor) -> Tensor:
     return (log_seconds / BUCKET_LOG_WIDTH).long().clamp(max=NUM_TIME_BUCKETS - 1)
 
 
-def causal_mask(length: int, device: torch.device | None = None) -> Tensor:
-    """(length, length) bool, True where the key (column) is not after the query (row)."""
-    return torch.ones(length, length, dtype=torch.bool, device=device).tril()
-
-
 class RelativeAttentionBias(nn.Module):
-    """rab of equation 2: a learnt scalar per distance and per bucket of elapsed time.
+    """rab of equation 2, for all heads: learnt scalars per distance and per bucket of elapsed time.
 
-    Shared by all heads. Reference RelativeBucketedTimeAndPositionBasedBias, but without weights for
-    the future.
+    Reference RelativeBucketedTimeAndPositionBasedBias, but without weights for the future.
     """
 
     def __init__(self, maxlen: int, has_position: bool, has_time: bool):
         super().__init__()
-        self.position_weight = _bias_weight(maxlen) if has_position else None  # (N,)
-        self.time_weight = _bias_weight(NUM_TIME_BUCKETS) if has_time else None  # (129,)
+        self.position_weight = nn.Parameter(torch.empty(maxlen)) if has_position else None
+        self.time_weight = nn.Parameter(torch.empty(NUM_TIME_BUCKETS)) if has_time else None
+        for weight in self.parameters():
+            nn.init.normal_(weight, std=INIT_STD)
 
     def forward(self, length: int, seconds: Tensor | None) -> Tensor:
-        """(B, 1, length, length), or what expands to it: each query's (row) bias for each key.
+        """The bias of each query (row) for each key, broadcastable to (B, 1, length, length).
 
-        `seconds`: (B, length, length) int64 from the key's time to the query's; None: no time bias.
+        `seconds`: (B, length, length) int64, query time minus key time; None without a time bias.
         """
         bias = torch.zeros(())
         if self.position_weight is not None:
@@ -78,24 +72,19 @@ class RelativeAttentionBias(nn.Module):
         return bias
 
 
-def _bias_weight(size: int) -> nn.Parameter:
-    return nn.Parameter(torch.empty(size).normal_(std=INIT_STD))
-
-
 def _look_up(weight: Tensor, index: Tensor) -> Tensor:
-    """weight[index], whose gradient threads would sum in any order."""
+    """weight[index], but with a gradient that is summed in the same order every time."""
     return weight.index_select(0, index.flatten()).view(index.shape)
 
 
 class PaddedSequences(NamedTuple):
-    """The sequences of a packed batch, to be padded at their ends; shared by all blocks."""
+    """What the definition needs to know of a packed batch, shared by all blocks."""
 
-    offsets: Tensor  # (B + 1,) int64 on the CPU
-    lengths: list[int]  # B
-    seconds: Tensor | None  # (B, L, L) int64, from the key's time to the query's
+    lengths: list[int]  # B, events of each sequence
+    seconds: Tensor | None  # (B, L, L) int64, query time minus key time
 
     def pad(self, x: Tensor) -> Tensor:
-        """(T, ...) -> (B, L, ...), zero where there is no event."""
+        """(T, ...) -> (B, L, ...), each sequence padded with zeros at its end."""
         return pad_sequence(x.split(self.lengths), batch_first=True)
 
     def unpad(self, padded: Tensor) -> Tensor:
@@ -106,17 +95,17 @@ class PaddedSequences(NamedTuple):
 def prepare(
     offsets: Tensor, key_times: Tensor, query_times: Tensor | None, num_heads: int
 ) -> PaddedSequences:
-    """What attention needs to know of a batch, once for all blocks.
+    """What the attention of all blocks needs to know of a batch.
 
-    `offsets`: (B + 1,) int64 on the CPU; sequence b, of one event at least, is events
-    offsets[b]..offsets[b + 1] - 1. `key_times`, `query_times`: (T,) int64 seconds, the latter None
-    for no time bias. `num_heads`: by which a tuned form sizes its parts; not needed here.
+    `offsets`: (B + 1,) int64 on the CPU; sequence b is events offsets[b]..offsets[b + 1] - 1, at
+    least one. `key_times`, `query_times`: (T,) int64 seconds; no query times, no time bias.
+    `num_heads`: for the group sizes of a tuned form.
     """
-    sequences = PaddedSequences(offsets, offsets.diff().tolist(), None)
-    if query_times is None:
-        return sequences
-    queries, keys = sequences.pad(query_times), sequences.pad(key_times)  # (B, L)
-    return sequences._replace(seconds=queries[:, :, None] - keys[:, None, :])
+    sequences = PaddedSequences(offsets.diff().tolist(), None)
+    if query_times is not None:
+        queries, keys = sequences.pad(query_times), sequences.pad(key_times)  # (B, L)
+        sequences = sequences._replace(seconds=queries[:, :, None] - keys[:, None, :])
+    return sequences
 
 
 def gated_attention(
@@ -127,25 +116,24 @@ def gated_attention(
     widths: list[int],
     maxlen: int,
 ) -> Tensor:
-    """U * LayerNorm(A V): equations 1 to 3 without the last projection, (T, D) -> (T, H * dv).
+    """U * LayerNorm(A V): equations 1 to 3 but for the last projection, (T, D) -> (T, H * dv).
 
-    `weight`: (H * (2 dv + 2 dqk), D), of U, V, Q and K, one head after the other. `widths`: dv, dv,
-    dqk, dqk. `maxlen`: N, which divides attention.
+    `weight`: (H * (2 dv + 2 dqk), D), of each head the rows of U, V, Q and K. `widths`: dv, dv,
+    dqk, dqk. `maxlen`: N, by which attention is divided.
     """
     projected = F.silu(F.linear(x, weight))  # (T, H * (2 dv + 2 dqk)), equation 1
     padded = sequences.pad(projected).unflatten(-1, (-1, sum(widths)))  # (B, L, H, .)
     u, v, q, k = padded.transpose(1, 2).split(widths, dim=-1)  # (B, H, L, dv or dqk)
     rab = relative_bias(q.shape[2], sequences.seconds)  # (B, 1, L, L)
-    mask = causal_mask(q.shape[2], x.device)  # (L, L)
+    mask = torch.ones(q.shape[2], q.shape[2], dtype=torch.bool, device=q.device).tril()  # (L, L)
     weights = F.silu(q @ k.mT + rab) * mask / maxlen  # (B, H, L, L), A of equation 2
     attended = (weights.to(v.dtype) @ v).transpose(1, 2).flatten(2)  # (B, L, H * dv)
     normed = F.layer_norm(attended, attended.shape[2:], eps=NORM_EPS)
-    gated = u.transpose(1, 2).flatten(2) * normed  # (B, L, H * dv), equation 3
-    return sequences.unpad(gated)  # (T, H * dv)
+    return sequences.unpad(u.transpose(1, 2).flatten(2) * normed)  # (T, H * dv), equation 3
 
 
 class Attention(NamedTuple):
-    """A form of the attention: two functions with the arguments and results of those above."""
+    """A form of the attention: functions with the arguments and results of the two above."""
 
     prepare: Callable[..., Any]
     gated_attention: Callable[..., Tensor]
@@ -158,9 +146,9 @@ class HSTUAttention(nn.Module):
     """One HSTU block on packed events, equations 1 to 3.
 
         U, V, Q, K = split(SiLU(LayerNorm(x) W))
-        y = x + W_o dropout(U * LayerNorm(A V)),   A = SiLU(Q K^T + rab) / N on the past
+        y = x + W_o dropout(U * LayerNorm(A V)),   A = SiLU(Q K^T + rab) / N, causal
 
-    LayerNorms have no weights, W no bias, and scores no 1 / sqrt(dqk), all as in the reference.
+    As in the reference, LayerNorms have no weights, W no bias, and scores no 1 / sqrt(dqk).
     """
 
     def __init__(
@@ -188,15 +176,15 @@ class HSTUAttention(nn.Module):
         nn.init.zeros_(self.output_proj.bias)
 
     def forward(self, x: Tensor, sequences: Any) -> Tensor:
-        """(T, D) -> (T, D); each event attends to its sequence's past and to itself."""
-        x_norm, weight, rab = self.layer_norm(x), self.qkv_proj.weight, self.relative_bias
+        """(T, D) -> (T, D); each event attends to itself and to those before it."""
+        weight, rab = self.qkv_proj.weight, self.relative_bias
         gated = self.attention.gated_attention(
-            x_norm, weight, rab, sequences, self.widths, self.maxlen
+            self.layer_norm(x), weight, rab, sequences, self.widths, self.maxlen
         )  # (T, H * dv)
         return self.merge(x, gated)
 
     def merge(self, x: Tensor, gated: Tensor) -> Tensor:
-        """X plus what the block adds to it, (T, D)."""
+        """(T, D) and (T, H * dv) -> (T, D), the last projection and the residual sum."""
         return x + self.output_proj(self.dropout(gated))
 
 
@@ -206,35 +194,32 @@ class HSTU(nn.Module):
     Args:
         time_bias: whose time a query has. "request": that of the event to be predicted, as in the
             reference; "event": that of the event itself; "off": no time bias.
-        block: arguments of HSTUAttention.
+        block: the other arguments of HSTUAttention.
     """
 
     def __init__(self, num_blocks: int, time_bias: str, **block: Any):
         super().__init__()
         self.time_bias, self.gradient_checkpointing = time_bias, False
-        block["has_time_bias"] = time_bias != "off"
         self.num_heads, self.maxlen = block["num_heads"], block["maxlen"]
+        block["has_time_bias"] = time_bias != "off"
         self.blocks = nn.ModuleList(HSTUAttention(**block) for _ in range(num_blocks))
         self.attention = self.blocks[0].attention
 
     def forward(
         self, x: Tensor, offsets: Tensor, timestamps: Tensor, target_timestamps: Tensor
     ) -> Tensor:
-        """(T, D) events -> (T, D) outputs, each a function of its sequence's events up to itself.
+        """(T, D) -> (T, D), each event from those of its sequence up to itself.
 
-        `offsets`: (B + 1,) int64 on the CPU, as `prepare` has them. `timestamps`: (T,) int64
-        seconds, of the events; `target_timestamps`: of those to be predicted.
+        `offsets`: (B + 1,) int64 on the CPU, as in `prepare`. `timestamps`, `target_timestamps`:
+        (T,) int64 seconds, of the events and of those to be predicted.
         """
-        if not len(x):  # a process's share of a small batch
+        if not len(x):  # with several processes, one may have no sequence of a small batch
             return x
-        query_times = {"request": target_timestamps, "event": timestamps, "off": None}
-        sequences = self.attention.prepare(
-            offsets, timestamps, query_times[self.time_bias], self.num_heads
-        )
+        times = {"request": target_timestamps, "event": timestamps, "off": None}[self.time_bias]
+        sequences = self.attention.prepare(offsets, timestamps, times, self.num_heads)
         for block in self.blocks:
             if self.gradient_checkpointing and self.training:
-                # Reentrant, as else it would keep what the tuned form keeps apart from autograd;
-                # but so it sees nothing to do where only weights want a gradient.
+                # Reentrant: else tuned attention keeps its parts. Its input must need a gradient.
                 x = checkpoint(block, x.requires_grad_(), sequences, use_reentrant=True)
             else:
                 x = block(x, sequences)  # (T, D)
@@ -242,4 +227,4 @@ class HSTU(nn.Module):
 
     @property
     def _causal_mask(self) -> Tensor:  # (N, N) bool
-        return causal_mask(self.maxlen)
+        return torch.ones(self.maxlen, self.maxlen, dtype=torch.bool).tril()
