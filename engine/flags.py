@@ -108,9 +108,9 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     run("--shard_items", **switch, help="torchrun: each process holds a part of the item table")
     text = "of weights, order, dropout and negatives"
     run("--seed", type=at_least(0), default=42, help=text)
-    text = "go on from output_dir's newest state, start afresh, or go on from a resume_*.pt"
+    text = "go on from output_dir's newest state, start afresh, or go on from that resume_*.pt"
     run("--resume", default="auto", metavar="auto|none|PATH", help=text)
-    text = "with --resume none or another folder's state: remove the checkpoints in output_dir"
+    text = "with --resume none: remove the checkpoints in output_dir"
     run("--overwrite", **switch, help=text)
     text = "steps between saved states, besides each epoch's end; 0: none between"
     run("--save_every_steps", type=at_least(0), default=0, help=text)
@@ -144,8 +144,8 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
         )
     if args.num_heads * args.linear_dim == 1:
         parser.error("--linear_dim 1 with one head: a LayerNorm over one number is always 0")
-    if args.overwrite and args.resume == "auto":
-        parser.error("--overwrite is for --resume none, or for the state of another folder")
+    if args.overwrite and args.resume != "none":
+        parser.error("--overwrite is for --resume none")
     return args
 
 

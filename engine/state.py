@@ -15,17 +15,8 @@ import torch
 
 from dataset import MyDataset
 from engine.training_step import TrainingStep
+from files import checkpoint
 from files.atomic_io import DataError, atomic_write
-from files.checkpoint import (
-    differences,
-    load_checkpoint,
-    load_newest_state,
-    load_weights,
-    random_states,
-    save_checkpoint,
-    save_state,
-    set_random_states,
-)
 from model import HSTUModel
 from ops.collectives import all_gather_ints, barrier, is_main_process
 
@@ -87,36 +78,48 @@ class Run:
 
 
 def resume(run: Run, source: str, overwrite: bool, flags: Collection[str]) -> None:
-    """Put a saved state into the run.
+    """Put a saved state of its output folder into a fresh run.
 
     Args:
-        run: a fresh one.
-        source: "auto", the newest state of its folder; "none"; or the path of a state.
-        overwrite: whether another run's checkpoints in the folder may be removed.
+        run: at its start.
+        source: "auto", the newest state; "none"; or the path of a state.
+        overwrite: with "none", whether the checkpoints in the folder may be removed.
         flags: names in `binding` that are flags, for messages.
 
     Raises:
-        DataError: the state belongs to other flags or other data, or the folder holds a run that
-            would be overwritten.
+        DataError: the state belongs to other flags, other data or another folder, or the folder
+            holds a run that would be overwritten.
     """
+    found = own_files(run.output_dir)
     if source == "none":
-        clear(run.output_dir, overwrite)
-    else:
-        state = load_newest_state(run.output_dir) if source == "auto" else load_checkpoint(source)
-        if state is not None:
-            restore(run, state, run.output_dir if source == "auto" else Path(source), flags)
-        elif found := own_files(run.output_dir) - {"metrics.json"}:
+        if found - {"metrics.json"} and not overwrite:
             raise DataError(
-                f"{run.output_dir}: holds {', '.join(sorted(found)[:3])}, but no resume_*.pt to go "
-                "on from; choose another --output_dir, or start afresh with --resume none "
-                "--overwrite"
+                f"{run.output_dir}: holds checkpoints; go on from them with --resume auto, choose "
+                "an empty --output_dir, or add --overwrite"
             )
-        if state is not None and source != "auto":
-            move_in(run, Path(source).parent, overwrite)
+        for name in found if is_main_process() else ():
+            (run.output_dir / name).unlink()
+        return
+    if source == "auto":
+        path, state = run.output_dir, checkpoint.load_newest_state(run.output_dir)
+    else:
+        path, state = Path(source), checkpoint.load_checkpoint(source)
+        if path.resolve().parent != run.output_dir.resolve():
+            raise DataError(
+                f"{path}: not in --output_dir {run.output_dir}; copy it there, with model_best.pt, "
+                "and go on with --resume auto"
+            )
+    if state is not None:
+        restore(run, state, path, flags)
+    elif found - {"metrics.json"}:
+        raise DataError(
+            f"{path}: holds {', '.join(sorted(found)[:3])}, but no resume_*.pt to go on from; "
+            "choose another --output_dir, or start afresh with --resume none --overwrite"
+        )
     # A kill may have come between an epoch's state and its models.
-    is_missing = not (run.output_dir / f"model_epoch_{run.progress.epoch}.pt").exists()
     if run.progress.epoch and not run.progress.batch:
-        save_models(run, with_newest=is_missing)
+        newest = run.output_dir / f"model_epoch_{run.progress.epoch}.pt"
+        save_models(run, with_newest=not newest.exists())
     steps = [step for (step,) in all_gather_ints([run.progress.step])]
     if len(set(steps)) > 1:
         raise DataError(
@@ -128,11 +131,10 @@ def resume(run: Run, source: str, overwrite: bool, flags: Collection[str]) -> No
 def restore(run: Run, state: Mapping[str, Any], path: Path, flags: Collection[str]) -> None:
     if "progress" not in state:
         raise DataError(f"{path}: holds weights only; resume from a resume_*.pt file")
-    changed = differences(state["binding"], run.binding)
-    if changed:
-        names = {line: line.partition(":")[0] for line in changed}
-        of_flags = [f"--{line}" for line in changed if names[line] in flags]
-        if not of_flags and "data files" in names.values():
+    if changed := checkpoint.differences(state["binding"], run.binding):
+        names = [line.partition(":")[0] for line in changed]
+        of_flags = [f"--{line}" for name, line in zip(names, changed, strict=True) if name in flags]
+        if not of_flags and "data files" in names:
             raise DataError(
                 f"{path}: was trained on other data; name that, or another --output_dir and "
                 "--log_dir"
@@ -142,9 +144,9 @@ def restore(run: Run, state: Mapping[str, Any], path: Path, flags: Collection[st
             + "; ".join(of_flags or changed)  # the rest follows from the flags
             + ". Use the same ones, or another --output_dir and --log_dir"
         )
-    load_weights(run.model, state["weights"], path)
+    checkpoint.load_weights(run.model, state["weights"], path)
     run.training_step.load_state_dict(state)
-    set_random_states(state["random"])
+    checkpoint.set_random_states(state["random"])
     run.progress = Progress(**state["progress"])
     if not run.progress.is_finished:
         log.info("resuming at epoch %d, step %d", run.progress.epoch + 1, run.progress.step)
@@ -156,39 +158,8 @@ def own_files(output_dir: Path) -> set[str]:
     return {path.name for path in output_dir.iterdir() if re.fullmatch(names, path.name)}
 
 
-def clear(output_dir: Path, overwrite: bool) -> None:
-    """Make room for a run that does not go on from what lies in its folder."""
-    found = own_files(output_dir)
-    # The best model alone is what a kill in move_in leaves.
-    if found - {"model_best.pt", "metrics.json"} and not overwrite:
-        raise DataError(
-            f"{output_dir}: holds checkpoints; go on from them with --resume auto, choose an empty "
-            "--output_dir, or add --overwrite"
-        )
-    for name in found if is_main_process() else ():
-        (output_dir / name).unlink()
-
-
-def move_in(run: Run, source: Path, overwrite: bool) -> None:
-    """Bring a run from the folder of its state to its own: the best model so far, and the state."""
-    progress = run.progress
-    if source.resolve() == run.output_dir.resolve():
-        return
-    best = None
-    if progress.best_epoch:
-        best = load_checkpoint(source / f"model_epoch_{progress.best_epoch}.pt")
-    clear(run.output_dir, overwrite)
-    barrier()  # or another process would find the new file
-    if best and is_main_process():
-        save_checkpoint(run.output_dir / "model_best.pt", best)
-    save_run(run)
-
-
 def save_epoch(run: Run) -> None:
-    """Write the state to resume from, and the epoch's models.
-
-    The state comes first: whatever comes later can be made from it.
-    """
+    """Write the state to resume from, then the epoch's models, which can be made from it."""
     save_run(run)
     save_models(run)
 
@@ -201,13 +172,14 @@ def save_models(run: Run, with_newest: bool = True) -> None:
     if is_main_process():
         if with_newest:
             weights = {name: tensor.cpu() for name, tensor in weights.items()}
-            save_checkpoint(newest, {"config": asdict(run.model.config), "weights": weights})
+            content = {"config": asdict(run.model.config), "weights": weights}
+            checkpoint.save_checkpoint(newest, content)
         source = folder / f"model_epoch_{progress.best_epoch}.pt"
         is_best = best.exists() and source.exists() and filecmp.cmp(source, best, shallow=False)
         if source.exists() and not is_best:
             with open(source, "rb") as old, atomic_write(best) as new:
                 shutil.copyfileobj(old, new)
-    barrier()  # or another process would test an older one
+    barrier()  # before any process loads the best
 
 
 def save_run(run: Run) -> None:
@@ -215,15 +187,15 @@ def save_run(run: Run) -> None:
         "config": asdict(run.model.config),
         "weights": run.model.state_dict(),
         **run.training_step.state_dict(),
-        "random": random_states(),
+        "random": checkpoint.random_states(),
         "progress": asdict(run.progress),
         "binding": run.binding,
     }
     if is_main_process():
-        save_state(run.output_dir, content, run.progress.step)
+        checkpoint.save_state(run.output_dir, content, run.progress.step)
     barrier()
 
 
 def load_best(run: Run) -> None:
     path = run.output_dir / "model_best.pt"
-    load_weights(run.model, load_checkpoint(path)["weights"], path)
+    checkpoint.load_weights(run.model, checkpoint.load_checkpoint(path)["weights"], path)

@@ -490,51 +490,24 @@ def test_resume_none_never_overwrites_unasked(tmp_path, data, capsys):
 
 def test_resume_from_a_named_state(tmp_path, data):
     whole = run(tmp_path, data, "--save_every_steps=5")
-    resumed = run(tmp_path, data, f"--resume={whole}/resume_5.pt", name="o")
+    shutil.copytree(whole, tmp_path / "o")
+    resumed = run(tmp_path, data, f"--resume={tmp_path}/o/resume_5.pt", name="o")
     assert are_equal_checkpoints(whole / "model_epoch_2.pt", resumed / "model_epoch_2.pt")
 
 
-def test_a_state_of_another_folder_brings_its_best_model_along(tmp_path, data):
-    # So that the first epoch stays the best.
+def test_a_state_of_another_folder_is_refused_and_goes_on_once_it_is_copied(tmp_path, data, capsys):
     flags = ["--lr=30", "--warmup_steps=0", "--early_stop_on=loss"]
     whole = run(tmp_path, data, *flags, "--save_every_steps=5")
-    assert metrics(whole)["best_epoch"] == 1
-    resumed = run(tmp_path, data, *flags, f"--resume={whole}/resume_5.pt", name="o")
-    assert are_equal_checkpoints(whole / "model_best.pt", resumed / "model_best.pt")
-    assert metrics(whole) == metrics(resumed)
-
-
-def test_a_run_from_another_folder_is_killed_and_goes_on_in_its_own(tmp_path, data, monkeypatch):
-    flags = ["--lr=30", "--warmup_steps=0", "--early_stop_on=loss"]
-    whole = run(tmp_path, data, *flags, "--save_every_steps=5")
-    with monkeypatch.context() as patch:
-        stop_after(patch, 0)
-        with pytest.raises(KilledError):
-            run(tmp_path, data, *flags, f"--resume={whole}/resume_5.pt", name="o")
-    resumed = run(tmp_path, data, *flags, name="o")
-    for name in ("model_epoch_2.pt", "model_best.pt"):
-        assert are_equal_checkpoints(whole / name, resumed / name)
-    assert metrics(whole) == metrics(resumed)
-
-
-def test_a_finished_run_of_another_folder_brings_no_metrics_that_lie_there(tmp_path, data):
-    whole, other = run(tmp_path, data), run(tmp_path, data, "--lr=0.5", name="o")
-    assert metrics(whole) != metrics(other)
-    (last,) = whole.glob("resume_6.pt")
-    run(tmp_path, data, f"--resume={last}", "--overwrite", name="o")
-    assert metrics(whole) == metrics(other)
-
-
-def test_a_state_of_another_folder_overwrites_no_run_unasked(tmp_path, data, capsys):
-    whole = run(tmp_path, data, "--save_every_steps=5")
-    other = run(tmp_path, data, "--lr=0.5", name="o")
-    before = {path.name: path.read_bytes() for path in other.glob("*.*")}
+    assert metrics(whole)["best_epoch"] == 1  # and remains so
+    other = tmp_path / "o"
     folders = [f"--data_dir={data}", f"--output_dir={other}", f"--log_dir={other}/logs"]
     assert main([*folders, *SMALL, f"--resume={whole}/resume_5.pt"]) == 1
-    assert "holds checkpoints" in capsys.readouterr().err
-    assert before == {path.name: path.read_bytes() for path in other.glob("*.*")}
-    run(tmp_path, data, f"--resume={whole}/resume_5.pt", "--overwrite", name="o")
-    assert metrics(whole) == metrics(other)
+    assert "copy it there, with model_best.pt" in capsys.readouterr().err
+    for name in ("resume_5.pt", "model_best.pt"):
+        shutil.copy(whole / name, other / name)
+    resumed = run(tmp_path, data, *flags, name="o")
+    assert are_equal_checkpoints(whole / "model_best.pt", resumed / "model_best.pt")
+    assert metrics(whole) == metrics(resumed)
 
 
 def test_metrics_of_an_earlier_run_are_never_taken_for_those_of_this_one(tmp_path, data):
@@ -896,21 +869,6 @@ def test_a_kill_at_any_write_of_a_save_costs_nothing(tmp_path, data, monkeypatch
     for name in ("model_epoch_1.pt", "model_epoch_2.pt", "model_best.pt"):
         assert are_equal_checkpoints(whole / name, resumed / name)
     assert metrics(whole) == metrics(resumed)
-
-
-def test_a_move_that_was_killed_half_way_goes_on_under_the_same_command(
-    tmp_path, data, monkeypatch
-):
-    whole = run(tmp_path, data, "--save_every_steps=1", "--num_epochs=3")
-    state = sorted(whole.glob("resume_*.pt"))[0]
-    flags = ["--save_every_steps=1", "--num_epochs=3", f"--resume={state}"]
-    with monkeypatch.context() as killed:
-        killed.setattr("engine.state.save_state", stop)
-        with pytest.raises(KeyboardInterrupt):
-            run(tmp_path, data, *flags, name="moved")
-    assert [path.name for path in (tmp_path / "moved").glob("*.pt")] == ["model_best.pt"]
-    moved = run(tmp_path, data, *flags, name="moved")
-    assert metrics(moved) == metrics(whole)
 
 
 def stop(*_):
