@@ -25,7 +25,7 @@ import numpy as np
 import torch
 from record import environment, write_by_cpu
 
-from engine.export import Catalogue, by_item, embed
+from engine.export import Catalogue, embed
 from files.atomic_io import atomic_write
 from files.embeddings import emb_pieces, load_emb, publish
 from files.features import Feature
@@ -108,7 +108,7 @@ def export_figures(folder: Path, model: HSTUModel) -> dict[str, float]:
     n = model.config.num_items
     item_ids = torch.arange(1, n + 1)
     ids = np.arange(1, n + 1, dtype=np.uint64)
-    catalogue = Catalogue(item_ids, None, item_ids, ids, "re-id", *by_item(item_ids, n))
+    catalogue = Catalogue(item_ids, None, item_ids, ids, "re-id")
     export, shape = folder / "item_embeddings", (n, WIDTH)
     arrays, origin = {"id.u64bin": ids}, {"item_ids": "re-id"}
     embed_seconds, publish_seconds, peaks = [], [], []

@@ -10,9 +10,10 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from dataset import Batch, MyDataset, Negatives, Request
+from dataset import MyDataset, Negatives, Request
 from engine.run_log import progress_bar
 from engine.setup import make_loader, vectors_on_host
 from engine.trained_model import load_model
@@ -43,8 +44,6 @@ class Catalogue(NamedTuple):
     table_rows: Tensor  # (n,) int64
     ids: np.ndarray  # (n,) uint64, as they are exported
     id_kind: str  # "original", "re-id" or "retrieval"
-    rows_by_item: Tensor  # (n,) int64, from 0: the rows of item 0, of item 1, ...
-    item_offsets: Tensor  # (X + 2,) int64, where each item's rows begin among them
 
 
 @torch.no_grad()
@@ -60,11 +59,9 @@ def infer(args: argparse.Namespace, model_class: type[HSTUModel] = HSTUModel) ->
         path, args.data_dir, manifest, device=args.device, mm_emb_device=args.mm_emb_device,
         kernels=args.kernels, trust_pickle=trust, model_class=model_class,
     )  # fmt: skip
-    request = read_request(
-        args.data_dir, args.request_time, args.request_action, model.config, manifest
-    )
-    is_held_out = manifest.targets.get("test") == "last" and not args.whole_history
-    if is_held_out and request != Request():
+    asked = args.request_time, args.request_action
+    request = read_request(args.data_dir, *asked, model.config, manifest)
+    if manifest.targets.get("test") == "last" and not args.whole_history and request != Request():
         raise DataError(
             f"--request_time and --request_action: the targets of {args.data_dir}'s test split are "
             "known, with their times and actions; ask for what comes next with --whole_history"
@@ -73,11 +70,14 @@ def infer(args: argparse.Namespace, model_class: type[HSTUModel] = HSTUModel) ->
         catalogue = candidates_of(args.candidates, args.data_dir, model, args.mm_emb_device, trust)
     else:
         catalogue = all_items(args.data_dir, model, trust)
-    origin = {"checkpoint": path.name, "checkpoint_sha256": sha256_of(path)}
-    origin |= {"item_ids": catalogue.id_kind, "data_files": fingerprint(args.data_dir)}
+    origin = {
+        "checkpoint": path.name,
+        "checkpoint_sha256": sha256_of(path),
+        "item_ids": catalogue.id_kind,
+        "data_files": fingerprint(args.data_dir),
+    }
     folder, users_folder = output_dir / "item_embeddings", output_dir / "user_embeddings"
-    shape = len(catalogue.ids), model.config.hidden_units
-    arrays = {"id.u64bin": catalogue.ids}
+    shape, arrays = (len(catalogue.ids), model.config.hidden_units), {"id.u64bin": catalogue.ids}
     publish(folder, shape, embed(model, catalogue), arrays, origin, users_folder)
     tell_of_re_ids(args.data_dir, "items", catalogue.id_kind)
     if "test" not in manifest.targets:
@@ -89,8 +89,7 @@ def infer(args: argparse.Namespace, model_class: type[HSTUModel] = HSTUModel) ->
     if not len(dataset):
         return
     device = catalogue.item_ids.device
-    # In the page cache, and not a copy of it.
-    items = torch.from_numpy(load_emb(folder / "embedding.fbin")).to(device)
+    items = torch.from_numpy(load_emb(folder / "embedding.fbin")).to(device)  # a map, not a copy
     loader = make_loader(dataset, args.batch_size, args.seed, device, args.num_workers)
     queries, users, top_rows = recommend(
         model, loader, items, catalogue, args.top_k, args.remove_seen
@@ -140,7 +139,7 @@ def all_items(data_dir: str | Path, model: HSTUModel, trust_pickle: bool = False
     num_items, device = model.config.num_items, next(model.parameters()).device
     ids, kind = exported_ids(data_dir, "i", num_items, trust_pickle)
     item_ids = torch.arange(1, num_items + 1, device=device)
-    return Catalogue(item_ids, None, item_ids, ids[1:], kind, *by_item(item_ids, num_items))
+    return Catalogue(item_ids, None, item_ids, ids[1:], kind)
 
 
 def candidates_of(
@@ -150,35 +149,27 @@ def candidates_of(
     mm_emb_device: str,
     trust_pickle: bool,
 ) -> Catalogue:
-    """The candidate folder's items; one that is not in the catalogue is what its features say."""
+    """The candidate folder's items; one that the model does not know is what its features say."""
     config, device = model.config, next(model.parameters()).device
-    candidates = read_candidates(folder, config.num_items)
+    candidates, num_items = read_candidates(folder, config.num_items), config.num_items
     count = len(candidates.item_ids)
-    vectors = [name for name, spec in config.item_features.items() if spec["kind"] == "emb"]
-    plain = [name for name in config.item_features if name not in vectors]
-    features = load_features(folder, "item", count, plain) if plain else {}
-    for name in vectors:
-        features[name] = candidate_vectors(
-            folder, data_dir, name, candidates, config.num_items, trust_pickle
-        )
     known = {i: (spec["kind"], spec["size"]) for i, spec in config.item_features.items()}
+    plain = [name for name, (kind, _) in known.items() if kind != "emb"]
+    features = load_features(folder, "item", count, plain) if plain else {}
+    for name in [name for name in known if name not in plain]:
+        features[name] = candidate_vectors(
+            folder, data_dir, name, candidates, num_items, trust_pickle
+        )
     found = {i: (f.kind, f.size) for i, f in features.items()}
     for name, (kind, size) in found.items():
-        if kind in ("sparse", "array"):  # they need not have all of the data's values
+        if kind in ("sparse", "array"):  # candidates need not have all values of the data
             found[name] = kind, max(size, known[name][1])
     if changed := differences(known, found):
         raise DataError(f"{folder}: other features than the model's: {'; '.join(changed)}")
     tables = FeatureTables(features, vectors_on_host(features, mm_emb_device)).to(device)
     item_ids = torch.from_numpy(candidates.item_ids.astype(np.int64)).to(device)
     rows = torch.arange(1, count + 1, device=device)
-    own = by_item(item_ids, config.num_items)
-    return Catalogue(item_ids, tables, rows, candidates.retrieval_ids, "retrieval", *own)
-
-
-def by_item(item_ids: Tensor, num_items: int) -> tuple[Tensor, Tensor]:
-    """Catalogue's `rows_by_item` and `item_offsets`."""
-    counts = torch.bincount(item_ids, minlength=num_items + 1)
-    return item_ids.argsort(), torch.nn.functional.pad(counts.cumsum(0), (1, 0))
+    return Catalogue(item_ids, tables, rows, candidates.retrieval_ids, "retrieval")
 
 
 def candidate_vectors(
@@ -206,10 +197,7 @@ def candidate_vectors(
 
 
 def embed(model: HSTUModel, catalogue: Catalogue) -> Iterator[np.ndarray]:
-    """The rows' embeddings, (c, D) float32 of length 1 at a time: millions need not fit in memory.
-
-    Used up without gradients.
-    """
+    """The rows' embeddings, (c, D) float32 of length 1 at a time; consume them in `no_grad`."""
     rows = catalogue.item_ids, catalogue.tables, catalogue.table_rows
     return (chunk.cpu().numpy() for chunk in model.item_embedding_chunks(*rows))
 
@@ -236,17 +224,16 @@ def recommend(
 
     `items`: (n, D) embeddings of the catalogue.
     """
-    queries, users, rows = [], [], []
+    # The catalogue's rows ordered by item, and where each item's begin: candidates may share one.
+    counts = torch.bincount(catalogue.item_ids, minlength=model.config.num_items + 1)
+    order, bounds = catalogue.item_ids.argsort(), F.pad(counts.cumsum(0), (1, 0))
+    queries, users, rows, seen = [], [], [], None
     for batch in progress_bar(loader, desc="users"):
         batch = batch.to(items.device)
         queries.append(model.predict(batch))
-        seen = seen_rows(batch, catalogue) if removes_seen else None
+        if removes_seen:
+            seen_rows, offsets = gather_lists(order, bounds, batch.seen_ids)
+            seen = seen_rows, offsets[batch.seen_offsets]
         rows.append(model.kernels.top_k(queries[-1], items, top_k, seen)[1])
         users.append(batch.user_ids)
     return tuple(torch.cat(parts).cpu().numpy() for parts in (queries, users, rows))
-
-
-def seen_rows(batch: Batch, catalogue: Catalogue) -> tuple[Tensor, Tensor]:
-    """The histories' items as rows of a catalogue, and where each sequence's begin."""
-    rows, offsets = gather_lists(catalogue.rows_by_item, catalogue.item_offsets, batch.seen_ids)
-    return rows, offsets[batch.seen_offsets]

@@ -1,4 +1,4 @@
-"""Muon for the blocks' matrices, AdamW for the rest; of a large table only a batch's rows move."""
+"""Muon for the blocks' matrices, AdamW for the rest; of a large table a batch's rows alone."""
 
 from __future__ import annotations
 
@@ -13,36 +13,33 @@ from torch import Tensor, nn
 from ops.collectives import all_reduce
 
 MUON_MOMENTUM = 0.95
-# Of the polynomial that pulls singular values to about 1, and how often (Jordan's Muon).
+# Coefficients of the polynomial that takes singular values to about 1, and its iterations (Jordan).
 NEWTON_SCHULZ, NUM_ITERATIONS = (3.4445, -4.7750, 2.0315), 5
-# Root mean square of an update at learning rate 1, as AdamW's is (Moonlight, arXiv 2502.16982).
+# Root mean square of an update at learning rate 1, AdamW's usual one (Moonlight, arXiv 2502.16982).
 MUON_RMS = 0.2
 
 
 class RowAdamW(torch.optim.AdamW):
-    """torch.optim.AdamW; a table with a sparse gradient moves in the rows of the gradient alone.
+    """torch.optim.AdamW; of a table with a sparse gradient only the rows in the gradient change.
 
-    Between two steps that touch it a row stands still, weight and state, bit for bit. The second of
-    them makes up for those in between: the row moves as far as its momentum would have carried it,
-    its moments decay, then the new gradient counts. So this is AdamW except that momentum pulls
-    late, at the learning rate and bias correction of the later step; where each step touches every
-    row it is AdamW. In torch.optim.SparseAdam the moments of a row wait as they are, and rare rows
-    learn more slowly: docs/log.md compares.
+    The updates that a row's momentum would have made in the steps without it are made up for in the
+    next step that has it, at that step's learning rate and bias correction; its moments decay for
+    all of them. Where each step has every row, this is AdamW. (In torch.optim.SparseAdam moments do
+    not decay, and rare rows learn more slowly: docs/log.md compares.)
 
     A table's state: step; exp_avg and exp_avg_sq like the table; and last_step, a float32 per row,
-    the step that touched it last.
+    the last step that had it.
     """
 
     def __init__(self, params: Iterable, **options: Any):
         """As torch.optim.AdamW; beta1 is below sqrt(beta2)."""
         super().__init__(params, fused=True, **options)
-        # Or a GradScaler leaves it to the fused kernel, which sees no table, to skip a step that
-        # overflowed.
+        # A GradScaler would leave it to the fused kernel, which sees no table, to skip a step.
         self._step_supports_amp_scaling = False
 
     @torch.no_grad()
     def step(self) -> None:
-        """One update; a sparse gradient is used up by it and None afterwards.
+        """One update, after which sparse gradients are None.
 
         Raises:
             ValueError: weight decay for a table with a sparse gradient.
@@ -67,7 +64,7 @@ def _step_rows(
         state["step"] = table.new_zeros(())
         state["last_step"] = table.new_zeros(len(table))
         state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(table), torch.zeros_like(table)
-    grad = grad.coalesce()  # the rows, each once and rising; repeated ones are summed
+    grad = grad.coalesce()  # each row once, rising; repeated ones are summed
     rows, g = grad.indices()[0], grad.values()  # (R,), (R, D)
     beta1, beta2 = group["betas"]
     state["step"] += 1
@@ -77,7 +74,7 @@ def _step_rows(
     # Adam's m / c1 / (sqrt(v / c2) + eps) is m / (sqrt(v) + eps sqrt(c2)) times sqrt(c2) / c1.
     root_c2, c1 = (1 - beta2**step).sqrt(), 1 - beta1**step
     eps = group["eps"] * root_c2
-    # m / sqrt(v) shrinks by this ratio a step: the missed steps sum up to a geometric series.
+    # m / sqrt(v) shrinks by this ratio a step: the missed updates are a geometric series.
     ratio = beta1 / math.sqrt(beta2)
     update = m / v.sqrt().add_(eps) * (ratio * (1 - ratio**missed) / (1 - ratio))  # (R, D)
     m.mul_(beta1**missed).lerp_(g, 1 - beta1)
@@ -90,18 +87,17 @@ def _step_rows(
 
 
 class MuonAdamW(RowAdamW):
-    """RowAdamW; groups with muon=True, of matrices, move by Muon (Jordan 2024).
+    """RowAdamW; parameter groups with muon=True, of matrices, are updated by Muon (Jordan 2024).
 
-    A matrix moves along its gradient's momentum, Nesterov's, with all singular values made about
-    equal: no direction of its space learns more slowly than another. Learning rate and weight decay
-    mean what they mean for AdamW.
+    A matrix's update is its gradient's Nesterov momentum with all singular values made about equal.
+    Learning rate and weight decay mean what they mean for AdamW.
 
     A matrix's state: step; and momentum like the matrix.
     """
 
     @torch.no_grad()
     def step(self) -> None:
-        """One update; gradients of the matrices are used up by it and None afterwards."""
+        """One update, after which the gradients of the matrices are None."""
         for group in self.param_groups:
             alike = defaultdict(list)
             for matrix in group["params"] if group.get("muon") else ():
@@ -112,7 +108,7 @@ class MuonAdamW(RowAdamW):
         super().step()
 
     def _step_matrices(self, matrices: Sequence[nn.Parameter], group: dict[str, Any]) -> None:
-        """Of one shape, so that all go through the same few products."""
+        """Matrices of one shape, which share their matrix products."""
         directions = []
         for matrix in matrices:
             state = self.state[matrix]
@@ -122,16 +118,16 @@ class MuonAdamW(RowAdamW):
             state["step"] += 1
             state["momentum"].lerp_(matrix.grad, 1 - MUON_MOMENTUM)
             directions.append(matrix.grad.lerp(state["momentum"], MUON_MOMENTUM))
-            matrix.grad = None  # or AdamW would move it again
+            matrix.grad = None  # so that AdamW passes over it
         lr, size = group["lr"], MUON_RMS * math.sqrt(max(matrices[0].shape))
         for matrix, direction in zip(matrices, orthogonal(torch.stack(directions)), strict=True):
             matrix.mul_(1 - lr * group["weight_decay"]).add_(direction, alpha=-lr * size)
 
 
 def orthogonal(x: Tensor) -> Tensor:
-    """(n, a, b) matrices with the same singular vectors and about equal singular values.
+    """(n, a, b) matrices with the same singular vectors and singular values of about 1.
 
-    Those from a hundredth of the norm on become .68 to 1.14; smaller ones stay behind.
+    (.68 to 1.14 for those above a hundredth of the norm; smaller ones remain smaller.)
     """
     a, b, c = NEWTON_SCHULZ
     is_tall = x.shape[1] > x.shape[2]
@@ -147,23 +143,20 @@ def orthogonal(x: Tensor) -> Tensor:
 def clip_gradients(
     parameters: Iterable[nn.Parameter], limit: float, shards: Collection[nn.Parameter] = ()
 ) -> Tensor:
-    """Scale all gradients in place so that their joint L2 norm is at most `limit`; the norm before.
-
-    As torch.nn.utils.clip_grad_norm_, and for sparse gradients too, which are coalesced first.
+    """As torch.nn.utils.clip_grad_norm_, for sparse gradients and sharded tables too; the norm.
 
     Args:
-        parameters: those without a gradient count nothing.
-        limit: 0 leaves gradients as they are.
-        shards: those of `parameters` that hold other rows on each rank; all rows count.
+        parameters: with gradients or without; sparse ones are coalesced.
+        limit: of the norm; 0 leaves gradients as they are.
+        shards: those of `parameters` of which other processes hold other rows; all rows count.
     """
-    values, shard_values = [], []
-    shard_ids = set(map(id, shards))
+    values, shard_values, shards = [], [], set(shards)
     for parameter in parameters:
         if parameter.grad is None:
             continue
         if parameter.grad.is_sparse:
             parameter.grad = parameter.grad.coalesce()
-        part = shard_values if id(parameter) in shard_ids else values
+        part = shard_values if parameter in shards else values
         part.append(parameter.grad.values() if parameter.grad.is_sparse else parameter.grad)
     norm = nn.utils.get_total_norm(values)
     if shards:

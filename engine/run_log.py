@@ -1,4 +1,4 @@
-"""What a person sees of a run: TensorBoard curves, the progress bar, the log lines."""
+"""What a person sees of a run: TensorBoard curves, progress bar, log lines."""
 
 from __future__ import annotations
 
@@ -21,8 +21,7 @@ from ops.collectives import is_main_process, world_size
 
 log = logging.getLogger("hstu")
 
-# TensorBoard's "custom scalars" page: what belongs together in one chart. A name is a pattern that
-# matches from the start: Loss/train takes Loss/train_epoch with it.
+# The charts of TensorBoard's "custom scalars" page. A name stands for all tags that begin with it.
 LAYOUT = {
     "Learning": {
         "loss": ["Multiline", ["Loss/train", "Loss/valid"]],
@@ -36,8 +35,6 @@ LAYOUT = {
         "wait for data, ms": ["Multiline", ["Train/data_wait_ms"]],
     },
 }
-
-
 # What runs are compared by on the HPARAMS page.
 RESULTS = ("Metrics/HR@10", "Metrics/NDCG@10", "Loss/valid")
 COSINE_BINS = torch.linspace(-1, 1, 81).tolist()
@@ -46,12 +43,12 @@ COSINE_BINS = torch.linspace(-1, 1, 81).tolist()
 class RunLog:
     """The log of one run, by the main process; the x axis of every curve is the training step.
 
-    A log folder that is full, read-only or gone never stops a training: the log ends there, with
-    one warning.
+    Where the log folder is full, read-only or gone, the log ends with one warning, and training
+    goes on.
 
     Args:
         log_dir: TensorBoard's folder; what a killed run logged from `first_step` on is dropped.
-        first_step: the first step that this process takes, from 1.
+        first_step: the first one that this process takes, from 1.
         total_steps, num_epochs: of the whole run.
         log_every: steps between two entries.
     """
@@ -73,42 +70,36 @@ class RunLog:
                     "%s: holds curves from before, which TensorBoard will hide; give each run its "
                     "own --log_dir to see both", self.log_dir,
                 )  # fmt: skip
-            with self._survive():
+            with self._end_on_failure():
                 self._writer = SummaryWriter(self.log_dir, purge_step=self.first_step)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if kind is None:
-            self._record(lambda writer: writer.file_writer.add_summary(hparams({}, {})[2]))
+            self._record(_add_summaries, hparams({}, {})[2:])
         self._record(SummaryWriter.close)
         threading.excepthook = self._excepthook
 
     def start(self, flags: Mapping[str, Any], settings: Collection[str]) -> None:
         """The page of charts, and the flags as a table; `settings` are those to compare runs by."""
-        # A path may be no text; protobuf takes nothing else.
-        flags = {k: _as_text(v) if isinstance(v, str) else v for k, v in flags.items()}
-        rows = [f"| {name} | {value} |" for name, value in sorted(flags.items())]
-        table = "\n".join(["| flag | value |", "|---|---|", *rows])
+        texts = {name: str(v).encode(errors="replace").decode() for name, v in flags.items()}
+        rows = [f"| {name} | {text} |" for name, text in sorted(texts.items())]
         # A bool would be shown as 1.0000.
-        values = {k: v if type(v) in (int, float) else str(v) for k, v in flags.items()}
-        values = {name: values[name] for name in sorted(settings)}
-        experiment, session_start, _ = hparams(values, dict.fromkeys(RESULTS))
-
-        def write(writer: SummaryWriter) -> None:
-            writer.add_custom_scalars(LAYOUT)
-            writer.add_text("flags", table)
-            # Not add_hparams: it would make a run of its own, in another folder.
-            writer.file_writer.add_summary(experiment)
-            writer.file_writer.add_summary(session_start)
-
-        self._record(write)
+        numbers = {name: v for name, v in flags.items() if type(v) in (int, float)}
+        values = {name: (texts | numbers)[name] for name in sorted(settings)}
+        self._record(SummaryWriter.add_custom_scalars, LAYOUT)
+        self._record(
+            SummaryWriter.add_text, "flags", "\n".join(["| flag | value |", "|---|---|", *rows])
+        )
+        # Not add_hparams: it would make a run of its own, in a folder within this one.
+        self._record(_add_summaries, hparams(values, dict.fromkeys(RESULTS))[:2])
 
     def step(
         self, epoch: int, step: int, batches: Sequence[Any], values: Mapping[str, Any], bar: tqdm
     ) -> None:
         """Count a step; every `log_every` steps write `values` (tag -> number) and the rates."""
         self._steps += 1
-        # Processes have equal shares, or one less.
+        # Processes have equal numbers of users, or one less.
         self._users += world_size() * sum(len(batch.user_ids) for batch in batches)
         self._events += sum(int(batch.num_targets) for batch in batches)
         if step % self.log_every:
@@ -144,36 +135,30 @@ class RunLog:
     ) -> None:
         """The epoch's curves and its one line; `metrics` is empty without validation."""
         values = {f"Metrics/{name}": value for name, value in metrics.items() if name != "loss"}
+        text = "no validation"
         if metrics:
             values["Loss/valid"] = metrics["loss"]
+            best = ", best so far" * is_best
+            text = f"valid loss {metrics['loss']:.4f}, {summary(metrics)}{best}"
         self._add_scalars(values | {"Loss/train_epoch": train_loss}, step)
         self.flush()
-        valid = (
-            f"valid loss {metrics['loss']:.4f}, {summary(metrics)}" if metrics else "no validation"
-        )
-        best = ", best so far" if metrics and is_best else ""
         log.info(
-            "epoch %d/%d: train loss %.4f, %s%s, %.1f s",
-            epoch, self.num_epochs, train_loss, valid, best, seconds,
+            "epoch %d/%d: train loss %.4f, %s, %.1f s",
+            epoch, self.num_epochs, train_loss, text, seconds,
         )  # fmt: skip
 
     def similarities(self, step: int, target_cosines: Tensor, other_cosines: Tensor) -> None:
         """Histograms of the cosines of queries with their targets and with other items, (S,)."""
-
-        def write(writer: SummaryWriter) -> None:
-            for tag, values in (("pos_sim", target_cosines), ("neg_sim", other_cosines)):
-                writer.add_histogram(f"InfoNCE/{tag}", values.clamp(-1, 1), step, COSINE_BINS)
-
-        self._record(write)
+        for tag, values in (("pos_sim", target_cosines), ("neg_sim", other_cosines)):
+            arguments = f"InfoNCE/{tag}", values.clamp(-1, 1), step, COSINE_BINS
+            self._record(SummaryWriter.add_histogram, *arguments)
 
     def items(self, step: int, embeddings: Tensor, labels: Mapping[str, Sequence[Any]]) -> None:
         """Item embeddings (n, D) for TensorBoard's projector; `labels`: column -> n values."""
         columns = ([" ".join(str(cell).split()) for cell in cells] for cells in labels.values())
         rows = list(map(list, zip(*columns, strict=True)))
         self._record(
-            lambda writer: writer.add_embedding(
-                embeddings, rows, global_step=step, tag="items", metadata_header=list(labels)
-            )
+            SummaryWriter.add_embedding, embeddings, rows, None, step, "items", list(labels)
         )
 
     def flush(self) -> None:
@@ -181,20 +166,17 @@ class RunLog:
         self._record(SummaryWriter.flush)
 
     def _add_scalars(self, values: Mapping[str, float], step: int) -> None:
-        def write(writer: SummaryWriter) -> None:
-            for tag, value in values.items():
-                writer.add_scalar(tag, value, step)
+        for tag, value in values.items():
+            self._record(SummaryWriter.add_scalar, tag, value, step)
 
-        self._record(write)
-
-    def _record(self, write: Callable[[SummaryWriter], None]) -> None:
+    def _record(self, write: Callable[..., Any], *arguments: Any) -> None:
         if self._writer is not None:
-            with self._survive():
-                write(self._writer)
+            with self._end_on_failure():
+                write(self._writer, *arguments)
 
     @contextmanager
-    def _survive(self) -> Iterator[None]:
-        """The end of the log, where its folder fails; TensorBoard's thread raises it here later."""
+    def _end_on_failure(self) -> Iterator[None]:
+        """End the log where its folder fails; what TensorBoard's thread meets is raised here."""
         try:
             yield
         except (OSError, UnicodeEncodeError) as error:  # the latter: TensorBoard wants a text
@@ -206,7 +188,7 @@ class RunLog:
             self._writer = None
 
     def _hide_from_stderr(self, failure: threading.ExceptHookArgs) -> None:
-        """What TensorBoard's thread died of is said by `_survive`; of others, as before."""
+        """`_end_on_failure` says what ended TensorBoard's thread; other threads say it as ever."""
         module = type(failure.thread).__module__
         if not (module.startswith("tensorboard.") and isinstance(failure.exc_value, OSError)):
             self._excepthook(failure)
@@ -217,31 +199,26 @@ class RunLog:
         return f"{duration(pace * (self.total_steps - step))} left"
 
     def start_interval(self) -> None:
-        """Rates are measured from now on."""
+        """Measure rates from now on."""
         self._users = self._events = self._steps = 0
         self.wait_seconds = 0.0  # for the loader; the training loop adds to it
         self._started = time.perf_counter()
+
+
+def _add_summaries(writer: SummaryWriter, summaries: Iterable[Any]) -> None:
+    for each in summaries:
+        writer.file_writer.add_summary(each)
 
 
 def summary(metrics: Mapping[str, float]) -> str:
     return f"HR@10 {metrics['HR@10']:.4f}, NDCG@10 {metrics['NDCG@10']:.4f}"
 
 
-def _as_text(path: str) -> str:
-    return path.encode(errors="replace").decode()
-
-
 def progress_bar(batches: Iterable[Any] | None = None, **options: Any) -> tqdm:
     """One that leaves no trace; off with TQDM_DISABLE, without a terminal, in other processes."""
-    return tqdm(
-        batches,
-        unit="batch",
-        leave=False,
-        dynamic_ncols=True,
-        smoothing=0.1,
-        disable=bool(os.environ.get("TQDM_DISABLE")) or not is_main_process() or None,
-        **options,
-    )
+    is_off = bool(os.environ.get("TQDM_DISABLE")) or not is_main_process() or None
+    options |= {"leave": False, "dynamic_ncols": True, "smoothing": 0.1, "disable": is_off}
+    return tqdm(batches, unit="batch", **options)
 
 
 def duration(seconds: float) -> str:

@@ -24,16 +24,16 @@ from ops.collectives import is_main_process, join, rank, world_size
 
 log = logging.getLogger("hstu")
 
-# Of glibc's mallopt, with how much may be kept: arrays up to 32 MB come from the heap, and 256 MB
-# at its end stay.
+# Options of glibc's mallopt and their values: arrays up to 32 MB come from the heap, whose last
+# 256 MB are not given back.
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = (-1, 256 << 20), (-3, 32 << 20)
 
 
 def set_up_process(args: argparse.Namespace) -> None:
-    """Memory, the other processes, and flags that do not fit together.
+    """Memory, the other processes, and a look at the flags of folders and processes.
 
     Raises:
-        DataError: folders or several processes are asked for in a way that cannot be.
+        DataError: these flags do not fit together.
     """
     keep_freed_memory()
     join(args.device.startswith("cuda") and torch.cuda.is_available())
@@ -57,17 +57,14 @@ def set_up_process(args: argparse.Namespace) -> None:
 
 
 def keep_freed_memory() -> None:
-    """Let the C library keep what a step frees, for the next step.
+    """Let the C library keep the memory that a step frees for the next one.
 
-    Or it goes back to the system and comes again page by page, zeroed: up to an eighth of a step on
-    the CPU (docs/log.md). Where there is no glibc nothing happens.
+    Getting it back from the system takes up to an eighth of a step on the CPU (docs/log.md). Only
+    glibc has such an option.
     """
-    if sys.platform != "linux":
-        return
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    for option in (_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD):
-        if mallopt is not None:
-            mallopt(*option)
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    for option in (_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD) if mallopt else ():
+        mallopt(*option)
 
 
 def pick_device(name: str) -> torch.device:
@@ -90,11 +87,10 @@ def read_features(
     vector_ids: Sequence[str],
     trust_pickle: bool,
 ) -> tuple[dict[str, Feature], dict[str, Feature]]:
-    """Item and user features, the multimodal vectors among the former.
+    """Features of a data folder's items, multimodal vectors among them, and of its users.
 
     Args:
-        data_dir: whose features.
-        manifest: of that folder.
+        data_dir, manifest: the folder, and what its manifest says.
         item_features, user_features: ids, or the one word "all" or "none".
         vector_ids: multimodal vectors; the flag's default need not be there.
         trust_pickle: run whatever a .pkl holds.
@@ -130,14 +126,11 @@ def _wanted(values: Sequence[str]) -> str | Sequence[str]:
 
 
 def vectors_on_host(features: Mapping[str, Feature], place: str) -> dict[str, Feature]:
-    """The multimodal vectors among items' features that are not to lie beside the model.
-
-    `place`: --mm_emb_device.
-    """
+    """The multimodal vectors that stay on disk and come with the batches (--mm_emb_device)."""
     vectors = {name: feature for name, feature in features.items() if feature.kind == "emb"}
     size = sum(feature.values.nbytes for feature in vectors.values())
-    is_beside = place == "model" or (place == "auto" and size <= MODEL_VECTORS_UP_TO)
-    return {} if is_beside else vectors
+    is_with_model = place == "model" or (place == "auto" and size <= MODEL_VECTORS_UP_TO)
+    return {} if is_with_model else vectors
 
 
 def make_loader(
@@ -149,10 +142,9 @@ def make_loader(
     is_shuffled: bool = False,
 ) -> DataLoader:
     """Batches of this process's share, as `loader.batch_sampler` draws them."""
-    share = rank(), world_size()
     has_affinity = hasattr(os, "sched_getaffinity")  # macOS has none
     num_cores = len(os.sched_getaffinity(0)) if has_affinity else os.cpu_count()
-    num_workers = min(num_workers, num_cores)
+    num_workers, share = min(num_workers, num_cores), (rank(), world_size())
     return DataLoader(
         dataset,
         batch_sampler=BatchSampler(len(dataset), batch_size, seed, is_shuffled, *share),
@@ -163,6 +155,6 @@ def make_loader(
         worker_init_fn=leave_signals_to_parent,
         # Forked workers share the counts and vectors of this process; others would get copies.
         multiprocessing_context="fork" if num_workers else None,
-        # Its own, or opening a loader would move the global one that dropout draws from.
+        # A loader draws a seed; dropout's draws from the global generator must not depend on that.
         generator=torch.Generator(),
     )

@@ -1,4 +1,4 @@
-"""Signals that end a run: a number that the run asks for where it can save."""
+"""Signals that end a run: each sets a number, which the run asks for where it can save."""
 
 from __future__ import annotations
 
@@ -13,28 +13,23 @@ from types import FrameType
 from ops.collectives import all_gather_ints
 
 # SIGUSR1 is a scheduler's warning; Windows has none.
-NAMES = ("SIGINT", "SIGTERM", "SIGUSR1")
-SIGNALS = [signal.Signals[name] for name in NAMES if name in signal.Signals.__members__]
+SIGNALS = [s for s in signal.Signals if s.name in ("SIGINT", "SIGTERM", "SIGUSR1")]
 
 
 class Stopped(BaseException):
-    """A signal ends the run; the text says which.
-
-    Not an Exception, as KeyboardInterrupt is none: torch's loader would catch it.
-    """
+    """A signal ends the run. Not an Exception: torch's loader catches those."""
 
     def __init__(self, number: int, remark: str = ""):
         super().__init__(f"stopped by {signal.Signals(number).name}{remark}")
         self.number = number
-        # 130 for SIGINT, else SIGTERM's 143.
-        self.exit_code = 128 + (signal.SIGINT if number == signal.SIGINT else signal.SIGTERM)
+        self.exit_code = 130 if number == signal.SIGINT else 143
 
 
 class StopSignal:
-    """While entered, a signal ends the run: at once, or in `deferred` where `check` is called.
+    """In its block a signal ends the run: at once, or in `deferred` where `check` is called.
 
-    A second SIGINT is Python's own. Outside the main thread, which alone may set handlers, signals
-    do what they did.
+    A second SIGINT is Python's own. Only the main thread can set handlers; elsewhere nothing
+    changes.
     """
 
     def __init__(self) -> None:
@@ -47,7 +42,7 @@ class StopSignal:
 
     def __exit__(self, *_: object) -> None:
         for number, handler in self._before.items():
-            signal.signal(number, handler or signal.SIG_DFL)  # None: not Python's, and lost
+            signal.signal(number, handler or signal.SIG_DFL)  # None: it was not set by Python
 
     def _receive(self, number: int, _: FrameType | None) -> None:
         self._number = self._number or number
@@ -58,7 +53,7 @@ class StopSignal:
 
     @contextmanager
     def deferred(self) -> Iterator[None]:
-        """What runs in here is not interrupted; it calls `check` where it can end."""
+        """In this block nothing is interrupted, but for where it calls `check`."""
         self._is_deferred = True
         try:
             yield
@@ -66,24 +61,23 @@ class StopSignal:
             self._is_deferred = False
 
     def check(self) -> None:
-        """Raise Stopped if a signal has come, to this process or to another one of the training."""
-        number = max(number for (number,) in all_gather_ints([self._number]))
-        if number:
+        """Raise Stopped if a signal has come to any process of the training."""
+        if number := max(number for (number,) in all_gather_ints([self._number])):
             raise Stopped(number)
 
 
-stop_signal = StopSignal()  # the process's, as signals are
+stop_signal = StopSignal()  # one for the process, as its signals are
 
 
 def leave_signals_to_parent(_: int) -> None:
-    """In a loader process: the parent may need one more batch before it stops."""
+    """For a loader process: its parent may need one more batch before it stops."""
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
 
 
 @atexit.register
 def _end_loaders() -> None:
-    """They ignore SIGTERM, by which Python would end them before it waits for them."""
+    """Python would end them by SIGTERM, which they ignore, and wait for them."""
     for process in multiprocessing.active_children():
         if process.daemon:
             process.kill()

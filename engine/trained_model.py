@@ -39,7 +39,15 @@ def load_model(
         DataError: no such checkpoint, or the data has other items or features than the model knows.
     """
     config, weights = read_model(path)
-    features = read_config_features(path, data_dir, config, manifest, trust_pickle)
+    check_data(path, data_dir, config, manifest)
+    sides = config.item_features, config.user_features
+    vectors = [name for name, spec in sides[0].items() if spec["kind"] == "emb"]
+    plain = [[name for name in side if name not in vectors] or ["none"] for side in sides]
+    features = read_features(data_dir, manifest, *plain, vectors, trust_pickle)
+    for specs, loaded in zip(sides, features, strict=True):
+        known = {name: (spec["kind"], spec["size"]) for name, spec in specs.items()}
+        found = {name: (feature.kind, feature.size) for name, feature in loaded.items()}
+        refuse_other_data(path, data_dir, known, found)
     on_host = vectors_on_host(features[0], mm_emb_device)
     model = model_class(config, *features, on_host=on_host, kernels=kernels)
     model = model.to(pick_device(device)).eval()
@@ -53,8 +61,7 @@ def read_model(path: str | Path) -> tuple[HSTUConfig, Mapping[str, Tensor]]:
     config, weights = content["config"], content.get("weights")
     if not isinstance(config, dict) or not isinstance(weights, dict):
         raise DataError(f"{path}: not a checkpoint of this package (no config and weights in it)")
-    names = {setting.name for setting in fields(HSTUConfig)}
-    if changed := sorted(names ^ config.keys()):
+    if changed := sorted({setting.name for setting in fields(HSTUConfig)} ^ config.keys()):
         raise DataError(
             f"{path}: settings {', '.join(changed)} are unknown or missing; export it with the "
             "version that trained it"
@@ -62,36 +69,22 @@ def read_model(path: str | Path) -> tuple[HSTUConfig, Mapping[str, Tensor]]:
     return HSTUConfig(**config), weights
 
 
-def read_config_features(
-    path: str | Path,
-    data_dir: str | Path,
-    config: HSTUConfig,
-    manifest: Manifest,
-    trust_pickle: bool,
-) -> tuple[dict, dict]:
-    """The features that a checkpoint's model was built with, from a data folder."""
+def check_data(
+    path: str | Path, data_dir: str | Path, config: HSTUConfig, manifest: Manifest
+) -> None:
+    """Refuse data whose items or action types are not those of the model's training."""
     known, found = {"items": config.num_items}, {"items": manifest.num_items}
-    if config.item_ids_digest and manifest.item_ids_digest:  # an item, or an order, may differ
+    if config.item_ids_digest and manifest.item_ids_digest:  # an item, or their order, may differ
         known["digest of the item ids"] = config.item_ids_digest[:8]
         found["digest of the item ids"] = manifest.item_ids_digest[:8]
-    num_types = max(config.num_action_types, config.num_target_action_types)
-    if num_types:
+    if num_types := max(config.num_action_types, config.num_target_action_types):
         known["action types"] = num_types
         found["action types"] = max(num_types, manifest.num_action_types)
         if config.action_names and manifest.action_names:
-            shared = min(num_types, manifest.num_action_types)  # there may be fewer now
+            shared = min(num_types, manifest.num_action_types)  # the data may have fewer types
             known["action names"] = config.action_names[:shared]
             found["action names"] = manifest.action_names[:shared]
     refuse_other_data(path, data_dir, known, found)
-    sides = config.item_features, config.user_features
-    vectors = [name for name, spec in sides[0].items() if spec["kind"] == "emb"]
-    plain = [[name for name in side if name not in vectors] or ["none"] for side in sides]
-    features = read_features(data_dir, manifest, *plain, vectors, trust_pickle)
-    for specs, loaded in zip(sides, features, strict=True):
-        known |= {name: (spec["kind"], spec["size"]) for name, spec in specs.items()}
-        found |= {name: (feature.kind, feature.size) for name, feature in loaded.items()}
-    refuse_other_data(path, data_dir, known, found)
-    return features
 
 
 def refuse_other_data(

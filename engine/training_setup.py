@@ -49,13 +49,8 @@ def prepare_run(args: argparse.Namespace, model_class: type[HSTUModel] = HSTUMod
     train_set, device = datasets["train"], pick_device(args.device)
     config = make_config(args, manifest, features, train_set.has_timestamps)
     seed_random(args.seed)
-    model = model_class(
-        config,
-        *features,
-        on_host=train_set.host_vectors,
-        shards_items=shards_items(args, train_set),
-        kernels=args.kernels,
-    ).to(device)
+    options = {"kernels": args.kernels, "shards_items": shards_items(args, train_set)}
+    model = model_class(config, *features, on_host=train_set.host_vectors, **options).to(device)
     model.hstu.gradient_checkpointing = args.gradient_checkpointing
     if args.compile:
         compile_blocks(model.hstu)
@@ -95,27 +90,19 @@ def open_datasets(
     item_counts = train.count_items()
     target_counts = train.count_targets(item_counts, None if args.windows else args.maxlen)
     negatives = Negatives(
-        manifest.num_items,
-        kind,
-        args.num_negatives,
-        target_counts,
-        args.logq,
+        manifest.num_items, kind, args.num_negatives, target_counts, args.logq,
         only_trained=bool(item_features),
-    )
-    options = {
-        "has_windows": args.windows,
-        "host_vectors": host_vectors,
-        "trust_pickle": args.trust_pickle,
-    }
+    )  # fmt: skip
+    options = {"has_windows": args.windows, "trust_pickle": args.trust_pickle}
+    options |= {"negatives": negatives, "host_vectors": host_vectors}
     datasets = {
-        split: MyDataset(args.data_dir, split, args.maxlen, negatives, **options)
-        for split in manifest.targets
+        split: MyDataset(args.data_dir, split, args.maxlen, **options) for split in manifest.targets
     }
     return datasets, item_counts
 
 
 def eval_loader(args: argparse.Namespace, run: Run, split: str) -> DataLoader | None:
-    """None where the split is absent, empty, or does not tell its targets."""
+    """None where the split is absent, empty, or without known targets."""
     dataset = run.datasets.get(split)
     if dataset is None or dataset.target == "none" or not len(dataset):
         return None
@@ -132,24 +119,20 @@ def make_config(
         }
         for side in features
     ]
+    same = (
+        "maxlen", "hidden_units", "num_blocks", "num_heads", "attention_dim", "linear_dim",
+        "dropout_rate", "position_bias", "infonce_temp",
+    )  # fmt: skip
     return HSTUConfig(
         num_items=manifest.num_items,
         num_action_types=manifest.num_action_types if args.actions else 0,
         num_target_action_types=manifest.num_action_types if args.target_action else 0,
         item_features=specs[0],
         user_features=specs[1],
-        maxlen=args.maxlen,
-        hidden_units=args.hidden_units,
-        num_blocks=args.num_blocks,
-        num_heads=args.num_heads,
-        attention_dim=args.attention_dim,
-        linear_dim=args.linear_dim,
-        dropout_rate=args.dropout_rate,
         time_bias=args.time_bias if has_timestamps else "off",
-        position_bias=args.position_bias,
-        infonce_temp=args.infonce_temp,
         item_ids_digest=manifest.item_ids_digest,
         action_names=manifest.action_names,
+        **{name: getattr(args, name) for name in same},
     )
 
 
@@ -157,7 +140,7 @@ def shards_items(args: argparse.Namespace, train_set: MyDataset) -> bool:
     """Whether each process is to hold a part of the item table.
 
     Raises:
-        DataError: the table would not be trained by rows, or not in the same steps everywhere.
+        DataError: a table is sharded only if it is trained by rows, with the same steps everywhere.
     """
     if not args.shard_items or world_size() == 1:
         return False
@@ -172,9 +155,9 @@ def shards_items(args: argparse.Namespace, train_set: MyDataset) -> bool:
 
 
 def compile_blocks(hstu: HSTU) -> None:
-    """Compile what stands around each block's attention, once for all lengths.
+    """Compile what follows each block's attention, once for all lengths.
 
-    The attention itself loops over groups, whose number and shapes follow the lengths.
+    The attention itself is a loop over groups, whose number and shapes follow the lengths.
     """
     for block in hstu.blocks:
         if isinstance(block, HSTUAttention):  # not one of your own
@@ -192,8 +175,7 @@ def announce(args: argparse.Namespace, run: Run) -> None:
         f"train on {place} in {args.precision}: {len(train_set):,} {what}, "
         f"{train_set.num_items:,} items, {run.item_counts.sum():,} events of {args.data_dir}; "
         f"{num_weights(run.model):,} weights, {train_set.negatives.kind} negatives; "
-        f"{args.num_epochs} epochs, {total_steps:,} steps"
-        + (remark if first_entry <= total_steps else "")
+        f"{args.num_epochs} epochs, {total_steps:,} steps{remark * (first_entry <= total_steps)}"
     )
     if args.warmup_steps >= total_steps:
         log.warning(
@@ -211,7 +193,7 @@ def announce(args: argparse.Namespace, run: Run) -> None:
 
 
 def num_weights(model: HSTUModel) -> int:
-    """Of the whole model, whatever part of its tables this process holds."""
+    """Of the whole model, with what other processes hold of its tables."""
     shards = [module for module in model.modules() if isinstance(module, ShardedEmbedding)]
     elsewhere = [(shard.num_rows - len(shard.weight)) * shard.embedding_dim for shard in shards]
     return sum(p.numel() for p in model.parameters()) + sum(elsewhere)
@@ -219,16 +201,13 @@ def num_weights(model: HSTUModel) -> int:
 
 def idle_flags(run: Run) -> list[tuple[str, bool, str]]:
     """Flags that may do nothing, whether so in this run, and the reason."""
-    train_set, config = run.datasets["train"], run.model.config
-    kind = train_set.negatives.kind
-    has_vectors = any(spec["kind"] == "emb" for spec in config.item_features.values())
+    train_set, specs = run.datasets["train"], run.model.config.item_features.values()
+    kind, has_vectors = train_set.negatives.kind, any(spec["kind"] == "emb" for spec in specs)
+    of_vectors = ("mm_missing", "mm_projection", "mm_emb_device")
     return [
         ("num_negatives", kind in ("all", "batch"), f"with {kind} negatives"),
         ("logq", kind in ("all", "uniform"), f"with {kind} negatives"),
         ("shard_items", world_size() == 1, "in a single process"),
         ("target_action", not train_set.num_action_types, "without actions in the data"),
-        *(
-            (name, not has_vectors, "without multimodal vectors")
-            for name in ("mm_missing", "mm_projection", "mm_emb_device")
-        ),
+        *((name, not has_vectors, "without multimodal vectors") for name in of_vectors),
     ]

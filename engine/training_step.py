@@ -1,4 +1,4 @@
-"""One training step from one or several batches: gradients, learning rate, finite check."""
+"""One training step: gradients of one or several batches, learning rate, check for NaN."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from ops.sharded_table import ShardedEmbedding, gather_table, own_rows
 
 ADAM_BETAS = (0.9, 0.98)  # the reference's
 AUTOCAST_DTYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
-NAMED = 5  # of what is not finite
+MOST_NAMED = 5  # weights, items or users that are not finite
 IF_NOT_FINITE = "Lower --lr or raise --infonce_temp, and check the features for huge values"
 
 
@@ -45,11 +45,11 @@ def autocast(device: torch.device, precision: str) -> torch.autocast:
 
 
 class TrainingStep:
-    """A model and what trains it, in this process.
+    """A model and what trains it.
 
-    Each process computes the gradients of its share of a batch; their sum is the whole batch's, and
-    all processes change the weights alike. Not torch's DistributedDataParallel: it takes the mean
-    of processes that each have something.
+    Of several processes each computes the gradients of its share of a batch; their sum is that of
+    the whole batch, and all update their weights alike. (torch's DistributedDataParallel takes the
+    mean, and wants every process to have a share.)
 
     Args:
         model: on its device.
@@ -65,20 +65,18 @@ class TrainingStep:
         self.optimizer = make_optimizer(model, options)
         is_fp16 = options.precision == "fp16"
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=is_fp16)
-        # Loss and gradients were finite so far; on the device, which is not asked in every step.
-        self._is_sound = torch.ones((), dtype=torch.bool, device=self.device)
+        # Whether loss and gradients were finite so far; on the device, so no step waits for it.
+        self._is_finite = torch.ones((), dtype=torch.bool, device=self.device)
         self._newest: tuple[Sequence[Any], Tensor, Tensor] | None = None
         shards = [m for m in model.modules() if isinstance(m, ShardedEmbedding)]
         self.shards = {m.weight: m.num_rows for m in shards}  # gradients come summed over processes
         self._tables = [m.weight for m in model.modules() if getattr(m, "sparse", False)]
 
     def __call__(self, batches: Sequence[Any], epoch: int, step: int) -> dict[str, Tensor | float]:
-        """Train on one or several dataset.Batch, as if they and all processes' were one.
+        """Train on one or several dataset.Batch (of all processes) as if they were one.
 
-        But for the negatives: each batch has its own.
-
-        The host waits for a GPU for fp16's scaler, for the rows of sparse gradients and for list
-        features; else not.
+        Only the negatives stay apart: each batch has its own. The host waits for a GPU where there
+        are an fp16 scaler, sparse gradients or list features.
 
         Args:
             batches: on the CPU.
@@ -91,7 +89,7 @@ class TrainingStep:
             DataError: on the CPU, loss or gradient are not finite; the weights are those of the
                 step before. On a GPU `check_finite` says so.
         """
-        if world_size() > 1:  # each its own dropout, and that of the step whatever was before
+        if world_size() > 1:  # dropout differs between processes, and follows from the step alone
             seeds = np.random.SeedSequence((self.options.seed, step, rank()))
             torch.manual_seed(int(seeds.generate_state(1, np.uint64)[0]))
         total = max(1, sum(int(batch.num_targets) for batch in batches))
@@ -107,8 +105,8 @@ class TrainingStep:
             self._sum_over_processes(loss)
         self.scaler.unscale_(self.optimizer)
         grad_norm = clip_gradients(self.model.parameters(), self.options.clip_grad, self.shards)
-        # A scaler skips the steps that overflow by itself.
-        self._is_sound &= torch.isfinite(loss if self.scaler.is_enabled() else loss + grad_norm)
+        # A gradient that overflows in fp16 is no fault: the scaler skips that step.
+        self._is_finite &= torch.isfinite(loss if self.scaler.is_enabled() else loss + grad_norm)
         self._newest = batches, loss, grad_norm
         if self.device.type == "cpu":
             self.check_finite(epoch, step)
@@ -127,12 +125,12 @@ class TrainingStep:
         apart = {*self._tables, *self.shards}
         others = [p for p in self.model.parameters() if p.requires_grad and p not in apart]
         for parameter in others:
-            if parameter.grad is None:  # a share may be empty, and not come to the blocks
+            if parameter.grad is None:  # an empty share does not reach the blocks
                 parameter.grad = torch.zeros_like(parameter)
         all_reduce([loss, *(parameter.grad for parameter in others)])
 
     def state_dict(self) -> dict[str, Any]:
-        """What goes on from here needs, besides the model's own; sharded tables on process 0."""
+        """What a resumed run needs besides the model; the main process has sharded tables whole."""
         optimizer = self.optimizer.state_dict()
         for place, num_rows in self._places_of_shards():
             if place in optimizer["state"]:
@@ -154,14 +152,14 @@ class TrainingStep:
         self.scaler.load_state_dict(state["scaler"])
 
     def _places_of_shards(self) -> list[tuple[int, int]]:
-        """Where sharded tables stand in the optimiser's state, and their rows on all processes."""
+        """Index of each sharded table in the optimiser's state, and its rows on all processes."""
         parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
         return [(k, self.shards[p]) for k, p in enumerate(parameters) if p in self.shards]
 
     def check_finite(self, epoch: int, step: int) -> None:
         """Raise DataError if any loss or gradient so far was not finite; waits for a GPU."""
-        # Of fp16's overflows the scaler takes care; with a scale below 1 it is something else.
-        if self._is_sound and self.scaler.get_scale() >= 1:
+        # A scale below 1: steps overflow in fp16 whatever the scale.
+        if self._is_finite and self.scaler.get_scale() >= 1:
             return
         _, loss, grad_norm = self._newest
         place = "" if self.device.type == "cpu" else " or shortly before"
@@ -172,7 +170,7 @@ class TrainingStep:
 
     @torch.no_grad()
     def _culprits(self) -> str:
-        """What of the newest batches, or before them of the model, is not finite, as a clause."""
+        """Which weights are not finite, else which items and users of the newest batches."""
         names = [n for n, weight in self.model.named_parameters() if not weight.isfinite().all()]
         if names:
             return f", weights not finite: {_some(names)}"
@@ -190,17 +188,13 @@ class TrainingStep:
 
 def make_optimizer(model: HSTUModel, options: Optimization) -> MuonAdamW:
     """Weight decay for matrices only: on a table it would shrink items that never occur."""
-    tables = {
-        id(module.weight)
-        for module in model.modules()
-        if isinstance(module, torch.nn.Embedding | torch.nn.EmbeddingBag)
-    }
-    blocks = {id(parameter) for parameter in model.hstu.parameters()}
+    kinds = torch.nn.Embedding | torch.nn.EmbeddingBag
+    tables = {module.weight for module in model.modules() if isinstance(module, kinds)}
+    blocks = set(model.hstu.parameters())
     groups: dict[tuple[bool, bool], list] = defaultdict(list)
     for parameter in model.parameters():
-        is_matrix = parameter.dim() == 2 and id(parameter) not in tables
-        has_muon = options.muon and is_matrix and id(parameter) in blocks
-        groups[is_matrix, has_muon].append(parameter)
+        is_matrix = parameter.dim() == 2 and parameter not in tables
+        groups[is_matrix, options.muon and is_matrix and parameter in blocks].append(parameter)
     return MuonAdamW(
         [
             {"params": p, "weight_decay": options.weight_decay * is_matrix, "muon": has_muon}
@@ -213,13 +207,13 @@ def make_optimizer(model: HSTUModel, options: Optimization) -> MuonAdamW:
 
 def learning_rate(step: int, options: Optimization) -> float:
     """Linear warm-up over `warmup_steps`, then a cosine to zero after the last; `step` from 0."""
-    if step < options.warmup_steps:
-        return options.lr * (step + 1) / options.warmup_steps
-    left = max(1, options.total_steps - options.warmup_steps)
-    done = (step - options.warmup_steps) / left
-    return options.lr * 0.5 * (1.0 + math.cos(math.pi * done))
+    lr, warmup = options.lr, options.warmup_steps
+    if step < warmup:
+        return lr * (step + 1) / warmup
+    done = (step - warmup) / max(1, options.total_steps - warmup)
+    return lr * 0.5 * (1.0 + math.cos(math.pi * done))
 
 
 def _some(values: Sequence[Any]) -> str:
-    more = f" and {len(values) - NAMED} more" if len(values) > NAMED else ""
-    return ", ".join(map(str, values[:NAMED])) + more
+    more = f" and {len(values) - MOST_NAMED} more" if len(values) > MOST_NAMED else ""
+    return ", ".join(map(str, values[:MOST_NAMED])) + more

@@ -18,11 +18,11 @@ log = logging.getLogger("hstu")
 EVENT_DTYPE = np.dtype([("item_id", "<i4"), ("action_type", "<i4"), ("timestamp", "<i8")])
 OFFSET_DTYPE = np.dtype("<i8")
 USER_DTYPE = np.dtype("<i4")
-BLOCK = 1 << 16  # events looked at at once; 1 MB, which a cache holds
+BLOCK = 1 << 16  # events read at once in a pass over all; 1 MB, which fits a cache
 
 
 class Sequences(NamedTuple):
-    """Users' events laid end to end; the target, if there is one, is the last."""
+    """Events of some sequences laid end to end."""
 
     events: np.ndarray  # (E,) EVENT_DTYPE
     offsets: np.ndarray  # (B + 1,) int64: sequence b is events[offsets[b]:offsets[b + 1]]
@@ -48,11 +48,11 @@ def gather(
 
 
 def as_records(events: np.ndarray) -> np.ndarray:
-    """Records, or plain item ids made into some, without action or time."""
+    """Records as they are; plain item ids as records without action and time."""
     if events.dtype == EVENT_DTYPE:
         return events
     records = np.zeros(len(events), EVENT_DTYPE)
-    # A wider id must stay out of range, to be refused, instead of wrapping to a valid one.
+    # A wider id stays out of range, and is refused, instead of wrapping to a valid one.
     records["item_id"], records["action_type"] = np.clip(events, -(2**31), 2**31 - 1), -1
     return records
 
@@ -88,10 +88,11 @@ def open_split(data_dir: Path, split: str) -> tuple[np.ndarray, np.ndarray, np.n
     if width not in dtypes:
         beyond = np.flatnonzero(offsets[1:] > size // EVENT_DTYPE.itemsize)[:1]
         place = "".join(f"; sequence {k} ends at event {offsets[k + 1]} of them" for k in beyond)
-        raise DataError(
-            f"{path}: {size} bytes, but {split}_offsets.bin describes {num_events} events, which "
-            f"makes {num_events * 16} bytes of records (or 4 or 8 bytes per plain item id){place}. "
-            "One of the two is truncated or from another run; write the split again"
+        raise _bad(
+            path,
+            f"{size} bytes, but {split}_offsets.bin describes {num_events} events, which makes "
+            f"{num_events * 16} bytes of records (or 4 or 8 bytes per plain item id){place}. One "
+            "of the two is truncated or from another run",
         )
     return map_file(path, dtypes[width]), offsets, users
 
@@ -100,17 +101,15 @@ def map_file(path: Path, dtype: np.dtype) -> np.ndarray:
     """A read-only memory map of a whole file."""
     size = file_size(path)
     if size % dtype.itemsize:
-        raise DataError(
-            f"{path}: {size} bytes is not a multiple of {dtype.itemsize}; the file is truncated, "
-            "write the split again"
+        raise _bad(
+            path, f"{size} bytes is not a multiple of {dtype.itemsize}; the file is truncated"
         )
     return np.memmap(path, dtype, mode="r") if size else np.empty(0, dtype)
 
 
 def file_size(path: Path) -> int:
     if not path.is_file():
-        found = "a folder" if path.is_dir() else "no such file"
-        raise DataError(f"{path}: {found}; write the split again")
+        raise _bad(path, "a folder" if path.is_dir() else "no such file")
     return path.stat().st_size
 
 
@@ -121,13 +120,14 @@ def check_split(
     path, users_path = (split_path(data_dir, split, what) for what in ("offsets", "users"))
     if len(offsets) == 0 or offsets[0] != 0:
         found = "is empty" if len(offsets) == 0 else f"begins with {offsets[0]}"
-        raise DataError(f"{path}: {found}, but the first offset is 0; write the split again")
+        raise _bad(path, f"{found}, but the first offset is 0")
     falls = np.flatnonzero(offsets[1:] < offsets[:-1])
     if len(falls):
         k = falls[0] + 1
-        raise DataError(
-            f"{path}: offset[{k}] = {offsets[k]} is below offset[{k - 1}] = {offsets[k - 1]}, but "
-            "offsets never decrease; the file is damaged, write the split again"
+        raise _bad(
+            path,
+            f"offset[{k}] = {offsets[k]} is below offset[{k - 1}] = {offsets[k - 1]}, but offsets "
+            "never decrease; the file is damaged",
         )
     num_sequences = len(offsets) - 1
     if users is None and num_sequences > num_users:
@@ -136,20 +136,17 @@ def check_split(
             f"sequence in {users_path.name}"
         )
     if users is not None and len(users) != num_sequences:
-        raise DataError(
-            f"{users_path}: {len(users)} users, but {num_sequences} sequences; write the split "
-            "again"
-        )
+        raise _bad(users_path, f"{len(users)} users, but {num_sequences} sequences")
     if users is not None and (k := first_outside(users, 1, num_users)) < len(users):
-        raise DataError(
-            f"{users_path}: sequence {k} has user {users[k]}, not in 1..{num_users}; write the "
-            "split again"
-        )
+        raise _bad(users_path, f"sequence {k} has user {users[k]}, not in 1..{num_users}")
+
+
+def _bad(path: Path, found: str) -> DataError:
+    return DataError(f"{path}: {found}; write the split again")
 
 
 def first_outside(values: np.ndarray, low: int, high: int) -> int:
-    """Place of the first value outside low..high; their number, if there is none."""
-    # Where all is well two reductions are enough, a fraction of the time of three masks.
+    """Index of the first value not in low..high; len(values) if there is none."""
     if not len(values) or low <= values.min() <= values.max() <= high:
         return len(values)
     return int(((values < low) | (values > high)).argmax())
@@ -189,21 +186,24 @@ class Split:
         """
         users = rows + 1 if self.users is None else self.users[rows]
         sequences = gather(self.events, starts, ends, users.astype(USER_DTYPE))
-        # Copied out of the records, they are read in a fraction of the time.
+        # Contiguous copies of the two columns are checked in a fraction of the time.
         ids, actions = (sequences.events[name].copy() for name in ("item_id", "action_type"))
-        bad_item = first_outside(ids, 1, self.num_items)
-        bad_action = first_outside(actions, -1, self.num_action_types - 1)
-        event = min(bad_item, bad_action)
+        highest = self.num_action_types - 1
+        event = min(first_outside(ids, 1, self.num_items), first_outside(actions, -1, highest))
         if event == len(ids):
             return sequences
         b = int(np.searchsorted(sequences.offsets, event, side="right")) - 1
         place = starts[b] + event - sequences.offsets[b]
-        if event == bad_item:
-            raise bad_item_error(self, place, ids[event])
-        raise DataError(
-            f"{self.path('data')}: {self.place(place)}: action type {actions[event]} is not in "
-            f"-1..{self.num_action_types - 1}; write the split again"
+        if not 1 <= ids[event] <= self.num_items:
+            raise self._bad_item(place, ids[event])
+        raise _bad(
+            self.path("data"),
+            f"{self.place(place)}: action type {actions[event]} is not in -1..{highest}",
         )
+
+    def _bad_item(self, event: int, item_id: int) -> DataError:
+        found = f"{self.place(event)}: item id {item_id} is not in 1..{self.num_items}"
+        return _bad(self.path("data"), f"{found} (0 is padding and never stored)")
 
     def path(self, what: str) -> Path:
         return split_path(self.data_dir, self.name, what)
@@ -233,36 +233,34 @@ class Split:
         return {path: stat and (stat.st_size, stat.st_mtime_ns) for path, stat in stats.items()}
 
     def warn_of_oddities(self) -> None:
-        """Say, once each, what is legal and yet seldom meant: falling times, users that come twice.
+        """Say what is legal and yet seldom meant: falling times, users that come twice.
 
-        The order stays that of the file: sorting here would change which event is the target, and
-        the splits were cut by this order.
+        Events stay in the order of the file: sorting here would change which one is the target.
         """
-        count, first = self._falls() if self.events.dtype == EVENT_DTYPE else (0, [])
-        if count:
+        falls = self._falls() if self.events.dtype == EVENT_DTYPE else []
+        if len(falls):
             log.warning(
                 "%s: events older than the one before: %d of %d, left where they are, the first: "
-                "%s", self.path("data"), count, len(self.events), ", ".join(map(self.place, first)),
+                "%s", self.path("data"), len(falls), len(self.events),
+                ", ".join(map(self.place, falls[:3])),
             )  # fmt: skip
         counts = np.bincount(self.users) if self.users is not None else np.empty(0)
-        if (counts > 1).any():
-            repeated = np.flatnonzero(counts > 1)
+        if len(repeated := np.flatnonzero(counts > 1)):
             log.warning(
                 "%s: users with several sequences: %d, the first: %s",
                 self.path("users"), len(repeated), first_few(repeated),
             )  # fmt: skip
 
-    def _falls(self) -> tuple[int, list[int]]:
-        """How many events are older than the one before in their sequence, and the first three."""
-        times, count, first = self.events["timestamp"], 0, []
+    def _falls(self) -> np.ndarray:
+        """Events that are older than the one before in their sequence."""
+        times, found = self.events["timestamp"], [np.empty(0, np.int64)]
         for start in range(1, len(times), BLOCK):
             end = min(start + BLOCK, len(times))
             is_fall = times[start:end] < times[start - 1 : end - 1]
             low, high = np.searchsorted(self.offsets, [start, end])
             is_fall[self.offsets[low:high] - start] = False  # a sequence's first has none before it
-            falls = np.flatnonzero(is_fall)
-            count, first = count + len(falls), (first + (falls[:3] + start).tolist())[:3]
-        return count, first
+            found.append(np.flatnonzero(is_fall) + start)
+        return np.concatenate(found)
 
     def count_items(self) -> np.ndarray:
         """(X + 1,) int64: how often each item occurs.
@@ -276,15 +274,15 @@ class Split:
             ids = np.ascontiguousarray(item_ids_of(self.events[start : start + size]))
             event = first_outside(ids, 1, self.num_items)
             if event < len(ids):
-                raise bad_item_error(self, start + event, ids[event])
+                raise self._bad_item(start + event, ids[event])
             counts += np.bincount(ids, minlength=len(counts))
         return counts
 
     def count_targets(self, item_counts: np.ndarray, maxlen: int | None) -> np.ndarray:
-        """(X + 1,) int64: how often each item is a target of the training, of its `item_counts`.
+        """(X + 1,) int64: how often each item is a training target, out of its `item_counts`.
 
-        A sequence's first event is none, nor is one older than its newest `maxlen`, if that is
-        given.
+        A sequence's first event is no target, nor is one older than its newest `maxlen` targets
+        (None: all of them are).
         """
         starts, ends = self.offsets[:-1], self.offsets[1:]
         firsts = starts + 1 if maxlen is None else np.maximum(starts + 1, ends - maxlen)
@@ -299,11 +297,3 @@ class Split:
 
 def first_few(values: np.ndarray) -> str:
     return ", ".join(map(str, values[:3]))
-
-
-def bad_item_error(split: Split, event: int, item_id: int) -> DataError:
-    return DataError(
-        f"{split.path('data')}: {split.place(event)}: item id {item_id} is not in "
-        f"1..{split.num_items} (0 is padding and never stored); write the split again with dense "
-        "item ids"
-    )

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import argparse
 import hashlib
-import itertools
 import json
 import logging
 import os
@@ -20,14 +18,9 @@ from conftest import NUM_ITEMS
 from test_model import make_model
 
 import model as model_module
-from dataset import load_emb
-from engine.export import (
-    Catalogue,
-    by_item,
-    candidates_of,
-    embed,
-    seen_rows,
-)
+from dataset import MyDataset, load_emb
+from engine.export import Catalogue, candidates_of, embed, recommend
+from engine.setup import make_loader
 from files.atomic_io import DataError, file_entry
 from files.embeddings import publish
 from files.item_vectors import load_vectors
@@ -41,7 +34,7 @@ ORIGIN = {"item_ids": "original"}
 
 def catalogue() -> Catalogue:
     item_ids = torch.arange(1, 24)
-    return Catalogue(item_ids, None, item_ids, IDS, "original", *by_item(item_ids, 23))
+    return Catalogue(item_ids, None, item_ids, IDS, "original")
 
 
 def publish_matrix(folder: Path, matrix: np.ndarray, size: int = 4, ids: np.ndarray = IDS) -> None:
@@ -226,15 +219,18 @@ def test_candidates_of_one_original_id_share_its_vector(tiny, tmp_path, mm_emb_d
     assert values[:, 0].tolist() == [1, 0, 1, 2, 0]
 
 
+@torch.no_grad()
 def test_of_an_item_that_is_two_candidates_both_are_seen(tiny, tmp_path):
     write_candidates(tmp_path / "twice", tiny, [2, 7, 0, 7, 0], [1, 2, 3, 4, 5])
-    found = candidates_in(tmp_path / "twice", tiny, make_model(tiny))
-    batch = argparse.Namespace(
+    model = make_model(tiny)
+    found = candidates_in(tmp_path / "twice", tiny, model)
+    batch = next(iter(make_loader(MyDataset(tiny, "test", 7), 3, 0, torch.device("cpu"), 0)))
+    batch = batch._replace(
         seen_ids=torch.tensor([7, 5, 2, 5, 7]), seen_offsets=torch.tensor([0, 2, 4, 5])
     )
-    rows, offsets = seen_rows(batch, found)
-    histories = [set(rows[a:b].tolist()) for a, b in itertools.pairwise(offsets.tolist())]
-    assert histories == [{1, 3}, {0}, {1, 3}]
+    items = torch.from_numpy(np.concatenate(list(embed(model, found))))
+    _, _, rows = recommend(model, [batch], items, found, 5, removes_seen=True)
+    assert [set(top.tolist()) - {-1} for top in rows] == [{0, 2, 4}, {1, 2, 3, 4}, {0, 2, 4}]
 
 
 @pytest.mark.parametrize("item_ids", [[7, 0, 3], range(NUM_ITEMS, 0, -1)])
