@@ -262,11 +262,11 @@ class L2NormEmbeddingPostprocessor(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., D) -> (..., D) float32, whatever the precision that computed x."""
-        return _Direction.apply(x.to(torch.promote_types(x.dtype, torch.float32)))
+        return _Normalise.apply(x.to(torch.promote_types(x.dtype, torch.float32)))
 
 
-class _Direction(torch.autograd.Function):
-    """torch.nn.functional.normalize with a third of the passes on the way back.
+class _Normalise(torch.autograd.Function):
+    """F.normalize with a third of the passes in the backward pass, 3 % of a step (docs/log.md).
 
     The gradient is that of vectors longer than L2_EPS.
     """

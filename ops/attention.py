@@ -1,12 +1,12 @@
-"""HSTU's attention over padded groups of sequences, tile by tile, with a backward pass of its own.
+"""HSTU's attention over padded groups of sequences, tile by tile, with its own backward pass.
 
 `simplified_hstu.gated_attention` is the definition; arguments and results are the same. Letters as
 there, and here alone: a padded group has G sequences of up to L events.
 
-Padding the whole batch would compute several times as many scores as there are pairs of events: the
-batch is cut into groups of sequences of about the same length. Without a softmax, a tile of scores
-needs nothing from its neighbours. So scores live for one tile only, the backward pass computes them
-again unless they are few, and memory grows with T instead of N^2 (benchmarks/attention_memory.py).
+The batch is cut into groups of sequences of about the same length: padded as a whole, it would have
+several times as many scores. As there is no softmax, a tile of scores needs nothing from the tiles
+beside it. So only one tile of them exists at a time, the backward pass computes them again (unless
+they are few), and memory grows with T instead of N^2 (benchmarks/attention_memory.py).
 """
 
 from __future__ import annotations
@@ -20,42 +20,40 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-# Queries in a tile. Keys after a tile's last query are not computed.
-TILE = 128
-# Scores of a tile: 2 MB on the CPU, so that the passes over them stay in the cache; on a GPU few
-# large kernels are better, and this bounds a score tensor to 256 MB.
+TILE = 128  # queries in a tile; keys after its last query are not computed
+# Scores of a tile: 2 MB on the CPU, so that the passes over them stay in the cache; 256 MB on a
+# GPU, for which few large kernels are better.
 CPU_SCORES = 1 << 19
 GPU_SCORES = 1 << 26
-# A group's shortest sequence has at least this share of the events of its longest: 6 to 9 % of a
+# A group's shortest sequence has at least this share of the events of its longest: so 6 to 9 % of a
 # group is padding in MovieLens' batches.
 SHORTEST = 0.7
 # Up to this many (query, key) pairs in a batch, time buckets are computed once and shared by all
-# blocks, a byte each, or eight while there are few; and scores are kept for the backward pass, in
-# each block. Beyond, they are computed again where they are used, so that memory grows with T.
+# blocks, a byte each; and up to this many scores in a block are kept for the backward pass. Beyond,
+# both are computed again where they are used, so that memory grows with T.
 CACHED_BUCKETS = 1 << 26
-CACHED_INDICES = 1 << 22
 CACHED_SCORES = 1 << 22
 # As in simplified_hstu.
 BUCKET_LOG_WIDTH = 0.301
 NUM_TIME_BUCKETS = 129
 NORM_EPS = 1e-6
-# The bias of a key after its query: SiLU and its derivative are exactly zero there, as long as the
-# other terms of a score stay below 9,000.
+# The bias of a key after its query: SiLU and its derivative are exactly 0 there, unless the other
+# terms of a score exceed 9,000.
 FUTURE = -1e4
 
 
 def time_buckets(seconds: Tensor) -> Tensor:
-    """As `simplified_hstu.time_buckets`, with fewer passes; of float64 seconds."""
-    highest = math.exp((NUM_TIME_BUCKETS - 0.5) * BUCKET_LOG_WIDTH)  # the last bucket's middle
+    """As `simplified_hstu.time_buckets`, of float64 seconds, with fewer passes."""
+    highest = math.exp((NUM_TIME_BUCKETS - 0.5) * BUCKET_LOG_WIDTH)  # in the last bucket
     return seconds.float().abs().clamp_(1, highest).log_().div_(BUCKET_LOG_WIDTH).long()
 
 
 class Tile(NamedTuple):
-    """Some queries of a group and every key that one of them may see."""
+    """Some queries of a group, and every key up to the last of them."""
 
     queries: slice
     times: tuple[Tensor, Tensor] | None  # (G, queries) and (G, keys) float64 seconds
-    cached_buckets: Tensor | None  # (G, queries * keys) uint8 or int64 in 0..128
+    cached_buckets: Tensor | None  # (G, queries * keys) uint8 in 0..128
 
     @property
     def keys(self) -> slice:
@@ -72,12 +70,12 @@ class Tile(NamedTuple):
 
 
 class Group(NamedTuple):
-    """Neighbouring sequences of the batch, each padded at its end to the length of the longest.
+    """Consecutive sequences of the batch, each padded at its end to the length of the longest.
 
-    Padding comes after all of its sequence's events, so causality hides it from them.
+    Padding comes after a sequence's events, so it is never a key of theirs.
     """
 
-    events: slice  # its rows of the packed batch
+    events: slice  # rows of the packed batch
     shape: tuple[int, int]  # G, L
     places: Tensor | None  # (events,) int64 row of each event in the padded group; None: no padding
     tiles: list[Tile]
@@ -95,29 +93,19 @@ class Group(NamedTuple):
         return padded if self.places is None else padded.index_select(0, self.places)
 
 
-class GroupedSequences(NamedTuple):
-    """What all blocks share of a batch."""
-
-    offsets: Tensor  # (B + 1,) int64 on the CPU
-    groups: list[Group]
-
-
 def prepare(
     offsets: Tensor, key_times: Tensor, query_times: Tensor | None, num_heads: int
-) -> GroupedSequences:
+) -> list[Group]:
     """Cut a packed batch into groups; arguments as `simplified_hstu.prepare`.
 
-    Batches come ordered by length, so there is little padding; any order is correct. The offsets
-    lie on the CPU, so that the cuts need no wait for the device.
+    Batches are ordered by length, for little padding; any order is correct. The offsets lie on the
+    CPU, so that nothing waits for the device.
     """
     lengths, device = offsets.diff(), key_times.device
     num_scores = CPU_SCORES if device.type == "cpu" else GPU_SCORES
     bounds = _group_bounds(lengths.tolist(), num_scores // num_heads)
     shapes = [(b - a, int(lengths[a:b].max())) for a, b in bounds]
-    num_pairs = sum(G * L**2 for G, L in shapes)
-    cache_dtype = torch.int64 if num_pairs <= CACHED_INDICES else torch.uint8
-    if num_pairs > CACHED_BUCKETS:
-        cache_dtype = None
+    caches_buckets = sum(G * L**2 for G, L in shapes) <= CACHED_BUCKETS
     groups = []
     for (a, b), shape in zip(bounds, shapes, strict=True):
         events = slice(int(offsets[a]), int(offsets[b]))
@@ -130,8 +118,8 @@ def prepare(
             # float64 is exact up to 2^53, and faster to subtract than int64.
             times = [group.pad(t[events, None].double()) for t in (query_times, key_times)]
             times = [t.view(shape) for t in times]
-        groups.append(group._replace(tiles=_tiles(shape[1], times, cache_dtype)))
-    return GroupedSequences(offsets, groups)
+        groups.append(group._replace(tiles=_tiles(shape[1], times, caches_buckets)))
+    return groups
 
 
 def _group_bounds(lengths: list[int], max_scores: int) -> list[tuple[int, int]]:
@@ -147,7 +135,7 @@ def _group_bounds(lengths: list[int], max_scores: int) -> list[tuple[int, int]]:
 
 
 def _places(lengths: Tensor, longest: int) -> Tensor | None:
-    """(events,) row of each event in the padded group; None if all sequences are as long."""
+    """(events,) row of each event in the padded group; None if all sequences have one length."""
     if int(lengths.min()) == longest:
         return None
     firsts = torch.arange(len(lengths)) * longest  # the place of each sequence's first event
@@ -155,7 +143,7 @@ def _places(lengths: Tensor, longest: int) -> Tensor | None:
     return torch.arange(int(lengths.sum())) + shifts.repeat_interleave(lengths)
 
 
-def _tiles(length: int, times: list[Tensor] | None, cache_dtype: torch.dtype | None) -> list[Tile]:
+def _tiles(length: int, times: list[Tensor] | None, caches_buckets: bool) -> list[Tile]:
     """`times`: (G, L) of the queries and of the keys."""
     size = -(-length // -(-length // TILE))  # tiles of equal size, if possible
     tiles = []
@@ -164,8 +152,8 @@ def _tiles(length: int, times: list[Tensor] | None, cache_dtype: torch.dtype | N
         tile = Tile(queries, None, None)
         if times is not None:
             tile = tile._replace(times=(times[0][:, queries], times[1][:, : queries.stop]))
-            if cache_dtype is not None:
-                tile = tile._replace(cached_buckets=tile.time_buckets().to(cache_dtype))
+            if caches_buckets:
+                tile = tile._replace(cached_buckets=tile.time_buckets().to(torch.uint8))
         tiles.append(tile)
     return tiles
 
@@ -174,25 +162,23 @@ def gated_attention(
     x: Tensor,
     weight: Tensor,
     relative_bias: Any,
-    sequences: GroupedSequences,
+    groups: list[Group],
     widths: list[int],
     maxlen: int,
 ) -> Tensor:
     """U * LayerNorm(A V), (T, D) -> (T, H * dv); arguments as `simplified_hstu.gated_attention`."""
-    # Autocast knows no autograd.Function: its inputs come in the type that it would choose.
+    # Autocast does not reach into an autograd.Function: its inputs get their type here.
     device = x.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
     biases = relative_bias.position_weight, relative_bias.time_weight
-    return _GatedAttention.apply(
-        x.to(dtype), weight.to(dtype), *biases, sequences.groups, widths, maxlen
-    )
+    return _GatedAttention.apply(x.to(dtype), weight.to(dtype), *biases, groups, widths, maxlen)
 
 
 class _GatedAttention(torch.autograd.Function):
     """`gated_attention`, group by group and tile by tile.
 
-    inference_mode: the many small operations inside need none of autograd's bookkeeping. What is
-    kept for the backward pass is freed by it.
+    inference_mode spares the many small operations autograd's bookkeeping. What is kept for the
+    backward pass is freed as it is used.
     """
 
     @staticmethod
@@ -204,14 +190,14 @@ class _GatedAttention(torch.autograd.Function):
         num_pairs = sum(group.shape[0] * group.shape[1] ** 2 for group in groups)
         keeps_scores = num_pairs * num_heads <= CACHED_SCORES
         ctx.kept_scores, ctx.kept = [], []
-        # Types are chosen by now; in CUDA's autocast the norm would give float32.
+        # No autocast: on CUDA it would turn the norm into float32.
         with torch.autocast(x.device.type, enabled=False), torch.inference_mode():
             for group in groups:
                 heads = group.shape[0], num_heads
                 projected = _by_head(group.pad(x[group.events]) @ weight.T, heads)
                 activated = F.silu(projected)
                 u, v, q, k = activated.split(widths, -1)  # (G * H, L, .)
-                shares = v / maxlen  # before the sum, which would leave the range of float16
+                shares = v / maxlen  # before the sum, which may overflow in float16
                 attended = torch.empty_like(v)  # A V
                 for tile in group.tiles:
                     scores, weights = _weights(q, k, tile, tile.time_buckets(), *biases)
@@ -221,7 +207,7 @@ class _GatedAttention(torch.autograd.Function):
                 normed, _, rstd = torch.native_layer_norm(
                     _by_event(attended, heads), out.shape[1:], None, None, NORM_EPS
                 )  # (G * L, H * dv), (G * L, 1)
-                # The backward pass differentiates by N A V.
+                # rstd / N: the backward pass starts from the gradient of N A V.
                 ctx.kept.append((projected, activated, normed, rstd / maxlen))
                 out[group.events] = group.unpad(_by_event(u, heads) * normed)
         ctx.save_for_backward(x, weight, position_weight, time_weight)
@@ -277,7 +263,7 @@ def _attention_grads(
 ) -> None:
     """From the gradient of N A V, (G * H, L, dv), to those of v, q and k, (G * H, L, .).
 
-    They are filled in, and those of the biases added to.
+    Fills in `vqk_grads` and adds to `bias_grads`.
     """
     (v, q, k), (v_grad, q_grad, k_grad) = vqk, vqk_grads
     for tile in reversed(group.tiles):
@@ -286,8 +272,8 @@ def _attention_grads(
         scores, weights = kept  # (G * H, queries, keys) each
         score_grad = torch.bmm(attended_grad[:, queries], v[:, keys].mT)
         score_grad = torch.ops.aten.silu_backward(score_grad, scores)
-        # Not with out= or baddbmm_: into a slice, torch makes one product after the other. The last
-        # tile comes first and has every key.
+        # Not out= or baddbmm_: into a slice, they compute one product after the other. The last
+        # tile comes first, and has every key.
         put = Tensor.copy_ if tile is group.tiles[-1] else Tensor.add_
         put(v_grad[:, keys], torch.bmm(weights.mT, attended_grad[:, queries]))
         put(k_grad[:, keys], torch.bmm(score_grad.mT, q[:, queries]))
@@ -306,10 +292,9 @@ def _by_event(x: Tensor, heads: tuple[int, int]) -> Tensor:
 
 
 def _norm_grad(grad: Tensor, normed: Tensor, rstd: Tensor) -> Tensor:
-    """Gradient of LayerNorm's input, from that of its output and what it gave.
+    """Gradient of a LayerNorm's input from that of its output, (G * L, w); `rstd`: (G * L, 1).
 
-    (G * L, w), `rstd` (G * L, 1): but for its scale, it is the norm of what is normalised, of mean
-    0 and deviation 1.
+    `normed`, the output, has mean 0 and deviation 1, and the same gradient but for the factor rstd.
     """
     zeros, ones = torch.zeros_like(rstd), torch.ones_like(rstd)
     grad, _, _ = torch.ops.aten.native_layer_norm_backward(
@@ -319,7 +304,7 @@ def _norm_grad(grad: Tensor, normed: Tensor, rstd: Tensor) -> Tensor:
 
 
 def _position_table(like: Tensor, position_weight: Tensor | None, maxlen: int) -> Tensor:
-    """(N - 1 + TILE,): the bias by key position minus query position, from -(N - 1) upwards."""
+    """(N - 1 + TILE,): the bias by key position minus query position, from -(N - 1) on."""
     weights = like.new_zeros(maxlen) if position_weight is None else position_weight.flip(0)
     return torch.cat([weights, weights.new_full((TILE - 1,), FUTURE)])
 
@@ -334,11 +319,11 @@ def _weights(
 ) -> tuple[Tensor, Tensor]:
     """Scores with their biases, and SiLU of them, (G * H, queries, keys) each."""
     queries, keys, maxlen = tile.queries, tile.keys, len(position_table) - TILE + 1
-    # Row i is the table from N - 1 - i on.
+    # A query's row of biases is the table from N - 1 - its position on.
     by_start = position_table.unfold(0, keys.stop, 1)
     bias = by_start[maxlen - queries.stop : maxlen - queries.start].flip(0)  # (queries, keys)
     if buckets is not None:
-        by_time = time_weight.expand(len(buckets), -1).gather(1, buckets)  # faster than an index
+        by_time = time_weight.expand(len(buckets), -1).gather(1, buckets)  # faster than indexing
         bias = by_time.view(len(buckets), 1, *bias.shape).add_(bias)  # (G, 1, queries, keys)
         bias = bias.expand(-1, len(q) // len(buckets), -1, -1).flatten(0, 1)
     bias = bias.expand(len(q), -1, -1)  # (G * H, queries, keys)
@@ -353,20 +338,16 @@ def _add_bias_grads(
     tile: Tile,
     buckets: Tensor | None,
 ) -> None:
-    """Add (G, H, queries, keys) by distance and by bucket.
+    """Add a tile's score gradients, (G, H, queries, keys), by distance and by time bucket.
 
-    Args:
-        position_grad: (TILE, N - 1 + TILE), columns as in `_position_table`, a row for each query
-            of a tile, or None.
-        time_grad: (most sequences in a group, 129), or None.
-        score_grad: what is added.
-        tile: whose queries and keys these are.
-        buckets: (G, queries * keys) int64, or None.
+    `position_grad`: (TILE, N - 1 + TILE), a row for each query of a tile, columns as in
+    `_position_table`. `time_grad`: (most sequences in a group, 129). `buckets`: (G, queries * keys)
+    int64. Each may be None.
     """
     by_pair = score_grad[:, 0] if score_grad.shape[1] == 1 else score_grad.sum(1)
     by_pair = by_pair.to(_sum_dtype(by_pair))  # (G, queries, keys)
     if position_grad is not None:
-        # Each row stands one column further left than the one above: a column has one distance.
+        # Each row begins one column further left than the one above: a column is one distance.
         width = position_grad.shape[1]
         diagonal = by_pair.shape[1:], (width - 1, 1), width - TILE - tile.queries.start
         position_grad.as_strided(*diagonal).add_(by_pair.sum(0))

@@ -1,11 +1,10 @@
 """InfoNCE and its gradients in one pass over chunks of queries; `model.infonce_loss` defines it.
 
-No more than a chunk's logits ever exist, in the CPU's cache or in few kernels of a GPU.
+Only the logits of a chunk exist at a time: in the CPU's cache, or in few kernels of a GPU.
 """
 
 from __future__ import annotations
 
-import math
 from functools import partial
 
 import torch
@@ -18,13 +17,9 @@ THREAD_LOGITS = 1 << 20
 GPU_LOGITS = 1 << 26
 # With fewer queries per thread in a chunk, threads share its products as BLAS likes.
 THREAD_QUERIES = 64
-# e to a logit up to this does not overflow, nor does a sum of millions. A cosine is at most 1, so
-# only temperatures below 1 / 60 need their largest logit taken off first.
+# Up to here exponentials do not overflow, nor do sums of millions of them. A cosine is at most 1,
+# so only temperatures below 1 / 60 need their largest logit subtracted first.
 SAFE_LOGIT = 60.0
-# Logits are base-2 logarithms: on the CPU 2^x takes half as long as e^x.
-LN_2 = math.log(2)
-# Matrix products are fastest with rows that begin at a multiple of 64 bytes.
-COLUMN_STEP = 16
 
 
 def infonce_loss(
@@ -43,74 +38,62 @@ def infonce_loss(
 
 
 class _InfoNCE(torch.autograd.Function):
-    """The loss, with its gradients computed in the forward pass.
-
-    As the loss is a scalar, the backward pass only has to scale them: no logit is kept or computed
-    again.
-    """
+    """The loss, and its gradients in the forward pass: as it is a scalar, they only get scaled."""
 
     @staticmethod
     def forward(ctx, queries, rows, target_index, negative_index, log_q, temperature, needs_grad):
         negatives = rows if negative_index is None else rows.index_select(0, negative_index)
-        M = len(negatives)
-        # A query's logits: M negatives, its positive, and padding up to a multiple of 16 columns.
-        width = -(-(M + 1) // COLUMN_STEP) * COLUMN_STEP
-        negatives = F.pad(negatives, (0, 0, 0, width - M))  # (width, D)
-        size, parts = _chunk_shape(queries, width)
-        num_queries = len(queries)
+        M, num_queries = len(negatives), len(queries)
+        size, parts = _chunk_shape(queries, M + 1)
         padding = -num_queries % parts  # queries without a target
         queries = F.pad(queries, (0, 0, 0, padding))
         target_index = F.pad(target_index, (0, padding), value=-1)
-        has_target, positives = target_index >= 0, target_index.clamp(min=0)
-        weights = has_target.to(queries.dtype)
+        positives = target_index.clamp(min=0)
+        weights = (target_index >= 0).to(queries.dtype)
         weights /= weights.sum().clamp(min=1)  # (T,), each query's share of the mean
         own_column = positives  # (T,)
         if negative_index is not None:
             own_column = _column_of_each_row(rows, negative_index)[positives]
-        q, positive = queries / (temperature * LN_2), rows.index_select(0, positives)  # (T, D)
+        q, positive = queries / temperature, rows.index_select(0, positives)  # (T, D)
         positive_logit = (q * positive).sum(1)  # (T,)
-        log_q = None if log_q is None else log_q / LN_2
         is_safe = 1 / temperature <= SAFE_LOGIT
-        peak, total = torch.zeros_like(positive_logit), torch.empty_like(positive_logit)
-        query_grad = torch.empty_like(queries)
-        negative_grad = negatives.new_zeros(
-            parts, *negatives.shape
-        )  # each thread's part of the sum
-        negatives = negatives.expand(parts, -1, -1)
+        peak, total = torch.zeros_like(positive_logit), torch.empty_like(positive_logit)  # (T,)
+        # A query's logits: M negatives, then its positive, whose vector is zero in the products.
+        negatives = F.pad(negatives, (0, 0, 0, 1)).expand(parts, -1, -1)  # (parts, M + 1, D)
+        query_grad, negative_grad = torch.empty_like(queries), queries.new_zeros(negatives.shape)
         by_thread = partial(Tensor.unflatten, dim=0, sizes=(parts, -1))  # (c, .) -> (parts, c', .)
-        buffer = queries.new_empty(min(size, len(queries)), width)
+        buffer = queries.new_empty(min(size, len(queries)), M + 1)
         for start in range(0, len(queries), size):
             part = slice(start, start + size)
-            logits = buffer[: len(q[part])]  # (c, width)
+            logits = buffer[: len(q[part])]  # (c, M + 1)
             torch.bmm(by_thread(q[part]), negatives.mT, out=by_thread(logits))
             if log_q is not None:
                 logits[:, :M] -= log_q
-            logits[:, M:] = -torch.inf
             logits.scatter_(1, own_column[part, None], -torch.inf)
             logits[:, M] = positive_logit[part]
             if not is_safe:
                 torch.amax(logits, 1, out=peak[part])
                 logits -= peak[part, None]
-            exps = logits.exp2_()
+            exps = logits.exp_()
             torch.sum(exps, 1, out=total[part])
             if needs_grad:
                 torch.bmm(by_thread(exps), negatives, out=by_thread(query_grad[part]))
                 shares = q[part] * (weights[part] / total[part])[:, None]
                 negative_grad.baddbmm_(by_thread(exps).mT, by_thread(shares))
-        loss = weights @ (total.log2() + peak - positive_logit)
+        loss = weights @ (total.log() + peak - positive_logit)
         if not needs_grad:
-            return loss.mul_(LN_2)
+            return loss
         scale = weights / total  # (T,), exps * scale: gradient of the logits
-        positive_grad = torch.exp2(positive_logit - peak) * scale - weights  # (T,), of its logit
+        positive_grad = torch.exp(positive_logit - peak) * scale - weights  # (T,), of its logit
         query_grad.mul_(scale[:, None]).addcmul_(positive_grad[:, None], positive).div_(temperature)
         row_grad = torch.zeros_like(rows).index_add_(0, positives, positive_grad[:, None] * q)
-        negative_grad = negative_grad.sum(0)[:M]
+        negative_grad = negative_grad.sum(0)[:M]  # over the threads
         if negative_index is None:
             row_grad += negative_grad
         else:
             row_grad.index_add_(0, negative_index, negative_grad)
-        ctx.save_for_backward(query_grad[:num_queries], row_grad.mul_(LN_2))
-        return loss.mul_(LN_2)
+        ctx.save_for_backward(query_grad[:num_queries], row_grad)
+        return loss
 
     @staticmethod
     def backward(ctx, grad):
@@ -121,8 +104,8 @@ class _InfoNCE(torch.autograd.Function):
 def _chunk_shape(queries: Tensor, width: int) -> tuple[int, int]:
     """Queries in a chunk, and the number of equal parts that it is cut into, one for each thread.
 
-    On the CPU all of a thread's products are so of the same queries, whose logits are in its own
-    cache; BLAS shares each product out in its own way.
+    So on the CPU all products of a thread are of the same queries, and their logits stay in its own
+    cache; BLAS would divide each product in its own way.
     """
     if queries.device.type != "cpu":
         return max(1, GPU_LOGITS // width), 1

@@ -58,13 +58,12 @@ def assert_equal(inputs: dict[str, Tensor], bias: RelativeAttentionBias) -> None
         torch.testing.assert_close(grad, expected_grad, rtol=1e-9, atol=1e-10, msg=name)
 
 
-@pytest.fixture(params=["as it is", "small tiles", "one sequence at a time", "bytes", "no cache"])
+@pytest.fixture(params=["as it is", "small tiles", "one sequence at a time", "no cache"])
 def setting(request, monkeypatch):
     changes = {
         "as it is": {},
         "small tiles": {"TILE": 16},
         "one sequence at a time": {"CPU_SCORES": 1},
-        "bytes": {"CACHED_INDICES": 0},
         "no cache": {"CACHED_BUCKETS": 0, "CACHED_SCORES": 0},
     }
     for name, value in changes[request.param].items():
@@ -88,7 +87,7 @@ def test_groups_hold_each_event_once_within_the_limit_of_scores(monkeypatch):
     monkeypatch.setattr(attention, "CPU_SCORES", 100)
     lengths = [12, 7, 7, 4, 4, 4, 1, 1]
     offsets = torch.tensor([0, *itertools.accumulate(lengths)])
-    groups = attention.prepare(offsets, torch.zeros(40, dtype=torch.int64), None, 1).groups
+    groups = attention.prepare(offsets, torch.zeros(40, dtype=torch.int64), None, 1)
     bounds = [(group.events.start, group.events.stop) for group in groups]
     assert [start for start, _ in bounds] == [0, *(stop for _, stop in bounds[:-1])]
     assert bounds[-1][1] == 40
