@@ -1,7 +1,7 @@
 """Ranks and top-k over a whole catalogue, tile by tile; `dot_product_similarity` defines both.
 
-A tile of scores is used while it lies in the CPU's cache: memory follows the tile, not B times X,
-and ranking runs at 60 to 90 % of the speed of the bare product (benchmarks/ranking_speed.py).
+A tile of scores is used while it lies in the CPU's cache, so that memory follows the tile instead
+of B times X (benchmarks/ranking_speed.py has its speed).
 """
 
 from __future__ import annotations
@@ -15,11 +15,8 @@ TIE = 1e-6  # as in dot_product_similarity.py
 # Scores of a tile, 8 MB of float32, and its items.
 TILE_SCORES = 1 << 21
 TILE_ITEMS = 1 << 12
-# A GPU wants few launches more than it wants cached scores: as many times longer tiles.
+# A GPU wants few launches more than it wants cached scores: its tiles are so many times longer.
 CUDA_TILE_FACTOR = 32
-# Columns that share a maximum: when the best columns of a tile are looked for at all, and when a
-# row of it is known to have something better than what was found before.
-GROUP, ROW_GROUP = 8, 64
 
 Seen = tuple[Tensor, Tensor]
 
@@ -36,7 +33,7 @@ def target_ranks(
     if len(target_rows) and not 0 <= int(target_rows.min()) <= int(target_rows.max()) < X:
         raise ValueError(f"target rows must lie in 0..{X - 1}")
     ranks = count_above(queries, items, (queries * items[target_rows]).sum(1), seen)
-    if seen is not None:  # a target is never left out: it counts itself
+    if seen is not None:  # a target that is seen counts itself nevertheless
         ranks += is_among(seen, target_rows)
     return ranks
 
@@ -49,10 +46,10 @@ def is_among(seen: Seen, target_rows: Tensor) -> Tensor:
 
 
 def count_above(queries: Tensor, items: Tensor, scores: Tensor, seen: Seen | None = None) -> Tensor:
-    """(B,) int64: how many items, but for `seen`, are not below `scores`, (B,); ties are not."""
+    """(B,) int64: how many items, without `seen`, score not below `scores` (B,) or tie."""
     num_below = torch.zeros(len(queries), dtype=torch.int64, device=queries.device)
-    lowest = torch.finfo(scores.dtype).min  # is not above what is no number; -inf, seen, is below
-    limits = (scores - TIE).nan_to_num(nan=lowest)[:, None]
+    # No score is below the limit of a NaN, but for -inf: that of a seen item.
+    limits = (scores - TIE).nan_to_num(nan=torch.finfo(scores.dtype).min)[:, None]
     for part, _, tile in _tiles(queries, items, seen):
         # In place, and floats: a bool mask and its sum take longer than the product.
         num_below[part] += tile.lt_(limits[part]).sum(1, dtype=torch.float32).long()
@@ -74,7 +71,7 @@ def top_k(
 def _tiles(
     queries: Tensor, items: Tensor, seen: Seen | None
 ) -> Iterator[tuple[slice, int, Tensor]]:
-    """Some queries, the first of some items, and their scores (b, n), of seen items -inf."""
+    """Some queries, the first of some items, and their scores (b, n); those of seen items -inf."""
     factor = CUDA_TILE_FACTOR if items.is_cuda else 1
     width = min(max(1, len(items)), factor * TILE_ITEMS)
     size = max(1, factor * TILE_SCORES // width)
@@ -93,7 +90,7 @@ def _tiles(
 
 
 def _seen_places(seen: Seen, part: slice, num_items: int, width: int) -> list[Tensor]:
-    """For each tile of these queries, the flat places in it of their seen items."""
+    """Flat indices of the seen items in each tile of these queries."""
     rows, offsets = seen
     bounds = offsets[part.start : part.stop + 1]
     rows = rows[int(bounds[0]) : int(bounds[-1])]
@@ -117,34 +114,12 @@ def _lines(seen: Seen) -> Tensor:
 
 def _keep_best(best_scores: Tensor, best_rows: Tensor, tile: Tensor, first: int) -> None:
     """Update (b, k) in place by a tile's scores (b, n), whose first item is row `first`."""
-    k, n = best_scores.shape[1], tile.shape[1]
-    size = ROW_GROUP if n % ROW_GROUP == 0 and n >= 2 * k * ROW_GROUP else 1
-    groups = tile.unflatten(1, (-1, size))  # (b, n / size, size)
-    maxima = groups.amax(2)
-    lines = torch.arange(len(tile), device=tile.device)
+    k, lines = best_scores.shape[1], torch.arange(len(tile), device=tile.device)
     if not tile.is_cuda:  # a GPU would have to wait for their number
-        # After the first tiles, few lines have something better here.
-        lines = lines[~(maxima.amax(1) <= best_scores[:, -1])]
-    best = _top_columns(maxima[lines], min(k, n // size))[1]  # groups
-    values = groups.flatten(0, 1)[best + lines[:, None] * (n // size)].flatten(1)
-    values, columns = _top_columns(values, min(k, values.shape[1]))
-    rows = first + best.gather(1, columns // size) * size + columns % size
+        # After the first tiles, few queries have anything better here.
+        lines = lines[~(tile.amax(1) <= best_scores[:, -1])]
+    values, columns = tile[lines].topk(min(k, tile.shape[1]), 1)
     values = torch.cat([best_scores[lines], values], 1)
-    rows = torch.cat([best_rows[lines], rows], 1)
+    rows = torch.cat([best_rows[lines], first + columns], 1)
     best_scores[lines], best = values.topk(k, 1)
     best_rows[lines] = rows.gather(1, best)
-
-
-def _top_columns(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """As scores.topk(k, 1), but faster over long rows: the best groups by their maxima first."""
-    groups = scores.shape[1] // GROUP
-    if groups < 2 * k:
-        return scores.topk(k, 1)
-    firsts = torch.arange(0, GROUP * groups, groups, device=scores.device)
-    rest = torch.arange(GROUP * groups, scores.shape[1], device=scores.device)
-    maxima = scores[:, : GROUP * groups].unflatten(1, (GROUP, groups)).amax(1)
-    best = _top_columns(maxima, k)[1]
-    columns = (best[:, None] + firsts[:, None]).flatten(1)  # (b, GROUP * k)
-    columns = torch.cat([columns, rest.expand(len(scores), -1)], 1)
-    values, best = scores.gather(1, columns).topk(k, 1)
-    return values, columns.gather(1, best)

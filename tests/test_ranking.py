@@ -21,10 +21,9 @@ def test_a_target_outside_the_catalogue_is_refused(row):
 TILES = [(1, 1), (2, 2), (3, 8), (4, 4), (X - 1, 3 * X), (X, 2 * X), (5, 1 << 20)]
 
 
-def make_tiles_small(monkeypatch, tile_items: int, chunk: int, group: int = 2) -> None:
+def make_tiles_small(monkeypatch, tile_items: int, chunk: int) -> None:
     monkeypatch.setattr(ranking, "TILE_ITEMS", tile_items)
     monkeypatch.setattr(ranking, "TILE_SCORES", chunk)
-    monkeypatch.setattr(ranking, "GROUP", group)
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -74,22 +73,8 @@ def test_equal_embeddings_tie_wherever_they_stand(monkeypatch, tile_items, width
         assert ranks.tolist() == [149] * num_queries
 
 
-@pytest.mark.parametrize("length", [5, 16, 100, 517])
-@pytest.mark.parametrize("k", [1, 3, 5])
-@pytest.mark.parametrize("group", [2, 8])
-def test_the_top_by_groups_is_the_top(monkeypatch, length, k, group):
-    monkeypatch.setattr(ranking, "GROUP", group)
-    scores = torch.randn(6, length, generator=torch.Generator().manual_seed(length))
-    scores[2, -2:] = torch.nan
-    scores[3] = -torch.inf
-    values, columns = ranking._top_columns(scores, k)
-    torch.testing.assert_close(values, scores.topk(k, 1).values, rtol=0, atol=0, equal_nan=True)
-    torch.testing.assert_close(values, scores.gather(1, columns), rtol=0, atol=0, equal_nan=True)
-    assert all(len(set(row)) == k for row in columns.tolist())
-
-
 @pytest.mark.parametrize("num_items", [896, 1000, 1805, 2000])
-def test_the_top_of_whole_groups_of_columns_is_the_top(monkeypatch, num_items):
+def test_the_top_of_several_tiles_is_the_top_of_all(monkeypatch, num_items):
     make_tiles_small(monkeypatch, 896, 4 * 896)
     generator = torch.Generator().manual_seed(num_items)
     queries, items = (torch.randn(n, D, generator=generator) for n in (9, num_items))
