@@ -20,9 +20,9 @@ from files.sequences import EVENT_DTYPE, item_ids_of, map_file, open_split, spli
 
 FORMAT_VERSION = 1
 SPLITS = ("train", "valid", "test")
-# What a damaged number would make of a folder: tables beyond any memory.
-MOST_UNSEEN = 1 << 22  # ids without an event, where only the events tell how many there are
-MOST_ACTION_TYPES = 1 << 16
+# Numbers without an event, where only the events tell how many there are; a damaged one would make
+# tables beyond any memory.
+MOST_UNSEEN = 1 << 22
 
 
 class Manifest(NamedTuple):
@@ -36,8 +36,7 @@ class Manifest(NamedTuple):
     action_names: list[str] | None = None  # of the types 0, 1, ...; None: not known
 
     def action_name(self, action_type: int) -> str:
-        names = self.action_names or []
-        return names[action_type] if action_type < len(names) else f"action {action_type}"
+        return self.action_names[action_type] if self.action_names else f"action {action_type}"
 
     def action_types(self) -> dict[str, int]:
         """Each type by its name, and by its number where no name is one of these numbers."""
@@ -77,40 +76,34 @@ def read_manifest(data_dir: str | Path, *, trust: bool = False) -> Manifest:
         raise DataError(f"{data_dir}: its conversion did not finish; write the data again")
     version = content.get("format_version") if isinstance(content, dict) else None
     if version != FORMAT_VERSION:
-        raise DataError(
-            f"{path}: format version {version}, expected {FORMAT_VERSION}; "
-            "write the data again with this version's scripts"
-        )
+        raise _bad(path, f"format version {version}, expected {FORMAT_VERSION}")
     try:
         sizes = {name: entry["size"] for name, entry in content["files"].items()}
-        names = [n for n in Manifest._fields if n in content or n not in Manifest._field_defaults]
-        manifest = Manifest(**{name: content[name] for name in names})
-        is_right = _is_right(manifest, sizes.get("indexer.pkl"))
+        manifest = Manifest(**{name: content[name] for name in Manifest._fields if name in content})
+        is_right = _is_right(manifest)
     except (AttributeError, LookupError, TypeError) as error:
-        raise DataError(
-            f"{path}: a field is missing or of the wrong type ({error}); write the data again"
-        ) from error
+        raise _bad(path, f"a field is missing or of the wrong type ({error})") from error
     if not is_right:
-        raise DataError(f"{path}: {manifest!s:.300} cannot be; write the data again")
+        raise _bad(path, f"{manifest!s:.300} cannot be")
     for name, size in sizes.items():
         file = data_dir / name
         found = f"{file.stat().st_size} bytes" if file.is_file() else "no such file"
         if found != f"{size} bytes":
-            raise DataError(
-                f"{file}: {found}, but manifest.json says {size} bytes; the file is "
-                "truncated or from another run, write the data again"
-            )
+            raise _bad(file, f"{found}, but manifest.json says {size} bytes")
     return manifest
 
 
-def _is_right(manifest: Manifest, indexer_size: int | None) -> bool:
+def _bad(path: Path, found: str) -> DataError:
+    return DataError(f"{path}: {found}; write the data again")
+
+
+def _is_right(manifest: Manifest) -> bool:
     """Whether types fit, counts can be, and targets and names are legal."""
     num_items, num_users, num_types, targets, digest, names = manifest
-    most = 2**31 if indexer_size is None else indexer_size // 4  # an id and its re-id take 4 bytes
     targets_of = {"train": ["next"], "valid": ["last", "none"], "test": ["last", "none"]}
     return (
         all(type(count) is int and count >= 0 for count in (num_items, num_users, num_types))
-        and (max(num_items, num_users) <= most and num_types < MOST_ACTION_TYPES)
+        and (max(num_items, num_users) < 2**31 and num_types < 2**16)
         and all(target in targets_of.get(split, []) for split, target in targets.items())
         and isinstance(digest, str | None)
         and (names is None or all(isinstance(name, str) for name in names))
@@ -132,24 +125,18 @@ def _infer_manifest(data_dir: Path, trust: bool) -> Manifest:
         num_users = max(num_users, len(offsets) - 1 if users is None else int(users.max(initial=0)))
         if events.dtype == EVENT_DTYPE:
             max_action = max(max_action, int(events["action_type"].max(initial=-1)))
-        if max_action >= MOST_ACTION_TYPES:
-            raise DataError(
-                f"{split_path(data_dir, split, 'data')}: the largest action type is {max_action}, "
-                f"expected one below {MOST_ACTION_TYPES}; write the split again"
-            )
     if (data_dir / "indexer.pkl").exists():
         indexer = read_indexer(data_dir, trust=trust)
         num_items, num_users = len(indexer["i"]), len(indexer["u"])
         for side, count in (("i", num_items), ("u", num_users)):
             check_re_ids(data_dir / "indexer.pkl", side, indexer[side], count)
-        return Manifest(num_items, num_users, max_action + 1, targets)
-    found = (("item", num_items, num_events), ("user", num_users, num_sequences))
-    for what, largest, count in found:
-        if largest > count + MOST_UNSEEN:
-            raise DataError(
-                f"{split_path(data_dir, 'train', 'data')}, or the file of another split: the "
-                f"largest {what} id is {largest}, but re-ids are dense and {count} are stored; "
-                "write the data again with dense ids"
+    largest = {"item id": num_items, "user id": num_users, "action type": max_action}
+    for what, number in largest.items():
+        if number > MOST_UNSEEN + num_events + num_sequences:
+            raise _bad(
+                split_path(data_dir, "train", "data"),
+                f"the largest {what} is {number}, of all splits, but {num_events} events are "
+                "stored and numbers are dense",
             )
     return Manifest(num_items, num_users, max_action + 1, targets)
 
@@ -168,7 +155,7 @@ def read_indexer(data_dir: str | Path, *, trust: bool = False) -> dict[str, dict
     path = Path(data_dir) / "indexer.pkl"
     indexer = load_pickle(path, trust=trust)
     if not isinstance(indexer, dict) or not all(isinstance(indexer.get(s), dict) for s in "ui"):
-        raise DataError(f"{path}: no dictionary with dictionaries 'u' and 'i'; write it again")
+        raise _bad(path, "no dictionary with dictionaries 'u' and 'i'")
     return indexer
 
 
@@ -218,9 +205,7 @@ def check_re_ids(path: Path, side: str, re_ids: Mapping[Any, int], count: int) -
             found = f"{original!r:.60} is {re_id!r:.60}"
         elif (other := owners.setdefault(int(re_id), original)) != original:
             found = f"{other!r:.60} and {original!r:.60} are both {re_id}"
-    raise DataError(
-        f"{path}: the re-ids of {side!r} are not 1..{count}, each once: {found}; write it again"
-    )
+    raise _bad(path, f"the re-ids of {side!r} are not 1..{count}, each once: {found}")
 
 
 def read_item_names(data_dir: str | Path, num_items: int) -> list[str]:
@@ -235,14 +220,9 @@ def read_item_names(data_dir: str | Path, num_items: int) -> list[str]:
     try:
         names = path.read_bytes().decode().removesuffix("\n").split("\n")
     except UnicodeDecodeError as error:
-        raise DataError(
-            f"{path}: byte {error.start} is not UTF-8; write it again as UTF-8"
-        ) from error
+        raise _bad(path, f"byte {error.start} is not UTF-8") from error
     if len(names) != num_items:
-        raise DataError(
-            f"{path}: {len(names)} lines, but there are {num_items} items; write it again with a "
-            "line per item"
-        )
+        raise _bad(path, f"{len(names)} lines, but there are {num_items} items, a line each")
     return ["", *(name.strip() for name in names)]
 
 
@@ -264,19 +244,12 @@ def read_candidates(folder: str | Path, num_items: int) -> Candidates:
     dtypes = {"retrieval_ids": "<u8", "item_ids": "<i4", "original_ids": "<u8"}
     paths = {name: Path(folder) / f"{name}.bin" for name in dtypes}
     found = Candidates(*(map_file(paths[name], np.dtype(dtype)) for name, dtype in dtypes.items()))
-    if len({len(ids) for ids in found}) > 1 or not len(found.item_ids):
-        lengths = ", ".join(f"{name} {len(ids)}" for name, ids in zip(paths, found, strict=True))
-        raise DataError(f"{folder}: id files of different or no length ({lengths}); write it again")
-    if not 0 <= found.item_ids.min() <= found.item_ids.max() <= num_items:
-        raise DataError(
-            f"{paths['item_ids']}: ids from {found.item_ids.min()} to {found.item_ids.max()}, not "
-            f"in 0..{num_items}; write it again from this data"
-        )
-    if found.retrieval_ids.max() >= 2**63:
-        raise DataError(
-            f"{paths['retrieval_ids']}: id {found.retrieval_ids.max()}, expected ids below 2^63, "
-            "as topk.u64bin has them; number the candidates anew"
-        )
-    if len(np.unique(found.retrieval_ids)) < len(found.retrieval_ids):
-        raise DataError(f"{paths['retrieval_ids']}: an id occurs twice; an index needs each once")
+    lengths = [len(ids) for ids in found]
+    if len(set(lengths)) > 1 or not lengths[0]:
+        raise _bad(Path(folder), f"id files of different or no length, {lengths}")
+    lowest, highest = found.item_ids.min(), found.item_ids.max()
+    if not 0 <= lowest <= highest <= num_items:
+        raise _bad(paths["item_ids"], f"ids from {lowest} to {highest}, not in 0..{num_items}")
+    if found.retrieval_ids.max() >= 2**63 or len(np.unique(found.retrieval_ids)) < lengths[0]:
+        raise _bad(paths["retrieval_ids"], "an id occurs twice, or is 2^63 or more")
     return found
