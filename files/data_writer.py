@@ -10,41 +10,23 @@ import math
 import pickle
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from files.atomic_io import (
-    DataError,
-    atomic_write,
-    file_entry,
-    read_json,
-    sweep_temporaries,
-    write_json,
-)
-from files.data_folder import (
-    FORMAT_VERSION,
-    SPLITS,
-    Manifest,
-    digest_of_ids,
-)
+from files.atomic_io import DataError, atomic_write, file_entry, read_json, write_json
+from files.data_folder import FORMAT_VERSION, SPLITS, Manifest, digest_of_ids
 from files.features import LONGEST_LIST
-from files.sequences import (
-    EVENT_DTYPE,
-    OFFSET_DTYPE,
-    USER_DTYPE,
-    Sequences,
-    gather,
-    split_path,
-)
+from files.sequences import EVENT_DTYPE, OFFSET_DTYPE, USER_DTYPE, Sequences, gather, split_path
 
 # What write_dataset may write, as patterns; a writer that did not finish may have left any of it.
 WRITTEN = (
     *(f"{split}_{what}.bin" for split in SPLITS for what in ("data", "offsets", "users")),
-    *(f"{side}_feat_dict.json" for side in ("item", "user")),
-    *("feature_types.json", "feat_statistics.json", "feature_default_value.json"),
-    *("indexer.pkl", "item_names.txt", "creative_emb/emb_*_*.npy"),
+    *("*_feat_dict.json", "feature_types.json", "feat_statistics.json"),
+    *("feature_default_value.json", "indexer.pkl", "item_names.txt", "creative_emb/emb_*_*.npy"),
+    *(".*.tmp", "creative_emb/.*.tmp", "candidates/.*.tmp"),
 )
 
 
@@ -107,11 +89,8 @@ def write_dataset(
         DataError, ValueError: nothing is written, as the folder is not empty, lengths differ, an id
             occurs twice, or a feature could not be read again.
     """
-    data_dir, files = Path(data_dir), []
-    sides, item_vectors = (
-        {"item": item_features or {}, "user": user_features or {}},
-        item_vectors or {},
-    )
+    data_dir, files, item_vectors = Path(data_dir), [], item_vectors or {}
+    sides = {"item": item_features or {}, "user": user_features or {}}
     indexer = {"u": _numbered("user_ids", user_ids), "i": _numbered("item_ids", item_ids), "f": {}}
     if item_names is not None and len(item_names) != len(item_ids):
         raise ValueError(f"item_names: {len(item_names)} names, not {len(item_ids)}")
@@ -129,13 +108,15 @@ def write_dataset(
         files.append("item_names.txt")
         with atomic_write(data_dir / "item_names.txt") as file:
             file.writelines((" ".join(name.splitlines()) + "\n").encode() for name in item_names)
-    targets = {split: "next" if split == "train" else "last" for split in splits} | dict(
-        targets or {}
+    manifest = Manifest(
+        len(item_ids),
+        len(user_ids),
+        num_action_types,
+        {split: "next" if split == "train" else "last" for split in splits} | dict(targets or {}),
+        digest_of_ids(indexer["i"]),
+        None if action_names is None else list(action_names),
     )
-    digest = digest_of_ids(indexer["i"])
-    names = None if action_names is None else list(action_names)
-    counts = len(item_ids), len(user_ids), num_action_types
-    finish_folder(data_dir, Manifest(*counts, targets, digest, names), files)
+    finish_folder(data_dir, manifest, files)
 
 
 def _numbered(what: str, ids: Sequence[Any]) -> dict[Any, int]:
@@ -163,17 +144,15 @@ def _check_features(
     for side, i, column in columns:
         if len(column.values) != num_rows[side]:
             raise ValueError(f"{i}: {len(column.values)} values, not {num_rows[side]}")
-        if column.kind not in ("array", "continual"):
-            continue
-        for row, value in enumerate(column.values, 1):
-            if value is None:
-                continue
-            if column.kind == "array" and len(value) > LONGEST_LIST:
-                raise DataError(
-                    f"{data_dir}: feature {i} of {side} {row} is a list of {len(value):,} values, "
-                    f"expected {LONGEST_LIST:,} at most; shorten it or leave the feature out"
-                )
-            if column.kind == "continual" and not math.isfinite(value):
+        lengths = [len(v or ()) for v in column.values] if column.kind == "array" else []
+        if (longest := max(lengths, default=0)) > LONGEST_LIST:
+            raise DataError(
+                f"{data_dir}: feature {i} of {side} {lengths.index(longest) + 1} is a list of "
+                f"{longest:,} values, expected {LONGEST_LIST:,} at most; shorten it or leave the "
+                "feature out"
+            )
+        for row, value in enumerate(column.values if column.kind == "continual" else (), 1):
+            if value is not None and not math.isfinite(value):
                 raise ValueError(f"{i}: {value} for {side} {row}; where there is no number, None")
 
 
@@ -214,21 +193,13 @@ def begin_folder(data_dir: Path, overwrite: bool = False) -> None:
     for file in files:  # but none that is elsewhere, by a link or a wrong name
         if file.parent.resolve().is_relative_to(data_dir.resolve()):
             file.unlink(missing_ok=True)
-    for folder in (data_dir, data_dir / "creative_emb", data_dir / "candidates"):
-        sweep_temporaries(folder)
 
 
 def finish_folder(data_dir: Path, manifest: Manifest, files: Sequence[str]) -> None:
     """Write manifest.json, with the sizes and hashes of `files`."""
-    write_json(
-        data_dir / "manifest.json",
-        {
-            "format_version": FORMAT_VERSION,
-            "event_dtype": EVENT_DTYPE.descr,
-            **manifest._asdict(),
-            "files": {name: file_entry(data_dir / name) for name in files},
-        },
-    )
+    head = {"format_version": FORMAT_VERSION, "event_dtype": EVENT_DTYPE.descr}
+    entries = {name: file_entry(data_dir / name) for name in files}
+    write_json(data_dir / "manifest.json", head | manifest._asdict() | {"files": entries})
 
 
 def _plain(value: Any) -> Any:
@@ -241,11 +212,8 @@ def _plain(value: Any) -> Any:
 def write_split(data_dir: Path, split: str, chunks: Iterable[Sequences]) -> list[str]:
     """Write the three files of a split; their names."""
     paths = [split_path(data_dir, split, what) for what in ("data", "offsets", "users")]
-    with (
-        atomic_write(paths[0]) as data,
-        atomic_write(paths[1]) as offsets,
-        atomic_write(paths[2]) as users,
-    ):
+    with ExitStack() as complete:
+        data, offsets, users = (complete.enter_context(atomic_write(path)) for path in paths)
         total = 0
         offsets.write(np.zeros(1, OFFSET_DTYPE).tobytes())
         for chunk in chunks:
@@ -277,14 +245,10 @@ def _write_features(
 
 def write_schema(data_dir: Path, types: dict, statistics: dict, defaults: dict) -> list[str]:
     """Write the three small files that describe the features; their names."""
-    small = {
-        "feature_types.json": types,
-        "feat_statistics.json": statistics,
-        "feature_default_value.json": defaults,
-    }
-    for name, content in small.items():
+    names = ["feature_types.json", "feat_statistics.json", "feature_default_value.json"]
+    for name, content in zip(names, (types, statistics, defaults), strict=True):
         write_json(data_dir / name, content)
-    return list(small)
+    return names
 
 
 def _cardinality(column: Column) -> int:
@@ -312,10 +276,9 @@ def write_records(path: Path, records: Iterable[tuple[int, str]]) -> str:
 
 
 def _write_vectors(data_dir: Path, feature_id: str, vectors: np.ndarray) -> str:
-    name = f"creative_emb/emb_{feature_id}_{vectors.shape[1]}.npy"
+    width = vectors.shape[1]
+    name = f"creative_emb/emb_{feature_id}_{width}.npy"
     (data_dir / "creative_emb").mkdir(exist_ok=True)
     with atomic_write(data_dir / name) as file:
-        np.save(
-            file, np.vstack([np.full((1, vectors.shape[1]), np.nan), vectors]).astype(np.float32)
-        )
+        np.save(file, np.vstack([np.full((1, width), np.nan), vectors]).astype(np.float32))
     return name

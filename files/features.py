@@ -70,8 +70,7 @@ def load_features(
         return _scan(source, {i: columns[i] for i in feature_ids}, num_rows)
 
     features = build(custom) if custom else {}
-    sizes = {i: 1 if c.kind == "continual" else c.size for i, c in columns.items()}
-    settings = {i: (columns[i].kind, sizes[i], columns[i].default, num_rows) for i in own}
+    settings = {i: (columns[i].kind, columns[i].size, columns[i].default, num_rows) for i in own}
     if own:
         features |= cached(data_dir, side, [source], settings, build)
     return {i: features[i] for i in columns}
@@ -89,29 +88,27 @@ def _list_columns(data_dir: Path, side: str, wanted: str | Sequence[str]) -> dic
     tables = [i for i, (owner, kind) in kinds.items() if owner == side and kind != "emb"]
     chosen = tables if wanted == "all" else [str(i) for i in wanted]
     if unknown := [i for i in chosen if i not in tables]:
-        raise DataError(
-            f"{path}: no feature {', '.join(unknown)} of {side}s; there are "
-            f"{', '.join(tables) or 'none'}"
-        )
-    sizes = _read_optional(data_dir / "feat_statistics.json")
-    defaults = _read_optional(data_dir / "feature_default_value.json")
+        there = ", ".join(tables) or "none"
+        raise DataError(f"{path}: no feature {', '.join(unknown)} of {side}s; there are {there}")
+    sizes_path, defaults_path = (
+        data_dir / name for name in ("feat_statistics.json", "feature_default_value.json")
+    )
+    sizes, defaults = _read_optional(sizes_path), _read_optional(defaults_path)
     kinds = {i: kinds[i][1] for i in tables if i in chosen}
     coded = [i for i, kind in kinds.items() if kind in ("sparse", "array")]
     if bad := [i for i in coded if type(sizes.get(i)) is not int or not 0 <= sizes[i] < 2**31]:
         found = ", ".join(f"{i} ({sizes.get(i, 'missing')!r:.20})" for i in bad)
-        raise DataError(
-            f"{data_dir / 'feat_statistics.json'}: no cardinality (a whole number) for {found}, "
-            "which feature_types.json lists"
-        )
+        raise DataError(f"{sizes_path}: no cardinality (a whole number) for {found}; add it")
     absent = [i for i in kinds if i not in defaults]
-    if absent and (path := data_dir / "feature_default_value.json").exists():
-        log.warning("%s: no value for %s; 0, or an empty list, is used", path, ", ".join(absent))
-    return {
-        i: RawColumn(
-            kind, sizes.get(i, 0), defaults.get(i, [] if kind == "array" else 0), Counter(), []
-        )
-        for i, kind in kinds.items()
-    }
+    if absent and defaults_path.exists():
+        names = ", ".join(absent)
+        log.warning("%s: no value for %s; 0, or an empty list, is used", defaults_path, names)
+    columns = {}
+    for i, kind in kinds.items():
+        default = defaults.get(i, [] if kind == "array" else 0)
+        size = 1 if kind == "continual" else sizes.get(i, 0)
+        columns[i] = RawColumn(kind, size, default, Counter(), [])
+    return columns
 
 
 def _read_kinds(path: Path) -> dict[str, tuple[str, str]]:
@@ -192,11 +189,8 @@ def _codes(values: list, column: RawColumn) -> np.ndarray:
 # "user_mykind") in feature_types.json. The parser sees some rows at a time, so a row may depend on
 # its own value only. It returns a Feature of as many rows, values (rows, ...) or flat values with
 # offsets, and raises ValueError for a bad value; file, item, feature and value are put before it.
-PARSERS: dict[str, Callable[[RawColumn], Feature]] = {
-    "sparse": _sparse,
-    "array": _array,
-    "continual": _continual,
-}
+PARSERS: dict[str, Callable[[RawColumn], Feature]]
+PARSERS = {"sparse": _sparse, "array": _array, "continual": _continual}
 
 
 # ---- item_feat_dict.json, user_feat_dict.json -> columns -----------------------------------------

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import itertools
 import json
 import logging
 import os
@@ -16,10 +14,10 @@ from typing import IO, Any
 import numpy as np
 
 from files.atomic_io import DataError, atomic_write, reading
+from files.data_folder import digest_of_ids
 from files.feature_cache import Feature, cached, map_array
 from files.safe_pickle import load_pickle
 
-_IDS = 20_000  # hashed at once
 _VECTORS = 1024  # of Parquet, read at once; 16 MB of float32 at width 4096
 _VECTOR_FILE = r"(?:emb_(.+)_\d+|([^.]+))\.(?:pkl|npy)"
 
@@ -49,14 +47,12 @@ def load_vectors(
     Raises:
         DataError: a feature has no file, widths differ, a value is not finite, or no id matches.
     """
-    data_dir = Path(data_dir)
-    available, features = find_vectors(data_dir), {}
+    data_dir, available, features = Path(data_dir), find_vectors(data_dir), {}
     if absent := [i for i in feature_ids if i not in available]:
-        raise DataError(
-            f"{data_dir / 'creative_emb'}: no vectors for {', '.join(absent)}; "
-            f"there are {', '.join(available) or 'none'}"
-        )
-    ids_hash = _hash_of_ids(item_ids)
+        there = ", ".join(available) or "none"
+        missing = ", ".join(absent)
+        raise DataError(f"{data_dir}/creative_emb: no vectors for {missing}; there are {there}")
+    ids_hash = digest_of_ids(item_ids.items())
     for i in feature_ids:
         source, files = available[i], _files(available[i])
         settings = {i: ("emb", None, num_items, None if is_by_re_id(source) else ids_hash)}
@@ -68,11 +64,8 @@ def load_vectors(
 
         features |= cached(data_dir, prefix, files, settings, build)
         share = features[i].present[1:].mean()
-        log.log(
-            logging.INFO if share >= 0.5 else logging.WARNING,
-            "creative_emb/%s: %.1f %% of %s items have a vector, width %d",
-            *(i, 100 * share, f"{num_items:,}", features[i].size),
-        )
+        text = f"{100 * share:.1f} % of {num_items:,} items have a vector, width {features[i].size}"
+        (log.info if share >= 0.5 else log.warning)("creative_emb/%s: %s", i, text)
     return features
 
 
@@ -100,13 +93,6 @@ def find_vectors(data_dir: str | Path) -> dict[str, Path]:
 def is_by_re_id(source: Path) -> bool:
     """Whether a file of `find_vectors` is a dense table, which needs no original ids."""
     return source.suffix == ".npy"
-
-
-def _hash_of_ids(item_ids: Mapping[Any, int]) -> str:
-    digest, pairs = hashlib.sha256(), iter(item_ids.items())
-    while some := list(itertools.islice(pairs, _IDS)):
-        digest.update(repr(some).encode(errors="backslashreplace"))
-    return digest.hexdigest()
 
 
 def _files(source: Path) -> list[Path]:
@@ -137,9 +123,8 @@ def _dense_rows(path: Path, num_items: int) -> Iterator[tuple[int, np.ndarray]]:
     with reading(path):
         table = map_array(path)
     if table.ndim != 2 or table.dtype.kind != "f" or len(table) != num_items + 1:
-        raise DataError(
-            f"{path}: {table.dtype} {table.shape}, expected float ({num_items + 1}, width)"
-        )
+        expected = f"expected float ({num_items + 1}, width)"
+        raise DataError(f"{path}: {table.dtype} {table.shape}, {expected}")
     for row in range(1, num_items + 1):
         if not np.isnan(table[row]).all():
             yield row, table[row]
@@ -158,16 +143,15 @@ def _pairs(path: Path, trust_pickle: bool) -> Iterable[tuple[Any, Any]]:
 def _line_pairs(path: Path) -> Iterator[tuple[Any, Any]]:
     with reading(path), open(path, "rb") as file:
         for number, line in enumerate(file, 1):
-            if line.strip():
-                try:
-                    record = json.loads(line)
-                    pair = record["anonymous_cid"], record["emb"]
-                except (ValueError, KeyError, TypeError) as error:
-                    raise DataError(
-                        f"{path}: line {number}: {type(error).__name__} {error}; "
-                        'expected {"anonymous_cid": ..., "emb": [...]}'
-                    ) from error
-                yield pair
+            if not line.strip():
+                continue
+            try:
+                record = json.loads(line)
+                pair = record["anonymous_cid"], record["emb"]
+            except (ValueError, KeyError, TypeError) as error:
+                found, expected = f"{type(error).__name__} {error}", '"anonymous_cid" and "emb"'
+                raise DataError(f"{path}: line {number}: {found}; expected {expected}") from error
+            yield pair
 
 
 def _parquet_pairs(path: Path) -> Iterator[tuple[Any, Any]]:
@@ -202,12 +186,7 @@ def _fill(source: Path, rows: Iterable[tuple], num_items: int, target: Path | No
         for path, row, original, vector in rows:
             values = _vector(path, original, vector, None if table is None else table.shape[1])
             if table is None:
-                shape = num_items + 1, len(values)
-                if file is None:
-                    table = np.zeros(shape, np.float32)
-                else:
-                    table = np.lib.format.open_memmap(file.name, "w+", np.float32, shape)
-                    reserve(file)
+                table = _empty_table(file, (num_items + 1, len(values)))
             table[row] = values
             present[row] = True
         if table is None:
@@ -220,10 +199,14 @@ def _fill(source: Path, rows: Iterable[tuple], num_items: int, target: Path | No
     return Feature("emb", table.shape[1], table, present=present)
 
 
-def reserve(file: IO[bytes]) -> None:
-    """Claim the disk that a memory map will fill: writing to a full one would end the process."""
-    if hasattr(os, "posix_fallocate"):  # not on macOS and Windows
+def _empty_table(file: IO[bytes] | None, shape: tuple[int, int]) -> np.ndarray:
+    """Zeros, as a memory map of `file`; None: in memory."""
+    if file is None:
+        return np.zeros(shape, np.float32)
+    table = np.lib.format.open_memmap(file.name, "w+", np.float32, shape)
+    if hasattr(os, "posix_fallocate"):  # a map over a full disk would end the process
         os.posix_fallocate(file.fileno(), 0, os.path.getsize(file.name))
+    return table
 
 
 def _vector(source: Path, original: Any, vector: Any, width: int | None) -> np.ndarray:
@@ -234,7 +217,7 @@ def _vector(source: Path, original: Any, vector: Any, width: int | None) -> np.n
             values = np.asarray(vector, np.float32)
     except (ValueError, TypeError, OverflowError) as error:
         raise DataError(f"{where}: {vector!r:.60}, expected a list of numbers") from error
-    if values.ndim != 1 or not len(values) or len(values) != (width or len(values)):
+    if values.ndim != 1 or not len(values) or width not in (None, len(values)):
         found = "x".join(map(str, values.shape)) or "none"
         raise DataError(f"{where} has width {found}, expected {width or 'a list of numbers'}")
     if not np.isfinite(values).all():
