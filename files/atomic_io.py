@@ -16,7 +16,6 @@ from typing import IO, Any
 
 from filelock import FileLock, Timeout  # comes with torch
 
-_HASH_BLOCK = 1 << 20  # bytes
 LOCK_SECONDS = 10
 
 
@@ -73,14 +72,10 @@ def atomic_write(path: str | Path) -> Iterator[IO[bytes]]:
 
 
 def write_hashed(file: IO[bytes], pieces: Iterable[bytes | memoryview]) -> dict[str, Any]:
-    """Write `pieces` one behind the other; their `file_entry`, without reading the file again.
+    """Write `pieces`, one-dimensional buffers; their `file_entry`, without reading the file again.
 
-    The bytes are on the disk when it returns: what a full disk fails, it fails before several files
-    that belong together are renamed.
-
-    Args:
-        file: open and empty, of `atomic_write`.
-        pieces: buffers of one dimension, made one at a time.
+    The bytes are on the disk when it returns: a full disk shows before several files that belong
+    together are renamed.
     """
     digest, size = hashlib.sha256(), 0
     for piece in pieces:
@@ -115,8 +110,7 @@ def lock_folder(folder: str | Path) -> Iterator[None]:
         lock.acquire(timeout=LOCK_SECONDS)
     except Timeout as error:
         raise DataError(
-            f"{folder}: another process is at work in it; wait for its end, or choose another "
-            "folder"
+            f"{folder}: another process is at work in it; wait for its end, or name another folder"
         ) from error
     except NotImplementedError:  # no locks on this disk
         pass
@@ -136,7 +130,7 @@ def sweep_temporaries(folder: str | Path) -> None:
 def sha256_of(path: str | Path) -> str:
     digest = hashlib.sha256()
     with open(path, "rb") as file:
-        while block := file.read(_HASH_BLOCK):
+        while block := file.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()
 
@@ -177,11 +171,9 @@ def read_json(path: str | Path) -> Any:
         try:
             return json.loads(path.read_text(encoding="utf-8-sig"))
         except UnicodeDecodeError as error:
-            raise DataError(
-                f"{path}: byte {error.start} is not UTF-8; write it again as UTF-8"
-            ) from error
+            raise DataError(f"{path}: byte {error.start} is not UTF-8; write it again") from error
         except json.JSONDecodeError as error:
+            place = f"line {error.lineno} column {error.colno}"
             raise DataError(
-                f"{path}: line {error.lineno} column {error.colno}: {error.msg}; "
-                "the file is empty, truncated or not JSON"
+                f"{path}: {place}: {error.msg}; empty, truncated or not JSON"
             ) from error

@@ -56,8 +56,7 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
     """
     path = Path(path)
     if not path.is_file():
-        remark = ", but a folder; name a model_*.pt or resume_*.pt in it" if path.is_dir() else ""
-        raise DataError(f"{path}: no such checkpoint file{remark}")
+        raise DataError(f"{path}: no such checkpoint file")
     expected = "expected a model_*.pt or resume_*.pt that a training wrote; use another one"
     try:
         with zipfile.ZipFile(path) as archive:
@@ -73,7 +72,7 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
     except _LOAD_FAULTS as error:
         if "allocate memory" in str(error):
             raise
-        # torch's own words advise to load it with any code that it may hold.
+        # torch's own message advises to run whatever code the file holds.
         raise DataError(f"{path}: holds something else than tensors; {expected}") from error
     if not isinstance(content, dict) or "config" not in content:
         raise DataError(f"{path}: no model config in it; {expected}")
@@ -84,11 +83,11 @@ def save_state(folder: str | Path, content: Mapping[str, Any], step: int) -> Non
     """Write resume_{step}.pt and remove all other states but the one before it."""
     folder = Path(folder)
     save_checkpoint(folder / f"resume_{step}.pt", content)
+    found = states(folder)
     # Later steps belong to a run that this one has branched off from.
-    kept = [path for path in states(folder) if _step_of(path) <= step][:KEPT_STATES]
-    for path in states(folder):
-        if path not in kept:
-            path.unlink()
+    kept = [path for path in found if _step_of(path) <= step][:KEPT_STATES]
+    for path in set(found).difference(kept):
+        path.unlink()
 
 
 def load_newest_state(folder: str | Path) -> dict[str, Any] | None:
@@ -137,11 +136,9 @@ def load_weights(model: torch.nn.Module, weights: Mapping[str, Tensor], path: st
         if _shape(weights.get(name)) != _shape(expected.get(name))
     ]
     if lines:
-        prefixes = [p for p in ("module.", "_orig_mod.") if all(k.startswith(p) for k in weights)]
-        hint = "".join(f"all names begin with {prefix!r}, take it off: " for prefix in prefixes)
         raise DataError(
-            f"{path}: does not fit the model: {hint}" + "; ".join(lines[:20]) + ". A model of your "
-            "own is known to the script that trained it alone: start that one"
+            f"{path}: does not fit the model: " + "; ".join(lines[:20]) + ". A model of your own "
+            "is known to the script that trained it alone: start that one"
         )
     model.load_state_dict(weights)
 

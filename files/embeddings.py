@@ -41,12 +41,9 @@ def save_emb(emb: np.ndarray, save_path: str | Path) -> None:
 def emb_pieces(
     path: Path, shape: tuple[int, ...], chunks: Iterable[np.ndarray]
 ) -> Iterator[bytes | memoryview]:
-    """What `save_emb` writes to `path`, piece by piece: the header, then each chunk's bytes.
+    """What `save_emb` writes for the matrix of `shape` whose rows are `chunks`: a header, and each.
 
-    Args:
-        path: names the file in errors, which are those of `save_emb`, and its suffix the format.
-        shape: (n, d) or (n,) of the matrix.
-        chunks: its rows in order, (c, d) or (c,), any c.
+    `path` names the format, and the file in errors, which are those of `save_emb`.
     """
     if path.suffix not in EMB_DTYPES or len(shape) not in (1, 2) or max(shape) >= 2**31:
         raise ValueError(f"{path}: {shape} as {path.suffix!r} is no .fbin or .u64bin matrix")
@@ -105,7 +102,7 @@ def publish(
 
     Raises:
         DataError: no index takes these vectors; the export that was there is as it was.
-        OSError: the disk is full, say; so it is then. If renaming fails, there is no manifest.
+        OSError: the same after a full disk, say. If renaming fails, there is no manifest.
     """
     check_size(folder, *shape)
     folder.mkdir(parents=True, exist_ok=True)
@@ -131,11 +128,6 @@ def check_size(folder: Path, n: int, d: int) -> None:
             f"{folder}: {n} vectors of width {d}, but an index needs one at least, of width 2 or "
             "more; train with larger --hidden_units"
         )
-    if n * d >= 2**32:
-        log.warning(
-            "%s: %d vectors of width %d are 2^32 numbers or more; readers that multiply the "
-            "header's two uint32 in 32 bits overflow", folder, n, d,
-        )  # fmt: skip
 
 
 def warn_of_zeros(
@@ -152,6 +144,6 @@ def warn_of_zeros(
         row += len(chunk)
     if num_zeros:
         log.warning(
-            "%s: %d vectors are zero and have no direction, the first: %s",
+            "%s: %d vectors are zero, so that no query finds them, the first: %s",
             folder, num_zeros, ", ".join(map(str, examples)),
         )  # fmt: skip

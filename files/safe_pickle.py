@@ -4,14 +4,12 @@ The C unpickler does the work, but every name that the file imports is refused o
 and dtypes and arrays become stand-ins that check what numpy is asked for.
 
 Covered: no code runs, no array reaches beyond its bytes, a damaged file is a `PickleError`.
-Not covered: a file built to cost time, memory or C stack (colliding keys, a key of 100,000 nested
-tuples, above `_SCANNED_BYTES` a huge memo number) can still stall or end the process.
+Not covered: a file built to cost time, memory or C stack can still stall or end the process.
 """
 
 from __future__ import annotations
 
 import copyreg
-import functools
 import pickle
 import pickletools
 from pathlib import Path
@@ -55,10 +53,8 @@ def load_pickle(path: str | Path, *, trust: bool = False) -> Any:
     except OSError as error:
         raise PickleError(f"{path}: cannot be read ({error.strerror})") from error
     except _FAULTS as error:
-        raise PickleError(
-            f"{path}: cannot be loaded ({type(error).__name__}: {error!s:.200}); expected one "
-            "complete pickle; the file is truncated, damaged or something else: write it again"
-        ) from error
+        found = f"{type(error).__name__}: {error!s:.200}"
+        raise PickleError(f"{path}: cannot be loaded ({found}); write it again") from error
 
 
 def _load(file: IO[bytes]) -> Any:
@@ -81,16 +77,11 @@ def _scan(data: bytes) -> None:
 
 
 class _Unpickler(pickle.Unpickler):
-    def __init__(self, file: IO[bytes]):
-        super().__init__(file)
-        # One copy of a text, however often the file asks: else a short file could fill the memory.
-        self._builders = _BUILDERS | {"_codecs.encode": functools.cache(_encode)}
-
     def find_class(self, module: str, name: str) -> _Name:
         full_name = f"{module}.{name}"
-        if full_name not in self._builders:
+        if full_name not in _BUILDERS:
             raise PickleError(ascii(full_name)[1:-1][:80])
-        return _Name(self._builders[full_name])
+        return _Name(_BUILDERS[full_name])
 
 
 # A pickle may write to whatever it holds. The next three are closed to that: `__setstate__` comes
@@ -137,7 +128,7 @@ class _Array:
 
 
 def _view(raw: Any, dtype: Any, shape: Any, order: Any = "C", axes: Any = None) -> np.ndarray:
-    """A read-only array over `raw`, not a copy: copies let a short file fill the memory."""
+    """A read-only array over `raw`, not a copy of it."""
     # Unlike ndarray(buffer=...), frombuffer holds a bytearray so that no opcode can resize it.
     array = np.frombuffer(raw, dtype.dtype).reshape(shape, order="C" if axes else order)
     if array.shape != shape:  # reshape compares the sizes, but reads -1 as "what fits"
@@ -152,12 +143,6 @@ def _encode(text: str, encoding: str) -> bytes:
     if encoding != "latin1":
         raise PickleError(f"text in encoding {ascii(encoding)[:40]}")
     return text.encode("latin1")
-
-
-def _set(items: list) -> set:
-    result = set(items)
-    items.clear()  # moved, not copied: see _view
-    return result
 
 
 def _finish(value: Any, done: dict[int, tuple[Any, Any]]) -> Any:
@@ -183,11 +168,11 @@ def _finish(value: Any, done: dict[int, tuple[Any, Any]]) -> Any:
     return done[id(value)][1]
 
 
-_BUILDERS = {"numpy.dtype": _Dtype, "numpy.ndarray": None}
+_BUILDERS = {"numpy.dtype": _Dtype, "numpy.ndarray": None, "_codecs.encode": _encode}
 _BUILDERS |= {"collections.defaultdict": lambda _factory=None: {}}
 for _module in ("builtins", "__builtin__"):
     _BUILDERS |= {f"{_module}.{factory}": None for factory in ("dict", "int", "list")}
-    _BUILDERS |= {f"{_module}.bytes": lambda: b"", f"{_module}.set": _set}
+    _BUILDERS |= {f"{_module}.bytes": lambda: b"", f"{_module}.set": set}
 for _module in ("numpy.core", "numpy._core"):
     _BUILDERS[f"{_module}.multiarray._reconstruct"] = lambda *_: _Array()
     _BUILDERS[f"{_module}.multiarray.scalar"] = lambda dtype, raw: _view(raw, dtype, ())[()]

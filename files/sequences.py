@@ -81,29 +81,22 @@ def open_split(data_dir: Path, split: str) -> tuple[np.ndarray, np.ndarray, np.n
     num_events, size = int(offsets[-1]) if len(offsets) else 0, file_size(path)
     if not len(offsets) and size == 0 and split != "train":
         offsets = np.zeros(1, OFFSET_DTYPE)
-    dtypes = {16: EVENT_DTYPE, 4: np.dtype("<i4"), 8: np.dtype("<i8")}
-    width = size // num_events if num_events > 0 and size % num_events == 0 else 0
-    if size == num_events == 0:
-        width = EVENT_DTYPE.itemsize
-    if width not in dtypes:
-        beyond = np.flatnonzero(offsets[1:] > size // EVENT_DTYPE.itemsize)[:1]
-        place = "".join(f"; sequence {k} ends at event {offsets[k + 1]} of them" for k in beyond)
-        raise _bad(
-            path,
-            f"{size} bytes, but {split}_offsets.bin describes {num_events} events, which makes "
-            f"{num_events * 16} bytes of records (or 4 or 8 bytes per plain item id){place}. One "
-            "of the two is truncated or from another run",
-        )
-    return map_file(path, dtypes[width]), offsets, users
+    for dtype in (EVENT_DTYPE, np.dtype("<i4"), np.dtype("<i8")):
+        if size == num_events * dtype.itemsize:
+            return map_file(path, dtype), offsets, users
+    raise _bad(
+        path,
+        f"{size} bytes, but {split}_offsets.bin describes {num_events} events, {num_events * 16} "
+        "bytes of records (or 4 or 8 bytes per plain item id). One of the two is truncated or from "
+        "another run",
+    )
 
 
 def map_file(path: Path, dtype: np.dtype) -> np.ndarray:
     """A read-only memory map of a whole file."""
     size = file_size(path)
     if size % dtype.itemsize:
-        raise _bad(
-            path, f"{size} bytes is not a multiple of {dtype.itemsize}; the file is truncated"
-        )
+        raise _bad(path, f"{size} bytes is not a multiple of {dtype.itemsize}")
     return np.memmap(path, dtype, mode="r") if size else np.empty(0, dtype)
 
 
@@ -123,18 +116,14 @@ def check_split(
         raise _bad(path, f"{found}, but the first offset is 0")
     falls = np.flatnonzero(offsets[1:] < offsets[:-1])
     if len(falls):
-        k = falls[0] + 1
+        before, k = falls[0], falls[0] + 1
         raise _bad(
-            path,
-            f"offset[{k}] = {offsets[k]} is below offset[{k - 1}] = {offsets[k - 1]}, but offsets "
-            "never decrease; the file is damaged",
+            path, f"offset[{k}] = {offsets[k]} is below offset[{before}] = {offsets[before]}"
         )
     num_sequences = len(offsets) - 1
     if users is None and num_sequences > num_users:
-        raise DataError(
-            f"{path}: {num_sequences} sequences, but {num_users} users; name the user of each "
-            f"sequence in {users_path.name}"
-        )
+        found = f"{num_sequences} sequences, but {num_users} users"
+        raise _bad(path, f"{found}; name the user of each in {users_path.name}")
     if users is not None and len(users) != num_sequences:
         raise _bad(users_path, f"{len(users)} users, but {num_sequences} sequences")
     if users is not None and (k := first_outside(users, 1, num_users)) < len(users):

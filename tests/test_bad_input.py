@@ -232,7 +232,7 @@ EVIL = b"cos\nsystem\n(S'true'\ntR."
 ERRORS = {
     "1 offsets are cut inside a number": Fault(
         append("train_offsets.bin", b"\0" * 5),
-        r"train_offsets\.bin: 101 bytes is not a multiple of 8; the file is truncated",
+        r"train_offsets\.bin: 101 bytes is not a multiple of 8; write the split again",
     ),
     "1 users are cut inside a number": Fault(
         cut("train_users.bin", 1), r"train_users\.bin: 43 bytes is not a multiple of 4"
@@ -261,7 +261,7 @@ ERRORS = {
     "4 an offset is negative": Fault(offset(put(1, -4)), r"offset\[1\] = -4 is below offset\[0\]"),
     "5 offsets end beyond the data": Fault(
         cut("train_data.bin", 32),
-        r"train_data\.bin: 656 bytes, .* 43 events, .*; sequence 10 ends at event 43 of them",
+        r"train_data\.bin: 656 bytes, .* 43 events, 688 bytes .*truncated or from another run",
     ),
     "5 one offset lies beyond the data": Fault(
         offset(put(5, 10**6)), r"offset\[6\] = \d+ is below offset\[5\] = 1000000"
@@ -672,9 +672,9 @@ CHECKPOINTS = {
         r"does not fit the model: .*embedding_module\S+: checkpoint \(24, 8\), model \(24, 9\)",
     ),
     "28 with a prefix of DistributedDataParallel": (
-        rename("module."), r"does not fit the model: .*begin with 'module\.'"
+        rename("module."), r"does not fit the model: .*module\.embedding_module\S*: checkpoint \("
     ),
-    "28 with a prefix of torch.compile": (rename("_orig_mod."), r"begin with '_orig_mod\.'"),
+
     "28 without weights": (lambda c: c.pop("weights"), r"not a checkpoint of this package"),
     "28 with weights that are none": (lambda c: c.update(weights=[1]), r"not a checkpoint of this"),
     "28 with an unknown setting": (lambda c: c["config"].update(alibi=1), r"\.pt: .*alibi"),
@@ -763,24 +763,14 @@ def test_30_a_width_of_one_is_refused(tmp_path):
         check_size(tmp_path, 5, 1)
 
 
-@pytest.mark.parametrize(
-    ("shape", "is_over"),
-    [((2**26, 64), True), ((2**26 - 1, 64), False), ((2**31, 2), True), ((5, 2), False)],
-)
-def test_30_sizes_beyond_what_indexes_count_in_are_said(shape, is_over, tmp_path, caplog):
-    with caplog.at_level(logging.WARNING, "hstu"):
-        check_size(tmp_path, *shape)
-    assert len(caplog.records) == is_over
-
-
-def test_30_no_vector_or_one_of_no_direction_is_said(tmp_path, caplog):
+def test_30_no_vector_or_zero_vectors_are_said(tmp_path, caplog):
     with pytest.raises(ValueError, match="0 vectors of width 4"):
         check_size(tmp_path, 0, 4)
     rows = np.ones((5, 4), np.float32)
     rows[[1, 3]] = 0
     with caplog.at_level(logging.WARNING, "hstu"):
         list(warn_of_zeros(tmp_path, [rows[:2], rows[2:]], np.arange(10, 15)))
-    assert "2 vectors are zero and have no direction, the first: 11, 13" in caplog.text
+    assert "2 vectors are zero, so that no query finds them, the first: 11, 13" in caplog.text
 
 
 # ---------------------------------------------------------------------------------------- 31: paths

@@ -155,7 +155,7 @@ def test_zero_rows_of_several_chunks_are_one_warning(tmp_path, caplog):
     with caplog.at_level(logging.WARNING, "hstu"):
         publish_matrix(tmp_path, matrix)
     assert [record.getMessage() for record in caplog.records] == [
-        f"{tmp_path}: 4 vectors are zero and have no direction, the first: 102, 105, 106"
+        f"{tmp_path}: 4 vectors are zero, so that no query finds them, the first: 102, 105, 106"
     ]
 
 
@@ -323,5 +323,7 @@ def test_a_retrieval_id_that_topk_could_not_say_is_refused(tiny, tmp_path):
     folder = tmp_path / "candidates"
     write_candidates(folder, tiny, [2, 0], [5, 6])
     np.array([1, 2**63], "<u8").tofile(folder / "retrieval_ids.bin")
-    with pytest.raises(DataError, match=r"retrieval_ids\.bin: an id occurs twice, or is 2\^63 or more"):
+    with pytest.raises(
+        DataError, match=r"retrieval_ids\.bin: an id occurs twice, or is 2\^63 or more"
+    ):
         candidates_in(folder, tiny, make_model(tiny))

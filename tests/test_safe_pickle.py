@@ -462,18 +462,6 @@ def test_a_memo_number_is_refused_before_it_takes_memory(tmp_path):
 
 BIG = 1_000_000
 TIMES = 3_000
-REPEATED = {  # every object that is made again and again from one stored megabyte
-    "text": (opcodes("x" * BIG), imported("_codecs.encode"), b"\x8c\x06latin1\x86R"),
-    "set": (opcodes(list(range(BIG // 9))), imported("builtins.set"), b"\x85R"),
-}
-
-
-@pytest.mark.parametrize("kind", REPEATED)
-def test_repeated_copies_of_one_value_stay_small(kind, tmp_path):
-    value, name, make = REPEATED[kind]
-    stored = b"\x80\x04" + value + b"r\xf0\0\0\0" + b"0" + name + b"r\xf1\0\0\0" + b"0"
-    data = stored + b"](" + (b"h\xf1h\xf0" + make) * TIMES + b"e."
-    assert outcome_of(tmp_path, data) == "loaded list"
 
 
 def test_many_arrays_over_the_same_bytes_stay_small(tmp_path):
