@@ -95,7 +95,7 @@ def publish(
     Args:
         folder: made if it is not there.
         shape: (n, d) of the embeddings.
-        embeddings: their rows in order, (c, d) at a time; two chunks at most are held.
+        embeddings: their rows in order, (c, d) at a time; two chunks at most are in memory.
         arrays: the other files, (n, ...) each, `id.u64bin` among them.
         origin: goes into the manifest.
         followers: folders of exports that go with the old files, and not with these.

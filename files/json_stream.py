@@ -40,13 +40,13 @@ def read_pairs(path: Path) -> Iterator[tuple[str, Any]]:
                 text, at, position = text[at:] + block, 0, position + at
                 if not block or len(text) > LONGEST_PAIR:
                     raise DataError(
-                        f"{path}: behind character {position}: {error}; truncated or not JSON"
+                        f"{path}: after character {position}: {error}; truncated or not JSON"
                     ) from error
                 continue
             yield key, value
             at, is_closed = end.end(), end[1] == "}"
         if (text[at:] + file.read(BLOCK)).strip(" \t\n\r"):
-            raise DataError(f"{path}: text behind the end of the object; remove it")
+            raise DataError(f"{path}: text after the end of the object; remove it")
 
 
 def _pair(text: str, at: int) -> tuple[str, Any, re.Match[str]]:

@@ -63,7 +63,7 @@ def get_args(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
-    parser.add_argument("events", type=Path, help=".csv, .tsv, .jsonl or .parquet; .gz behind it")
+    parser.add_argument("events", type=Path, help=".csv, .tsv, .jsonl or .parquet, also .gz")
     parser.add_argument("data_dir", type=Path, help="folder to write")
     parser.add_argument("--overwrite", action="store_true", help="the data that data_dir holds")
     log = parser.add_argument_group("events").add_argument
@@ -140,7 +140,7 @@ def convert(args: argparse.Namespace) -> None:
         print(f"{split}: {len(part.user_ids):,} sequences, {len(part.events):,} events")
     if args.split == "time" and not all(len(splits[name].user_ids) for name in ("valid", "test")):
         raise DataError(
-            f"{args.events}: no event to predict behind a cut of --cuts; expected Unix seconds "
+            f"{args.events}: no event to predict after a cut of --cuts; expected Unix seconds "
             f"between {events['timestamp'].min()} and {events['timestamp'].max()}, or shares"
         )
     if np.diff(splits["train"].offsets).max(initial=0) < 2:
@@ -346,7 +346,7 @@ def show_actions(actions: np.ndarray, names: Sequence[str]) -> None:
 def split_by_time(
     events: np.ndarray, offsets: np.ndarray, args: argparse.Namespace
 ) -> dict[str, Sequences]:
-    """Train: events before the first cut; valid, test: users with an event in the time behind.
+    """Train: events before the first cut; valid, test: users with an event in the time after it.
 
     Their sequences hold all that came before, too, and the target is the last event of that time.
     """

@@ -378,7 +378,7 @@ ERRORS = {
         r"feat_statistics\.json: Exceeds the limit",
     ),
     "17 a feature value has 5,000 digits": Fault(
-        feature("100", "9" * 5000), r"item_feat_dict\.json: behind character \d+: Exceeds the limit"
+        feature("100", "9" * 5000), r"item_feat_dict\.json: after character \d+: Exceeds the limit"
     ),
     "18 a number is beyond int64": Fault(
         write("feature_default_value.json", '{"100": 9223372036854775808}'),

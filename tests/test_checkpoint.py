@@ -130,8 +130,8 @@ def test_other_damage_is_refused_or_changes_nothing(tmp_path, content, kind):
 
 def test_an_absent_file_and_a_folder_are_refused_by_name(tmp_path):
     (tmp_path / "folder.pt").mkdir()
-    for name, remark in (("absent.pt", "$"), ("folder.pt", ", but a folder; name a model_")):
-        with pytest.raises(DataError, match=f"{re.escape(name)}: no such checkpoint file{remark}"):
+    for name in ("absent.pt", "folder.pt"):
+        with pytest.raises(DataError, match=f"{re.escape(name)}: no such checkpoint file$"):
             load_checkpoint(tmp_path / name)
 
 
