@@ -101,6 +101,7 @@ class HSTUConfig:
     infonce_temp: float
     item_ids_digest: str | None = None  # of the items that the rows stand for; None: not known
     action_names: list[str] | None = None  # of the action types; None: not known
+    feature_digests: dict[str, str] | None = None  # of what features' numbers mean; None: not known
 
 
 class HSTUModel(nn.Module):

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
-from dataclasses import fields
+from dataclasses import MISSING, fields
 from pathlib import Path
 
 from torch import Tensor
@@ -13,6 +14,8 @@ from files.atomic_io import DataError
 from files.checkpoint import differences, load_checkpoint, load_weights
 from files.data_folder import Manifest
 from model import HSTUConfig, HSTUModel
+
+log = logging.getLogger("hstu")
 
 
 def load_model(
@@ -44,6 +47,7 @@ def load_model(
     vectors = [name for name, spec in sides[0].items() if spec["kind"] == "emb"]
     plain = [[name for name in side if name not in vectors] or ["none"] for side in sides]
     features = read_features(data_dir, manifest, *plain, vectors, trust_pickle)
+    check_meanings(path, data_dir, config, manifest)
     for specs, loaded in zip(sides, features, strict=True):
         known = {name: (spec["kind"], spec["size"]) for name, spec in specs.items()}
         found = {name: (feature.kind, feature.size) for name, feature in loaded.items()}
@@ -61,7 +65,9 @@ def read_model(path: str | Path) -> tuple[HSTUConfig, Mapping[str, Tensor]]:
     config, weights = content["config"], content.get("weights")
     if not isinstance(config, dict) or not isinstance(weights, dict):
         raise DataError(f"{path}: not a checkpoint of this package (no config and weights in it)")
-    if changed := sorted({setting.name for setting in fields(HSTUConfig)} ^ config.keys()):
+    settings = {setting.name: setting.default is MISSING for setting in fields(HSTUConfig)}
+    needed = {name for name, is_needed in settings.items() if is_needed}
+    if changed := sorted((needed - config.keys()) | (config.keys() - settings.keys())):
         raise DataError(
             f"{path}: settings {', '.join(changed)} are unknown or missing; export it with the "
             "version that trained it"
@@ -85,6 +91,30 @@ def check_data(
             known["action names"] = config.action_names[:shared]
             found["action names"] = manifest.action_names[:shared]
     refuse_other_data(path, data_dir, known, found)
+
+
+def check_meanings(
+    path: str | Path, data_dir: str | Path, config: HSTUConfig, manifest: Manifest
+) -> None:
+    """Refuse data in which a feature's numbers stand for other values than in the training."""
+    known, found = config.feature_digests or {}, manifest.feature_digests or {}
+    used = [
+        i
+        for i, spec in (config.item_features | config.user_features).items()
+        if spec["kind"] != "emb"
+    ]
+    changed = [i for i in used if i in known and i in found and known[i] != found[i]]
+    if changed:
+        raise DataError(
+            f"{data_dir}: the values of feature {', '.join(changed)} are numbered or transformed "
+            f"otherwise than in the data that {path} was trained on; train on this folder, or "
+            "export from that one"
+        )
+    if unknown := [i for i in used if i not in known or i not in found]:
+        log.info(
+            "%s: what the numbers of feature %s stand for is not recorded; taken as the same as in "
+            "the training", data_dir, ", ".join(unknown),
+        )  # fmt: skip
 
 
 def refuse_other_data(

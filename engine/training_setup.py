@@ -132,6 +132,7 @@ def make_config(
         time_bias=args.time_bias if has_timestamps else "off",
         item_ids_digest=manifest.item_ids_digest,
         action_names=manifest.action_names,
+        feature_digests=manifest.feature_digests,
         **{name: getattr(args, name) for name in same},
     )
 

@@ -34,6 +34,7 @@ class Manifest(NamedTuple):
     targets: dict[str, str]  # split -> "next" | "last" | "none"
     item_ids_digest: str | None = None  # of the original ids in the order of their re-ids
     action_names: list[str] | None = None  # of the types 0, 1, ...; None: not known
+    feature_digests: dict[str, str] | None = None  # of what a feature's numbers mean; None: unknown
 
     def action_name(self, action_type: int) -> str:
         return self.action_names[action_type] if self.action_names else f"action {action_type}"
@@ -99,13 +100,14 @@ def _bad(path: Path, found: str) -> DataError:
 
 def _is_right(manifest: Manifest) -> bool:
     """Whether types fit, counts can be, and targets and names are legal."""
-    num_items, num_users, num_types, targets, digest, names = manifest
+    num_items, num_users, num_types, targets, digest, names, feature_digests = manifest
     targets_of = {"train": ["next"], "valid": ["last", "none"], "test": ["last", "none"]}
     return (
         all(type(count) is int and count >= 0 for count in (num_items, num_users, num_types))
         and (max(num_items, num_users) < 2**31 and num_types < 2**16)
         and all(target in targets_of.get(split, []) for split, target in targets.items())
         and isinstance(digest, str | None)
+        and isinstance(feature_digests, dict | None)
         and (names is None or all(isinstance(name, str) for name in names))
         and (names is None or len(names) == len(set(names)) == num_types)
     )
@@ -187,7 +189,7 @@ def original_ids(
 
 
 def digest_of_ids(ids: Iterable[Any]) -> str:
-    """What tells whether re-ids 1, 2, ... mean the same items: SHA-256 of their original ids."""
+    """What tells whether the numbers 1, 2, ... mean the same: SHA-256 of what they stand for."""
     digest = hashlib.sha256()
     for original in ids:
         digest.update(f"{original!r}\n".encode())

@@ -35,6 +35,9 @@ class Column(NamedTuple):
 
     kind: str  # "sparse" | "array" | "continual", or a custom kind
     values: Sequence[Any]  # int >= 0 (0 unknown) | list of int >= 1 | float; None: missing
+    # What the numbers stand for: the raw values of 1, 2, ..., or what was done to them. A model is
+    # refused data in which that is something else. None: not known, so nothing is compared.
+    meaning: Iterable[Any] | None = None
 
 
 def leave_one_out(events: np.ndarray, offsets: np.ndarray) -> dict[str, Sequences]:
@@ -115,6 +118,12 @@ def write_dataset(
         {split: "next" if split == "train" else "last" for split in splits} | dict(targets or {}),
         digest_of_ids(indexer["i"]),
         None if action_names is None else list(action_names),
+        {
+            i: digest_of_ids(column.meaning)
+            for columns in sides.values()
+            for i, column in columns.items()
+            if column.meaning is not None
+        },
     )
     finish_folder(data_dir, manifest, files)
 

@@ -80,10 +80,11 @@ def film_features(films: list[tuple[str, str, str]]) -> tuple[list[str], dict[st
     """Titles, and genres as an array feature, year as a sparse one."""
     titles, years, genres = zip(*films, strict=True)
     names = sorted({name for row in genres for name in row.split("|")})
-    first = min(int(year) for year in years) - 1
+    first, last = (int(find(years, key=int)) for find in (min, max))
+    listed = [[names.index(name) + 1 for name in row.split("|")] for row in genres]
     return list(titles), {
-        "genres": Column("array", [[names.index(n) + 1 for n in row.split("|")] for row in genres]),
-        "year": Column("sparse", [int(year) - first for year in years]),
+        "genres": Column("array", listed, names),
+        "year": Column("sparse", [int(year) - first + 1 for year in years], range(first, last + 1)),
     }
 
 
@@ -94,7 +95,7 @@ def person_features(people: list[tuple[str, str, str]]) -> dict[str, Column]:
         ("gender", "age", "occupation"), zip(*people, strict=True), strict=True
     ):
         codes = sorted(set(values))
-        columns[name] = Column("sparse", [codes.index(value) + 1 for value in values])
+        columns[name] = Column("sparse", [codes.index(value) + 1 for value in values], codes)
     return columns
 
 

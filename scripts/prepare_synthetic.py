@@ -199,19 +199,21 @@ def item_features(process: Process, generator: np.random.Generator) -> dict[str,
     shelves, aisles = np.divmod(process.clusters, NUM_AISLES)
     prices = (1 + shelves) * generator.lognormal(0, 0.3, len(shelves))
     return {
-        "aisle": Column("sparse", aisles + 1),
-        "tags": Column("array", listed(shelves + 1, generator)),
-        "price": Column("continual", prices.round(2)),
+        "aisle": Column("sparse", aisles + 1, ["aisle"]),
+        "tags": Column("array", listed(shelves + 1, generator), ["shelf"]),
+        "price": Column("continual", prices.round(2), ["price"]),
     }
 
 
 def user_features(homes: np.ndarray, generator: np.random.Generator) -> dict[str, Column]:
     """Region and interests are aisle and shelf of the home cluster; age depends on the aisle."""
     shelves, aisles = np.divmod(homes, NUM_AISLES)
+    interests = listed(shelves + 1, generator)
+    ages = 20 + 10 * aisles + generator.integers(10, size=len(homes))
     return {
-        "region": Column("sparse", aisles + 1),
-        "interests": Column("array", listed(shelves + 1, generator)),
-        "age": Column("continual", 20 + 10 * aisles + generator.integers(10, size=len(homes))),
+        "region": Column("sparse", aisles + 1, ["aisle"]),
+        "interests": Column("array", interests, ["shelf"]),
+        "age": Column("continual", ages, ["age"]),
     }
 
 

@@ -73,6 +73,7 @@ class Index(NamedTuple):
     limits: Limits
     users: dict[Any, int]  # original id -> re-id; users that it lacks are added as they come
     cardinalities: dict[str, int]  # feature -> largest value
+    digests: dict[str, str]  # feature -> what its values stand for
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -130,7 +131,7 @@ def convert(
     files += describe_features(data_dir, index, kinds)
     files.append(write_index(source, data_dir, index, trust_pickle))
     sizes = index.limits.num_items, len(index.users), len(ACTIONS)
-    manifest = Manifest(*sizes, targets, digest, ACTIONS)
+    manifest = Manifest(*sizes, targets, digest, ACTIONS, index.digests)
     finish_folder(data_dir, manifest, files)
     counts["users that indexer.pkl lacks, added"] = len(index.users) - index.limits.num_users
     print(f"wrote {data_dir}: {manifest.num_items:,} items, {manifest.num_users:,} users")
@@ -150,9 +151,11 @@ def make_index(source: Path, indexer: dict) -> Index:
     try:
         features = indexer.get("f", {}).items()
         cardinalities = {str(i): int(max(codes.values(), default=0)) for i, codes in features}
+        digests = {str(i): digest_of_ids(sorted(codes, key=codes.get)) for i, codes in features}
     except FAULTS as error:
         raise DataError(f"{path}: its 'f' is not {{feature: {{value: re-id}}}}") from error
-    return Index(Limits(len(indexer["u"]), len(indexer["i"])), indexer["u"], cardinalities)
+    limits = Limits(len(indexer["u"]), len(indexer["i"]))
+    return Index(limits, indexer["u"], cardinalities, digests)
 
 
 def write_index(source: Path, data_dir: Path, index: Index, trust_pickle: bool) -> str:

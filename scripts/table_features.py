@@ -139,7 +139,7 @@ def pieces_of(text: str, delimiter: str) -> list[str]:
 def sparse_column(_: str, column: Texts) -> tuple[Column, str]:
     ranks, known = ranked(column.texts)
     detail = f"{len(known):,} values, {1 - missing(column).mean():.1%} known"
-    return Column("sparse", ranks[column.codes].tolist()), detail
+    return Column("sparse", ranks[column.codes].tolist(), known), detail
 
 
 def array_column(_: str, column: Texts) -> tuple[Column, str]:
@@ -148,10 +148,12 @@ def array_column(_: str, column: Texts) -> tuple[Column, str]:
     delimiter = delimiter_of(texts) or (used or DELIMITERS)[0]
     lists = [pieces_of(text, delimiter) for text in texts]
     pieces = list(dict.fromkeys(itertools.chain(*lists)))
-    rank = dict(zip(pieces, ranked(pieces)[0].tolist(), strict=True))
+    ranks, known = ranked(pieces)
+    rank = dict(zip(pieces, ranks.tolist(), strict=True))
     values = [[rank[piece] for piece in lists[code]] for code in column.codes]
     mean = sum(map(len, values)) / len(values)
-    return Column("array", values), f"{len(pieces):,} values, {mean:.1f} per row, by {delimiter!r}"
+    detail = f"{len(pieces):,} values, {mean:.1f} per row, by {delimiter!r}"
+    return Column("array", values, known), detail
 
 
 def continual_column(name: str, column: Texts) -> tuple[Column, str]:
@@ -166,9 +168,11 @@ def continual_column(name: str, column: Texts) -> tuple[Column, str]:
     detail = f"{values.min():.4g} to {values.max():.4g}, median {median:.4g}"
     if is_missing.any():
         detail += f", {is_missing.sum():,} missing read as that"
+    transformation = "x"
     if values.min() >= 0 and values.max() > SKEWED * median:
-        values, detail = np.log1p(values), f"log(1 + x), x {detail}"
-    return Column("continual", values.tolist()), detail
+        values, transformation = np.log1p(values), "log(1 + x)"
+        detail = f"{transformation}, x {detail}"
+    return Column("continual", values.tolist(), [transformation]), detail
 
 
 BUILDERS = {"sparse": sparse_column, "array": array_column, "continual": continual_column}

@@ -758,6 +758,43 @@ def test_a_checkpoint_is_for_data_whose_re_ids_mean_the_same_items_and_actions(
     assert "action types: 3 then, 4 now" in capsys.readouterr().err
 
 
+def test_a_checkpoint_is_refused_data_whose_feature_values_mean_something_else(
+    tmp_path, data, capsys
+):
+    def write(name: str, colours: Sequence[str] | None) -> Path:
+        codes = [1 + k % 3 for k in range(NUM_ITEMS)]
+        write_dataset(
+            tmp_path / name,
+            {"train": read_split(data, "train")},
+            item_ids=range(NUM_ITEMS),
+            user_ids=range(1, 12),
+            num_action_types=3,
+            item_features={"colour": Column("sparse", codes, colours)},
+        )
+        return tmp_path / name
+
+    def export(name: str, colours: Sequence[str] | None) -> int:
+        folders = [f"--data_dir={write(name, colours)}", f"--output_dir={tmp_path}/e_{name}"]
+        return main([*("--inference_only", "--device=cpu"), *folders, f"--state_dict_path={best}"])
+
+    best = run(tmp_path, write("week1", ["blue", "green", "red"])) / "model_best.pt"
+    assert export("week2", ["blue", "green", "red"]) == 0
+    assert "not recorded" not in capsys.readouterr().out
+    assert export("week3", ["green", "red", "zinc"]) == 1
+    assert "week3: the values of feature colour are numbered" in capsys.readouterr().err
+    assert export("unknown", None) == 0
+    assert "numbers of feature colour stand for is not recorded" in capsys.readouterr().out
+
+
+def test_a_checkpoint_without_newer_settings_loads(tmp_path, data):
+    path = run(tmp_path, data) / "model_best.pt"
+    content = load_checkpoint(path)
+    del content["config"]["feature_digests"]
+    save_checkpoint(path, content)
+    flags = [f"--data_dir={data}", f"--output_dir={tmp_path}/e", f"--state_dict_path={path}"]
+    assert main(["--inference_only", "--device=cpu", *flags]) == 0
+
+
 # ------------------------------------------------------------------------------------------- errors
 
 

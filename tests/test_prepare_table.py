@@ -361,6 +361,22 @@ def run_with_items(tmp_path: Path, *flags: str, rows: list[dict] | None = None) 
     return run(tmp_path, random_log(), "--item_features", table, *flags)
 
 
+def test_the_manifest_tells_apart_features_whose_numbers_mean_something_else(tmp_path):
+    def digests(week: str, **changed) -> dict[str, str]:
+        (tmp_path / week).mkdir()
+        rows = [
+            row | ({"id": row["id"]} | changed if row["id"] == "i4" else {}) for row in item_rows()
+        ]
+        return read_manifest(run_with_items(tmp_path / week, rows=rows)).feature_digests
+
+    first = digests("first")
+    assert first.keys() == {name for name, role in EXPECTED_ROLES.items() if role != "drop"}
+    assert digests("same", price=7.5, genres="c") == first
+    changed = {"brand": "zinc", "genres": "a|d", "price": 1e6}
+    other = digests("other", **changed)
+    assert {name for name in first if first[name] != other[name]} == changed.keys()
+
+
 def values_of(data_dir: Path, name: str) -> dict:
     """Item id -> what item_feat_dict.json has for it."""
     records = read_json(data_dir / "item_feat_dict.json")
