@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,7 +21,6 @@ from ops.sharded_table import ShardedEmbedding, gather_table, own_rows
 
 ADAM_BETAS = (0.9, 0.98)  # the reference's
 AUTOCAST_DTYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
-MOST_NAMED = 5  # weights, items or users that are not finite
 IF_NOT_FINITE = "Lower --lr or raise --infonce_temp, and check the features for huge values"
 
 
@@ -45,16 +44,13 @@ def autocast(device: torch.device, precision: str) -> torch.autocast:
 
 
 class TrainingStep:
-    """A model and what trains it.
+    """A model, already on its device, and what trains it.
 
-    Of several processes each computes the gradients of its share of a batch; their sum is that of
-    the whole batch, and all update their weights alike. (torch's DistributedDataParallel takes the
-    mean, and wants every process to have a share.)
+    Each of several processes computes the gradients of its share of a batch; their sum is that of
+    the whole batch, and all processes change their weights alike. (torch's DistributedDataParallel
+    takes the mean, and wants every process to have a share.)
 
-    Args:
-        model: on its device.
-        options: how it is trained.
-        has_all_rows: batches hold every item; else large tables are trained by a batch's rows.
+    `has_all_rows`: batches hold every item; else only a batch's rows of large tables are trained.
     """
 
     def __init__(self, model: HSTUModel, options: Optimization, has_all_rows: bool):
@@ -63,11 +59,10 @@ class TrainingStep:
         if not has_all_rows:
             give_sparse_gradients(model)
         self.optimizer = make_optimizer(model, options)
-        is_fp16 = options.precision == "fp16"
-        self.scaler = torch.amp.GradScaler(self.device.type, enabled=is_fp16)
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=options.precision == "fp16")
         # Whether loss and gradients were finite so far; on the device, so no step waits for it.
         self._is_finite = torch.ones((), dtype=torch.bool, device=self.device)
-        self._newest: tuple[Sequence[Any], Tensor, Tensor] | None = None
+        self._newest: tuple[Tensor, Tensor] | None = None  # loss and norm of the gradient
         shards = [m for m in model.modules() if isinstance(m, ShardedEmbedding)]
         self.shards = {m.weight: m.num_rows for m in shards}  # gradients come summed over processes
         self._tables = [m.weight for m in model.modules() if getattr(m, "sparse", False)]
@@ -107,7 +102,7 @@ class TrainingStep:
         grad_norm = clip_gradients(self.model.parameters(), self.options.clip_grad, self.shards)
         # A gradient that overflows in fp16 is no fault: the scaler skips that step.
         self._is_finite &= torch.isfinite(loss if self.scaler.is_enabled() else loss + grad_norm)
-        self._newest = batches, loss, grad_norm
+        self._newest = loss, grad_norm
         if self.device.type == "cpu":
             self.check_finite(epoch, step)
         lr = learning_rate(step - 1, self.options)
@@ -131,59 +126,39 @@ class TrainingStep:
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs besides the model; the main process has sharded tables whole."""
-        optimizer = self.optimizer.state_dict()
-        for place, num_rows in self._places_of_shards():
-            if place in optimizer["state"]:
-                optimizer["state"][place] = {
-                    name: gather_table(value, num_rows) if value.dim() else value
-                    for name, value in optimizer["state"][place].items()
-                }
+        optimizer = self._convert_shards(self.optimizer.state_dict(), gather_table)
         return {"optimizer": optimizer, "scaler": self.scaler.state_dict()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        values = dict(state["optimizer"]["state"])
-        for place, _ in self._places_of_shards():
-            if place in values:
-                values[place] = {
-                    name: own_rows(value).clone() if value.dim() else value
-                    for name, value in values[place].items()
-                }
-        self.optimizer.load_state_dict(state["optimizer"] | {"state": values})
+        own = self._convert_shards(state["optimizer"], lambda table, _: own_rows(table).clone())
+        self.optimizer.load_state_dict(own)
         self.scaler.load_state_dict(state["scaler"])
 
-    def _places_of_shards(self) -> list[tuple[int, int]]:
-        """Index of each sharded table in the optimiser's state, and its rows on all processes."""
+    def _convert_shards(self, state: Mapping[str, Any], convert: Callable) -> dict[str, Any]:
+        """An optimiser's state with `convert(values, number of rows)` for its sharded tables."""
         parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
-        return [(k, self.shards[p]) for k, p in enumerate(parameters) if p in self.shards]
+        by_place = dict(state["state"])
+        for place, parameter in enumerate(parameters):
+            if parameter in self.shards and place in by_place:
+                by_place[place] = {
+                    name: convert(values, self.shards[parameter]) if values.dim() else values
+                    for name, values in by_place[place].items()
+                }
+        return {**state, "state": by_place}
 
     def check_finite(self, epoch: int, step: int) -> None:
         """Raise DataError if any loss or gradient so far was not finite; waits for a GPU."""
         # A scale below 1: steps overflow in fp16 whatever the scale.
         if self._is_finite and self.scaler.get_scale() >= 1:
             return
-        _, loss, grad_norm = self._newest
+        loss, grad_norm = (value.item() for value in self._newest)
         place = "" if self.device.type == "cpu" else " or shortly before"
-        raise DataError(
-            f"epoch {epoch} step {step}{place}: loss {loss.item()}, gradient norm "
-            f"{grad_norm.item()}{self._culprits()}; nothing of it was saved. {IF_NOT_FINITE}"
-        )
-
-    @torch.no_grad()
-    def _culprits(self) -> str:
-        """Which weights are not finite, else which items and users of the newest batches."""
         names = [n for n, weight in self.model.named_parameters() if not weight.isfinite().all()]
-        if names:
-            return f", weights not finite: {_some(names)}"
-        items, users = set(), set()
-        for batch in self._newest[0]:
-            batch = batch.to(self.device)
-            rows = self.model.item_tower(batch.distinct_ids, vectors=batch.item_vectors)
-            items |= set(batch.distinct_ids[~rows.isfinite().all(1)].tolist())
-            is_bad = ~self.model.encode(batch, rows).isfinite().all(1).cpu()
-            owners = torch.arange(len(batch.user_ids)).repeat_interleave(batch.offsets.diff())
-            users |= set(batch.user_ids.cpu()[owners[is_bad]].tolist())
-        lists = {"item re-ids": sorted(items), "user re-ids": sorted(users)}
-        return "".join(f", {name} not finite: {_some(ids)}" for name, ids in lists.items() if ids)
+        weights = f", weights not finite: {', '.join(names[:5])}" * bool(names)
+        raise DataError(
+            f"epoch {epoch} step {step}{place}: loss {loss}, gradient norm {grad_norm}{weights}; "
+            f"nothing of it was saved. {IF_NOT_FINITE}"
+        )
 
 
 def make_optimizer(model: HSTUModel, options: Optimization) -> MuonAdamW:
@@ -195,14 +170,11 @@ def make_optimizer(model: HSTUModel, options: Optimization) -> MuonAdamW:
     for parameter in model.parameters():
         is_matrix = parameter.dim() == 2 and parameter not in tables
         groups[is_matrix, options.muon and is_matrix and parameter in blocks].append(parameter)
-    return MuonAdamW(
-        [
-            {"params": p, "weight_decay": options.weight_decay * is_matrix, "muon": has_muon}
-            for (is_matrix, has_muon), p in groups.items()
-        ],
-        lr=options.lr,
-        betas=ADAM_BETAS,
-    )
+    param_groups = [
+        {"params": p, "weight_decay": options.weight_decay * is_matrix, "muon": has_muon}
+        for (is_matrix, has_muon), p in groups.items()
+    ]
+    return MuonAdamW(param_groups, lr=options.lr, betas=ADAM_BETAS)
 
 
 def learning_rate(step: int, options: Optimization) -> float:
@@ -212,8 +184,3 @@ def learning_rate(step: int, options: Optimization) -> float:
         return lr * (step + 1) / warmup
     done = (step - warmup) / max(1, options.total_steps - warmup)
     return lr * 0.5 * (1.0 + math.cos(math.pi * done))
-
-
-def _some(values: Sequence[Any]) -> str:
-    more = f" and {len(values) - MOST_NAMED} more" if len(values) > MOST_NAMED else ""
-    return ", ".join(map(str, values[:MOST_NAMED])) + more
