@@ -40,8 +40,7 @@ log = logging.getLogger("hstu")
 def main(argv: list[str] | None = None, model_class: type[HSTUModel] = HSTUModel) -> int:
     """Train or export as the command line says; the exit code.
 
-    Of several processes, the first one to fail says why, and the main process alone says anything
-    else.
+    Of several processes, the first one to fail says why; the main process says everything else.
     """
     try:
         with stop_signal, log_to_stdout():
@@ -68,11 +67,8 @@ def main(argv: list[str] | None = None, model_class: type[HSTUModel] = HSTUModel
 def log_to_stdout() -> Iterator[None]:
     class Lines(logging.Handler):
         def emit(self, record: logging.LogRecord) -> None:
-            try:
-                tqdm.write(self.format(record))  # above a progress bar
-                sys.stdout.flush()
-            except (OSError, UnicodeError):  # no line is worth a training
-                self.handleError(record)
+            tqdm.write(self.format(record))  # above a progress bar
+            sys.stdout.flush()
 
     handler = Lines()
     log.addHandler(handler)
@@ -88,10 +84,8 @@ def one_line(error: Exception) -> str:
     text = str(error)
     if text.startswith("Caught "):  # in a loader process, whose traceback comes before the message
         text = text.rstrip().rpartition("Error: ")[2]
-    if isinstance(error, DataError | LostProcessError):
-        return text
-    if isinstance(error, OSError):
-        return cause(error) if error.filename else text
+    if isinstance(error, DataError | LostProcessError | OSError):
+        return cause(error) if getattr(error, "filename", None) else text
     is_of_memory = isinstance(error, MemoryError | torch.OutOfMemoryError)
     if is_of_memory or "allocate memory" in text:
         first = (text or "MemoryError").splitlines()[0]
@@ -111,8 +105,8 @@ def train(args: argparse.Namespace, model_class: type[HSTUModel]) -> None:
             resume(run, args.resume, args.overwrite, vars(args))
             if not run.progress.is_finished:
                 announce(args, run)
-                if is_main_process():  # of a run that was here before
-                    (output_dir / "metrics.json").unlink(missing_ok=True)
+                if is_main_process():
+                    (output_dir / "metrics.json").unlink(missing_ok=True)  # an earlier run's
             if not run.progress.is_finished or args.projector:
                 lengths = run.training_step.options.total_steps, args.num_epochs, args.log_every
                 with RunLog(args.log_dir, run.progress.step + 1, *lengths) as run_log:
@@ -121,12 +115,11 @@ def train(args: argparse.Namespace, model_class: type[HSTUModel]) -> None:
                     train_epochs(args, run, run_log)
                     if args.projector:
                         project_items(run, args.data_dir, args.trust_pickle, run_log)
-            test_loader = eval_loader(args, run, "test")
-            test_best(run, test_loader, args.remove_seen, args.precision, stop_signal.check)
+            test_best(run, eval_loader(args, run, "test"), args.remove_seen, args.precision)
         if is_main_process():
-            reason = f", stopped by --patience {args.patience}"
             is_early = run.progress.epoch < args.num_epochs
-            report(run.progress, output_dir, args.data_dir, args.log_dir, reason * is_early)
+            reason = f", stopped by --patience {args.patience}" * is_early
+            report(run.progress, output_dir, args.data_dir, args.log_dir, reason)
 
 
 def train_epochs(args: argparse.Namespace, run: Run, run_log: RunLog) -> None:
@@ -144,24 +137,20 @@ def train_epochs(args: argparse.Namespace, run: Run, run_log: RunLog) -> None:
     while not progress.is_finished:
         for dataset in run.datasets.values():
             dataset.sequences.check_unchanged()
-        started, metrics, is_best = time.perf_counter(), {}, False
+        started, metrics = time.perf_counter(), {}
         try:
             train_one_epoch(args, run, train_loader, run_log)
             seconds = time.perf_counter() - started
             if valid_loader is not None:
-                ranking = evaluate(
-                    run.model, valid_loader, args.remove_seen, args.precision, stop_signal.check
-                )
+                ranking = evaluate(run.model, valid_loader, args.remove_seen, args.precision)
                 metrics = ranking.metrics()
         except Stopped as stop:
             run_log.flush()
             save_run(run)  # after the epoch's last batch too: it goes on with the validation
             raise Stopped(stop.number, where_to_go_on(args, run)) from None
         if not math.isfinite(metrics.get("loss", 0.0)):
-            raise DataError(
-                f"epoch {progress.epoch + 1}: validation loss {metrics['loss']}; its model was not "
-                f"saved. {IF_NOT_FINITE}"
-            )
+            found = f"epoch {progress.epoch + 1}: validation loss {metrics['loss']}"
+            raise DataError(f"{found}; its model was not saved. {IF_NOT_FINITE}")
         train_loss = progress.loss_sum / max(1, progress.loss_steps)
         progress.end_epoch(metrics, args.early_stop_on, args.num_epochs, args.patience)
         is_best = progress.best_epoch == progress.epoch
@@ -180,12 +169,10 @@ def train_one_epoch(
         DataError: loss or gradient are not finite.
         Stopped: by a signal, after a step.
     """
-    progress, epoch = run.progress, run.progress.epoch + 1
-    sampler = loader.batch_sampler
+    progress, epoch, sampler = run.progress, run.progress.epoch + 1, loader.batch_sampler
     sampler.epoch, sampler.first_batch = progress.epoch, progress.batch
-    bar = progress_bar(
-        desc=f"epoch {epoch}/{args.num_epochs}", total=sampler.num_batches, initial=progress.batch
-    )
+    name, total = f"epoch {epoch}/{args.num_epochs}", sampler.num_batches
+    bar = progress_bar(desc=name, total=total, initial=progress.batch)
     loss_sum = torch.tensor(progress.loss_sum, dtype=torch.float64, device=run.device)
     run.model.train()
     run_log.start_interval()
@@ -221,10 +208,8 @@ def train_one_epoch(
 def where_to_go_on(args: argparse.Namespace, run: Run) -> str:
     how = "" if args.resume == "auto" else " with --resume auto"
     how += ", without --overwrite," if args.overwrite else ""
-    return (
-        f" at epoch {run.progress.epoch + 1}, step {run.progress.step}; the same command{how} goes "
-        "on from there"
-    )
+    place = f"epoch {run.progress.epoch + 1}, step {run.progress.step}"
+    return f" at {place}; the same command{how} goes on from there"
 
 
 if __name__ == "__main__":

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -10,6 +9,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from engine.metrics import ranking_metrics
+from engine.signals import stop_signal
 from engine.training_step import autocast
 from model import HSTUModel
 from ops.collectives import all_gather_rows
@@ -20,7 +20,7 @@ from ops.sharded_table import ShardedEmbedding, keep_own_items, sharded_target_r
 class Ranking(NamedTuple):
     """Where the targets of a split's S sequences stand among all items, in the loader's order.
 
-    Of several processes, one's sequences come after another's.
+    The sequences of a process follow those of the process before it.
     """
 
     ranks: Tensor  # (S,) int64 in 1..X, 1 is best
@@ -34,20 +34,10 @@ class Ranking(NamedTuple):
     def metrics(self) -> dict[str, float]:
         return ranking_metrics(self.ranks) | {"loss": self.loss}
 
-    def cold_metrics(self, item_counts: Tensor) -> dict[str, float]:
-        """Of the targets that no training event has, and their number; empty if there are none.
-
-        `item_counts`: (X + 1,), training events of each item.
-        """
-        return self._metrics_of(item_counts[self.target_ids] == 0)
-
-    def repeat_metrics(self) -> dict[str, float]:
-        """Of the targets that their users had before, and their number; empty if there are none."""
-        return self._metrics_of(self.is_repeat)
-
-    def _metrics_of(self, which: Tensor) -> dict[str, float]:
+    def metrics_of(self, which: Tensor) -> dict[str, float]:
+        """Of the targets where (S,) bool is True, at least one, and their number."""
         ranks = self.ranks[which]
-        return ranking_metrics(ranks) | {"targets": len(ranks)} if len(ranks) else {}
+        return ranking_metrics(ranks) | {"targets": len(ranks)}
 
 
 @torch.no_grad()
@@ -56,7 +46,6 @@ def evaluate(
     loader: DataLoader,
     removes_seen: bool = True,
     precision: str = "fp32",
-    check_stop: Callable[[], None] = lambda: None,
 ) -> Ranking:
     """Rank all items for every sequence's target.
 
@@ -65,7 +54,9 @@ def evaluate(
         loader: batches of a split with targets, this process's share.
         removes_seen: leave the items of a history out of its ranking.
         precision: "fp32", "bf16" or "fp16", of the queries; items are always float32.
-        check_stop: called after each batch; what it raises ends the evaluation.
+
+    Raises:
+        Stopped: by a signal in a training, after a batch.
     """
     was_training = model.training
     model.eval()
@@ -84,7 +75,7 @@ def evaluate(
         is_repeat = is_among((batch.seen_ids, batch.seen_offsets), target_ids)
         parts.append((*ranked, target_ids, num_seen, is_repeat))
         loss_sum += loss.item() * len(queries)
-        check_stop()
+        stop_signal.check()
     model.train(was_training)
     columns = [all_gather_rows(torch.cat(column).cpu()) for column in zip(*parts, strict=True)]
     ranks, target_cosines, other_cosines, target_ids, num_seen, is_repeat = columns

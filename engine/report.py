@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import shlex
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -24,13 +23,7 @@ log = logging.getLogger("hstu")
 MOST_PROJECTED = 5_000
 
 
-def test_best(
-    run: Run,
-    loader: DataLoader | None,
-    removes_seen: bool,
-    precision: str,
-    check_stop: Callable[[], None],
-) -> None:
+def test_best(run: Run, loader: DataLoader | None, removes_seen: bool, precision: str) -> None:
     """Write metrics.json, unless it is there: the best epoch's metrics on valid and on test."""
     path, progress = run.output_dir / "metrics.json", run.progress
     if path.exists():
@@ -38,18 +31,22 @@ def test_best(
     result = {"best_epoch": progress.best_epoch, "valid": progress.best_metrics}
     if loader is not None:
         load_best(run)
-        ranking = evaluate(run.model, loader, removes_seen, precision, check_stop)
+        ranking = evaluate(run.model, loader, removes_seen, precision)
         result["test"] = ranking.metrics()
-        if cold := ranking.cold_metrics(run.item_counts):
-            result["test_cold"] = cold
-        if removes_seen and (repeats := ranking.repeat_metrics()):
-            result["test_repeat"] = repeats
+        is_cold = run.item_counts[ranking.target_ids] == 0  # no training event has the target
+        if is_cold.any():
+            result["test_cold"] = ranking.metrics_of(is_cold)
+        if removes_seen and ranking.is_repeat.any():
+            result["test_repeat"] = ranking.metrics_of(ranking.is_repeat)
     if is_main_process():
         write_json(path, result)
 
 
 def report(progress: Progress, output_dir: Path, data_dir: str, log_dir: str, reason: str) -> None:
-    """Say what metrics.json holds, what there is, and what comes next; `reason`: of the end."""
+    """Log what metrics.json holds, which files there are, and commands to go on with.
+
+    `reason`: why the run has ended, after the best epoch in its line.
+    """
     best, path = output_dir / "model_best.pt", output_dir / "metrics.json"
     result = read_json(path)
     log.info("finished: %d epochs, best epoch %d%s", progress.epoch, result["best_epoch"], reason)
@@ -60,21 +57,20 @@ def report(progress: Progress, output_dir: Path, data_dir: str, log_dir: str, re
         log.info("  cold   %s: %d targets without a training event", summary(cold), cold["targets"])
     if repeats := result.get("test_repeat"):
         log.info(
-            "  repeat %s: %d targets that their users had before; an export leaves out what a user "
-            "has seen, and finds these only with --no-remove_seen",
-            summary(repeats), repeats["targets"],
+            "  repeat %s: %d targets that their users had before; an export finds these only with "
+            "--no-remove_seen", summary(repeats), repeats["targets"],
         )  # fmt: skip
     log.info("  wrote  %s, model_epoch_*.pt, %s", best, path)
-    folders = f"--data_dir {shlex.quote(data_dir)} --output_dir {shlex.quote(str(output_dir))}"
-    export = f"python main.py --inference_only --state_dict_path {shlex.quote(str(best))} {folders}"
-    log.info("  next   %s", export)
-    log.info("  curves tensorboard --logdir %s", shlex.quote(log_dir))
-    log.info("  plots  python scripts/plot_run.py %s --log_dir %s", folders, shlex.quote(log_dir))
+    data_dir, output, logs, best = map(shlex.quote, (data_dir, str(output_dir), log_dir, str(best)))
+    folders = f"--data_dir {data_dir} --output_dir {output}"
+    log.info("  next   python main.py --inference_only --state_dict_path %s %s", best, folders)
+    log.info("  curves tensorboard --logdir %s", logs)
+    log.info("  plots  python scripts/plot_run.py %s --log_dir %s", folders, logs)
 
 
 @torch.no_grad()
 def project_items(run: Run, data_dir: str, trust_pickle: bool, run_log: RunLog) -> None:
-    """The best epoch's embeddings of the items that are trained on most, with their names."""
+    """Log the best epoch's embeddings of the items with the most training events, and names."""
     load_best(run)
     counts, num_items = run.item_counts, len(run.item_counts) - 1
     item_ids = counts[1:].argsort(descending=True, stable=True)[:MOST_PROJECTED] + 1

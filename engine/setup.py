@@ -6,7 +6,7 @@ import argparse
 import ctypes
 import logging
 import os
-import sys
+import platform
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -24,13 +24,13 @@ from ops.collectives import is_main_process, join, rank, world_size
 
 log = logging.getLogger("hstu")
 
-# Options of glibc's mallopt and their values: arrays up to 32 MB come from the heap, whose last
-# 256 MB are not given back.
+# Options of glibc's mallopt and their values: arrays up to 32 MB come from the heap, and of free
+# memory at the heap's end 256 MB stay with the process.
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = (-1, 256 << 20), (-3, 32 << 20)
 
 
 def set_up_process(args: argparse.Namespace) -> None:
-    """Memory, the other processes, and a look at the flags of folders and processes.
+    """Set up memory and the connection to the other processes; check what flags say of them.
 
     Raises:
         DataError: these flags do not fit together.
@@ -42,29 +42,21 @@ def set_up_process(args: argparse.Namespace) -> None:
     if world_size() > 1 and args.inference_only:
         raise DataError("--inference_only exports in one process: start python, not torchrun")
     if world_size() > 1 and ":" in args.device:
-        raise DataError(
-            f"--device {args.device}: processes take a device each; write --device cuda"
-        )
+        raise DataError(f"--device {args.device}: each process takes its own; write --device cuda")
     if os.path.realpath(args.output_dir) == os.path.realpath(args.data_dir):
         raise DataError(f"{args.output_dir}: --output_dir is the data folder; name another one")
-    for flag, path in (("output_dir", Path(args.output_dir)), ("log_dir", Path(args.log_dir))):
-        if any(os.path.lexists(place) and not place.is_dir() for place in (path, *path.parents)):
-            raise DataError(
-                f"{path}: --{flag} is not a folder, or below a file or a broken link; name another"
-            )
     if args.trust_pickle:
         log.warning("--trust_pickle: .pkl files are loaded unchecked and can run any code")
 
 
 def keep_freed_memory() -> None:
-    """Let the C library keep the memory that a step frees for the next one.
+    """Let the C library keep the memory that a training step frees for the next one.
 
-    Getting it back from the system takes up to an eighth of a step on the CPU (docs/log.md). Only
-    glibc has such an option.
+    Getting it back from the system takes up to an eighth of a step on the CPU (docs/log.md).
     """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
-    for option in (_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD) if mallopt else ():
-        mallopt(*option)
+    if platform.libc_ver()[0] == "glibc":
+        for option in (_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD):
+            ctypes.CDLL(None).mallopt(*option)
 
 
 def pick_device(name: str) -> torch.device:
@@ -115,9 +107,8 @@ def read_features(
         if path.exists() or not by_re_id.issuperset(vector_ids):
             item_ids = read_indexer(data_dir, trust=trust_pickle)["i"]
             check_re_ids(path, "i", item_ids, manifest.num_items)
-        items |= load_vectors(
-            data_dir, vector_ids, item_ids, manifest.num_items, trust_pickle=trust_pickle
-        )
+        options = {"trust_pickle": trust_pickle}
+        items |= load_vectors(data_dir, vector_ids, item_ids, manifest.num_items, **options)
     return items, users
 
 

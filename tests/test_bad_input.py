@@ -793,12 +793,22 @@ def test_31_output_into_the_data_folder_is_refused(good, tmp_path, call):
     assert sorted(path.name for path in data.iterdir()) == before
 
 
-@pytest.mark.parametrize("flag", ["output_dir", "log_dir"])
-def test_31_output_into_a_file_is_refused(good, tmp_path, call, flag):
+def test_31_output_into_a_file_is_refused(good, trained, tmp_path, call):
+    (tmp_path / "taken").write_text("mine")
+    export = ["--inference_only", f"--state_dict_path={trained}/model_best.pt"]
+    for path in (tmp_path / "taken", tmp_path / "taken" / "below"):
+        for flags in ([], export):
+            seen = call(good, f"--output_dir={path}", *flags)
+            assert_refused(seen, r"taken.*(File exists|Not a directory)")
+    assert (tmp_path / "taken").read_text() == "mine"
+
+
+def test_31_curves_into_a_file_are_one_warning(good, tmp_path, call):
     (tmp_path / "taken").write_text("mine")
     for path in (tmp_path / "taken", tmp_path / "taken" / "below"):
-        seen = call(good, f"--{flag}={path}")
-        assert_refused(seen, r"taken.*(not a folder|Not a directory)")
+        seen = call(good, f"--log_dir={path}", "--resume=none", "--overwrite")
+        assert (seen.code, seen.err) == (0, "")
+        assert re.search(r"taken.*(File exists|Not a directory); training goes on", seen.out)
     assert (tmp_path / "taken").read_text() == "mine"
 
 

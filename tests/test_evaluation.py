@@ -14,12 +14,11 @@ from files.data_folder import read_manifest
 def test_targets_never_trained_on_and_those_had_before_are_counted_apart():
     ranks, target_ids = torch.tensor([1, 30, 4, 2]), torch.tensor([5, 2, 5, 3])
     ranking = Ranking(ranks, target_ids, ranks, ranks < 3, ranks * 0.0, ranks * 0.0, 0.5)
-    cold = ranking.cold_metrics(torch.tensor([0, 9, 1, 0, 4, 0]))
+    cold = ranking.metrics_of(torch.tensor([0, 9, 1, 0, 4, 0])[target_ids] == 0)
     assert cold["targets"] == 3
     assert cold["HR@10"] == 1.0
     assert cold["MRR"] == (1 + 1 / 4 + 1 / 2) / 3
-    assert ranking.cold_metrics(torch.ones(6)) == {}
-    repeats = ranking.repeat_metrics()
+    repeats = ranking.metrics_of(ranking.is_repeat)
     assert (repeats["targets"], repeats["MRR"]) == (2, (1 + 1 / 2) / 2)
 
 
