@@ -17,16 +17,10 @@ from dataset import MyDataset, Negatives, Request
 from engine.run_log import progress_bar
 from engine.setup import make_loader, vectors_on_host
 from engine.trained_model import load_model
+from files import data_folder
 from files.atomic_io import DataError, sha256_of
 from files.checkpoint import differences
-from files.data_folder import (
-    Candidates,
-    Manifest,
-    fingerprint,
-    original_ids,
-    read_candidates,
-    read_manifest,
-)
+from files.data_folder import Candidates, Manifest, read_manifest
 from files.embeddings import load_emb, publish
 from files.features import Feature, load_features
 from files.item_vectors import find_vectors, is_by_re_id, load_vectors
@@ -63,8 +57,8 @@ def infer(args: argparse.Namespace, model_class: type[HSTUModel] = HSTUModel) ->
     request = read_request(args.data_dir, *asked, model.config, manifest)
     if manifest.targets.get("test") == "last" and not args.whole_history and request != Request():
         raise DataError(
-            f"--request_time and --request_action: the targets of {args.data_dir}'s test split are "
-            "known, with their times and actions; ask for what comes next with --whole_history"
+            f"--request_time and --request_action: {args.data_dir}'s test split has its targets' "
+            "times and actions; ask for what comes next with --whole_history"
         )
     if args.candidates:
         catalogue = candidates_of(args.candidates, args.data_dir, model, args.mm_emb_device, trust)
@@ -74,12 +68,11 @@ def infer(args: argparse.Namespace, model_class: type[HSTUModel] = HSTUModel) ->
         "checkpoint": path.name,
         "checkpoint_sha256": sha256_of(path),
         "item_ids": catalogue.id_kind,
-        "data_files": fingerprint(args.data_dir),
+        "data_files": data_folder.fingerprint(args.data_dir),
     }
     folder, users_folder = output_dir / "item_embeddings", output_dir / "user_embeddings"
     shape, arrays = (len(catalogue.ids), model.config.hidden_units), {"id.u64bin": catalogue.ids}
     publish(folder, shape, embed(model, catalogue), arrays, origin, users_folder)
-    tell_of_re_ids(args.data_dir, "items", catalogue.id_kind)
     if "test" not in manifest.targets:
         return
     dataset = MyDataset(
@@ -91,24 +84,14 @@ def infer(args: argparse.Namespace, model_class: type[HSTUModel] = HSTUModel) ->
     device = catalogue.item_ids.device
     items = torch.from_numpy(load_emb(folder / "embedding.fbin")).to(device)  # a map, not a copy
     loader = make_loader(dataset, args.batch_size, args.seed, device, args.num_workers)
-    queries, users, top_rows = recommend(
-        model, loader, items, catalogue, args.top_k, args.remove_seen
-    )
+    options = args.top_k, args.remove_seen
+    queries, users, top_rows = recommend(model, loader, items, catalogue, *options)
     user_ids, kind = exported_ids(args.data_dir, "u", manifest.num_users, trust)
     top_ids = np.where(top_rows < 0, -1, catalogue.ids.view(np.int64)[top_rows])
     arrays = {"topk.u64bin": top_ids, "id.u64bin": user_ids[users]}
     origin |= {"user_ids": kind, "whole_history": args.whole_history}
     origin |= {"request_time": request.time, "request_action": request.action}
     publish(users_folder, queries.shape, [queries], arrays, origin)
-    tell_of_re_ids(args.data_dir, "users", kind)
-
-
-def tell_of_re_ids(data_dir: str | Path, what: str, id_kind: str) -> None:
-    if id_kind == "re-id" and (Path(data_dir) / "indexer.pkl").exists():
-        log.info(
-            "%s have re-ids there, as not all of their ids are whole numbers below 2^63; "
-            "%s/indexer.pkl has both", what, data_dir,
-        )  # fmt: skip
 
 
 def read_request(
@@ -122,14 +105,11 @@ def read_request(
     types = {"-1": -1, **manifest.action_types()}
     if time is not None and config.time_bias != "request":
         raise DataError(
-            f"--request_time: the model was trained with --time_bias {config.time_bias}, and does "
-            "not ask for it"
+            f"--request_time: the model was trained with --time_bias {config.time_bias}"
         )
     if action not in types:
-        raise DataError(
-            f"--request_action {action}: no action of {data_dir}, expected "
-            f"{manifest.legal_actions()}, or -1"
-        )
+        expected = f"expected {manifest.legal_actions()}, or -1"
+        raise DataError(f"--request_action {action}: no action of {data_dir}, {expected}")
     if types[action] >= 0 and not config.num_target_action_types:
         raise DataError("--request_action: the model was trained without --target_action")
     return Request(time, types[action])
@@ -151,15 +131,14 @@ def candidates_of(
 ) -> Catalogue:
     """The candidate folder's items; one that the model does not know is what its features say."""
     config, device = model.config, next(model.parameters()).device
-    candidates, num_items = read_candidates(folder, config.num_items), config.num_items
+    candidates = data_folder.read_candidates(folder, config.num_items)
     count = len(candidates.item_ids)
     known = {i: (spec["kind"], spec["size"]) for i, spec in config.item_features.items()}
     plain = [name for name, (kind, _) in known.items() if kind != "emb"]
     features = load_features(folder, "item", count, plain) if plain else {}
+    options = config.num_items, trust_pickle
     for name in [name for name in known if name not in plain]:
-        features[name] = candidate_vectors(
-            folder, data_dir, name, candidates, num_items, trust_pickle
-        )
+        features[name] = candidate_vectors(folder, data_dir, name, candidates, *options)
     found = {i: (f.kind, f.size) for i, f in features.items()}
     for name, (kind, size) in found.items():
         if kind in ("sparse", "array"):  # candidates need not have all values of the data
@@ -206,9 +185,13 @@ def exported_ids(
     data_dir: str | Path, side: str, count: int, trust_pickle: bool = False
 ) -> tuple[np.ndarray, str]:
     """(count + 1,) uint64 ids by re-id, and which kind they are; `side` is "i" or "u"."""
-    ids = original_ids(data_dir, side, count, trust=trust_pickle)
+    ids = data_folder.original_ids(data_dir, side, count, trust=trust_pickle)
     if ids is not None:
         return ids, "original"
+    path = Path(data_dir) / "indexer.pkl"
+    if path.exists():
+        what = {"i": "items", "u": "users"}[side]
+        log.info("%s: not all ids of %s are numbers below 2^63, so re-ids are exported", path, what)
     return np.arange(count + 1, dtype=np.uint64), "re-id"
 
 

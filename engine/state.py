@@ -22,7 +22,7 @@ from ops.collectives import all_gather_ints, barrier, is_main_process
 
 log = logging.getLogger("hstu")
 
-# Of resume_*.pt; another one trained with other random numbers or another optimiser's state.
+# Of resume_*.pt; states of other formats hold other random numbers or optimiser states.
 STATE_FORMAT = 4
 
 
@@ -45,19 +45,17 @@ class Progress:
         """Count an epoch: whether it is the best, and whether it is the last."""
         self.epoch, self.batch = self.epoch + 1, 0
         self.loss_sum, self.loss_steps = 0.0, 0
-        if is_better(metrics, self.best_metrics, criterion):
+        best = self.best_metrics
+        if not metrics or not best:  # without validation the newest epoch is the best
+            is_best = True
+        elif criterion == "loss":
+            is_best = metrics["loss"] < best["loss"]
+        else:
+            is_best = metrics["NDCG@10"] > best["NDCG@10"]
+        if is_best:
             self.best_epoch, self.best_metrics = self.epoch, dict(metrics)
         is_out_of_patience = 0 < patience <= self.epoch - self.best_epoch
         self.is_finished = self.epoch >= num_epochs or is_out_of_patience
-
-
-def is_better(metrics: Mapping[str, float], best: Mapping[str, float], criterion: str) -> bool:
-    """Whether these validation metrics beat the best; without validation the newest is best."""
-    if not metrics or not best:
-        return True
-    if criterion == "loss":
-        return metrics["loss"] < best["loss"]
-    return metrics["NDCG@10"] > best["NDCG@10"]
 
 
 @dataclass
@@ -90,42 +88,42 @@ def resume(run: Run, source: str, overwrite: bool, flags: Collection[str]) -> No
         DataError: the state belongs to other flags, other data or another folder, or the folder
             holds a run that would be overwritten.
     """
-    found = own_files(run.output_dir)
+    folder = run.output_dir
+    pattern = r"model_epoch_\d+\.pt|model_best\.pt|resume_\d+\.pt"
+    models = sorted(path for path in folder.iterdir() if re.fullmatch(pattern, path.name))
     if source == "none":
-        if found - {"metrics.json"} and not overwrite:
+        if models and not overwrite:
             raise DataError(
-                f"{run.output_dir}: holds checkpoints; go on from them with --resume auto, choose "
-                "an empty --output_dir, or add --overwrite"
+                f"{folder}: holds checkpoints; go on from them with --resume auto, choose an empty "
+                "--output_dir, or add --overwrite"
             )
-        for name in found if is_main_process() else ():
-            (run.output_dir / name).unlink()
+        for path in models if is_main_process() else ():
+            path.unlink()
         return
     if source == "auto":
-        path, state = run.output_dir, checkpoint.load_newest_state(run.output_dir)
+        path, state = folder, checkpoint.load_newest_state(folder)
     else:
         path, state = Path(source), checkpoint.load_checkpoint(source)
-        if path.resolve().parent != run.output_dir.resolve():
+        if path.resolve().parent != folder.resolve():
             raise DataError(
-                f"{path}: not in --output_dir {run.output_dir}; copy it there, with model_best.pt, "
-                "and go on with --resume auto"
+                f"{path}: not in --output_dir {folder}; copy it there, with model_best.pt, and go "
+                "on with --resume auto"
             )
     if state is not None:
         restore(run, state, path, flags)
-    elif found - {"metrics.json"}:
+    elif models:
         raise DataError(
-            f"{path}: holds {', '.join(sorted(found)[:3])}, but no resume_*.pt to go on from; "
-            "choose another --output_dir, or start afresh with --resume none --overwrite"
+            f"{folder}: holds {models[0].name}, but no resume_*.pt to go on from; choose another "
+            "--output_dir, or start afresh with --resume none --overwrite"
         )
     # A kill may have come between an epoch's state and its models.
     if run.progress.epoch and not run.progress.batch:
-        newest = run.output_dir / f"model_epoch_{run.progress.epoch}.pt"
+        newest = folder / f"model_epoch_{run.progress.epoch}.pt"
         save_models(run, with_newest=not newest.exists())
-    steps = [step for (step,) in all_gather_ints([run.progress.step])]
-    if len(set(steps)) > 1:
-        raise DataError(
-            f"{run.output_dir}: processes find states of steps {steps}; it has to be one folder "
-            "that all of them see"
-        )
+    steps = {step for (step,) in all_gather_ints([run.progress.step])}
+    if len(steps) > 1:
+        found = f"processes find states of steps {sorted(steps)}"
+        raise DataError(f"{folder}: {found}; it has to be one folder that all of them see")
 
 
 def restore(run: Run, state: Mapping[str, Any], path: Path, flags: Collection[str]) -> None:
@@ -134,28 +132,18 @@ def restore(run: Run, state: Mapping[str, Any], path: Path, flags: Collection[st
     if changed := checkpoint.differences(state["binding"], run.binding):
         names = [line.partition(":")[0] for line in changed]
         of_flags = [f"--{line}" for name, line in zip(names, changed, strict=True) if name in flags]
+        # What is no flag differs because of the flags that do, or because of the data.
+        found = f"with other settings: {'; '.join(of_flags or changed)}"
         if not of_flags and "data files" in names:
-            raise DataError(
-                f"{path}: was trained on other data; name that, or another --output_dir and "
-                "--log_dir"
-            )
-        raise DataError(
-            f"{path}: was trained with other settings: "
-            + "; ".join(of_flags or changed)  # the rest follows from the flags
-            + ". Use the same ones, or another --output_dir and --log_dir"
-        )
+            found = "on other data"
+        advice = "Use the same, or another --output_dir and --log_dir"
+        raise DataError(f"{path}: was trained {found}. {advice}")
     checkpoint.load_weights(run.model, state["weights"], path)
     run.training_step.load_state_dict(state)
     checkpoint.set_random_states(state["random"])
     run.progress = Progress(**state["progress"])
     if not run.progress.is_finished:
         log.info("resuming at epoch %d, step %d", run.progress.epoch + 1, run.progress.step)
-
-
-def own_files(output_dir: Path) -> set[str]:
-    """Names of the files there that a training writes."""
-    names = r"model_epoch_\d+\.pt|model_best\.pt|resume_\d+\.pt|metrics\.json"
-    return {path.name for path in output_dir.iterdir() if re.fullmatch(names, path.name)}
 
 
 def save_epoch(run: Run) -> None:

@@ -1,4 +1,4 @@
-"""A trained model out of its checkpoint, over the data folder that it is to be used with."""
+"""A trained model from its checkpoint, with the features of the data that it is used with."""
 
 from __future__ import annotations
 
@@ -29,12 +29,11 @@ def load_model(
     trust_pickle: bool = False,
     model_class: type[HSTUModel] = HSTUModel,
 ) -> HSTUModel:
-    """The model of a checkpoint over the features in a data folder, ready to predict.
+    """The model of a checkpoint with the features in a data folder, ready to predict.
 
     Args:
         path: a model_*.pt or resume_*.pt.
-        data_dir: the folder that it was trained on, or one of the same items.
-        manifest: of that folder.
+        data_dir, manifest: the folder that it was trained on, or one of the same items.
         device, mm_emb_device, kernels, trust_pickle: as the flags of main.py.
         model_class: your own, if it was trained with one.
 
@@ -68,10 +67,8 @@ def read_model(path: str | Path) -> tuple[HSTUConfig, Mapping[str, Tensor]]:
     settings = {setting.name: setting.default is MISSING for setting in fields(HSTUConfig)}
     needed = {name for name, is_needed in settings.items() if is_needed}
     if changed := sorted((needed - config.keys()) | (config.keys() - settings.keys())):
-        raise DataError(
-            f"{path}: settings {', '.join(changed)} are unknown or missing; export it with the "
-            "version that trained it"
-        )
+        found = f"settings {', '.join(changed)} are unknown or missing"
+        raise DataError(f"{path}: {found}; export it with the version that trained it")
     return HSTUConfig(**config), weights
 
 
@@ -120,6 +117,5 @@ def check_meanings(
 def refuse_other_data(
     path: str | Path, data_dir: str | Path, known: Mapping[str, object], found: Mapping[str, object]
 ) -> None:
-    if changed := differences(known, found):
-        differing = "; ".join(changed)
-        raise DataError(f"{data_dir}: not the data that {path} was trained on: {differing}")
+    if changed := "; ".join(differences(known, found)):
+        raise DataError(f"{data_dir}: not the data that {path} was trained on: {changed}")

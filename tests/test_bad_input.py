@@ -643,7 +643,7 @@ def test_27_a_run_resumes_on_a_copy_of_its_data_but_not_on_others(
     write_tiny(data, seed=3)
     if not has_manifest:
         (data / "manifest.json").unlink()
-    assert_refused(call(data), "out: was trained on other data; name that")
+    assert_refused(call(data), "out: was trained on other data. Use the same")
 
 
 # ---------------------------------------------------------------------------------- 28: checkpoints

@@ -522,7 +522,7 @@ def test_inference_exports_what_an_index_and_a_recommender_need(tmp_path, data, 
     trained = run(tmp_path, data)
     export = infer(tmp_path, data, trained / "model_epoch_2.pt", "--top_k=4")
     told = capsys.readouterr().out
-    assert "users have re-ids there" in told and "items have re-ids" not in told
+    assert "not all ids of users are numbers" in told and "not all ids of items" not in told
     items = load_emb(export / "item_embeddings" / "embedding.fbin")
     ids = load_emb(export / "item_embeddings" / "id.u64bin")[:, 0]
     assert items.shape == (NUM_ITEMS, 8)
