@@ -153,10 +153,9 @@ def train_epochs(args: argparse.Namespace, run: Run, run_log: RunLog) -> None:
             raise DataError(f"{found}; its model was not saved. {IF_NOT_FINITE}")
         train_loss = progress.loss_sum / max(1, progress.loss_steps)
         progress.end_epoch(metrics, args.early_stop_on, args.num_epochs, args.patience)
-        is_best = progress.best_epoch == progress.epoch
         if metrics:
             run_log.similarities(progress.step, ranking.target_cosines, ranking.other_cosines)
-        run_log.epoch(progress.epoch, progress.step, train_loss, metrics, is_best, seconds)
+        run_log.epoch(progress, train_loss, metrics, seconds)
         save_epoch(run)
 
 

@@ -17,6 +17,7 @@ from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import hparams
 from tqdm import tqdm
 
+from engine.state import Progress
 from ops.collectives import is_main_process, world_size
 
 log = logging.getLogger("hstu")
@@ -66,10 +67,8 @@ class RunLog:
         self._excepthook, threading.excepthook = threading.excepthook, self._hide_from_stderr
         if is_main_process():
             if self.first_step == 1 and any(Path(self.log_dir).glob("events.out.*")):
-                log.warning(
-                    "%s: holds curves from before, which TensorBoard will hide; give each run its "
-                    "own --log_dir to see both", self.log_dir,
-                )  # fmt: skip
+                found = "holds curves from before, which TensorBoard will hide"
+                log.warning("%s: %s; give each run its own --log_dir", self.log_dir, found)
             with self._end_on_failure():
                 self._writer = SummaryWriter(self.log_dir, purge_step=self.first_step)
         return self
@@ -88,9 +87,8 @@ class RunLog:
         numbers = {name: v for name, v in flags.items() if type(v) in (int, float)}
         values = {name: (texts | numbers)[name] for name in sorted(settings)}
         self._record(SummaryWriter.add_custom_scalars, LAYOUT)
-        self._record(
-            SummaryWriter.add_text, "flags", "\n".join(["| flag | value |", "|---|---|", *rows])
-        )
+        table = "\n".join(["| flag | value |", "|---|---|", *rows])
+        self._record(SummaryWriter.add_text, "flags", table)
         # Not add_hparams: it would make a run of its own, in a folder within this one.
         self._record(_add_summaries, hparams(values, dict.fromkeys(RESULTS))[:2])
 
@@ -114,38 +112,28 @@ class RunLog:
         if torch.cuda.is_available():
             rates["Train/gpu_mem_gb"] = torch.cuda.max_memory_allocated() / 1e9
         self._add_scalars(values | rates, step)
-        text = (
-            f"loss {values['Loss/train']:.4f}, {self._time_left(step)}, "
-            f"{rates['Train/users_per_s']:.0f} users/s, "
-            f"data wait {rates['Train/data_wait_ms']:.1f} ms"
-        )
+        users, wait = rates["Train/users_per_s"], rates["Train/data_wait_ms"]
+        text = f"loss {values['Loss/train']:.4f}, {self._time_left(step)}, {users:.0f} users/s"
+        text += f", data wait {wait:.1f} ms"
         bar.set_postfix_str(text, refresh=False)
         if bar.disable:
             log.info("epoch %d step %d/%d: %s", epoch, step, self.total_steps, text)
         self.start_interval()
 
     def epoch(
-        self,
-        epoch: int,
-        step: int,
-        train_loss: float,
-        metrics: Mapping[str, float],
-        is_best: bool,
-        seconds: float,
+        self, progress: Progress, train_loss: float, metrics: Mapping[str, float], seconds: float
     ) -> None:
-        """The epoch's curves and its one line; `metrics` is empty without validation."""
+        """The curves and the line of the epoch that has ended; no `metrics`: no validation."""
         values = {f"Metrics/{name}": value for name, value in metrics.items() if name != "loss"}
         text = "no validation"
         if metrics:
             values["Loss/valid"] = metrics["loss"]
-            best = ", best so far" * is_best
+            best = ", best so far" * (progress.best_epoch == progress.epoch)
             text = f"valid loss {metrics['loss']:.4f}, {summary(metrics)}{best}"
-        self._add_scalars(values | {"Loss/train_epoch": train_loss}, step)
+        self._add_scalars(values | {"Loss/train_epoch": train_loss}, progress.step)
         self.flush()
-        log.info(
-            "epoch %d/%d: train loss %.4f, %s, %.1f s",
-            epoch, self.num_epochs, train_loss, text, seconds,
-        )  # fmt: skip
+        name = f"epoch {progress.epoch}/{self.num_epochs}"
+        log.info("%s: train loss %.4f, %s, %.1f s", name, train_loss, text, seconds)
 
     def similarities(self, step: int, target_cosines: Tensor, other_cosines: Tensor) -> None:
         """Histograms of the cosines of queries with their targets and with other items, (S,)."""
@@ -157,12 +145,11 @@ class RunLog:
         """Item embeddings (n, D) for TensorBoard's projector; `labels`: column -> n values."""
         columns = ([" ".join(str(cell).split()) for cell in cells] for cells in labels.values())
         rows = list(map(list, zip(*columns, strict=True)))
-        self._record(
-            SummaryWriter.add_embedding, embeddings, rows, None, step, "items", list(labels)
-        )
+        arguments = embeddings, rows, None, step, "items", list(labels)
+        self._record(SummaryWriter.add_embedding, *arguments)
 
     def flush(self) -> None:
-        """Everything so far is in the file. Call it before a state that goes on from here."""
+        """Write everything so far; to be called before a state that goes on from here."""
         self._record(SummaryWriter.flush)
 
     def _add_scalars(self, values: Mapping[str, float], step: int) -> None:
@@ -181,10 +168,8 @@ class RunLog:
             yield
         except (OSError, UnicodeEncodeError) as error:  # the latter: TensorBoard wants a text
             path = getattr(error, "filename", None) or self.log_dir
-            log.warning(
-                "%s: %s; training goes on, but no more is logged there",
-                path, getattr(error, "strerror", None) or error,
-            )  # fmt: skip
+            reason = getattr(error, "strerror", None) or error
+            log.warning("%s: %s; training goes on, but no more is logged there", path, reason)
             self._writer = None
 
     def _hide_from_stderr(self, failure: threading.ExceptHookArgs) -> None:
@@ -194,7 +179,7 @@ class RunLog:
             self._excepthook(failure)
 
     def _time_left(self, step: int) -> str:
-        """Of all epochs, at the pace since this process began, validation included."""
+        """Until the last epoch's end, at the pace since this process began, with validations."""
         pace = (time.perf_counter() - self._began) / (step + 1 - self.first_step)
         return f"{duration(pace * (self.total_steps - step))} left"
 

@@ -28,6 +28,7 @@ import main as main_module
 from dataset import load_emb
 from engine import run_log
 from engine.run_log import RunLog, duration
+from engine.state import Progress
 from engine.training_step import TrainingStep
 from files.checkpoint import load_checkpoint
 from files.sequences import EVENT_DTYPE
@@ -274,7 +275,7 @@ def test_a_write_that_fails_anywhere_stops_the_log_and_not_the_run(
 def test_a_fault_that_is_not_the_folders_is_not_hidden(tmp_path, monkeypatch):
     monkeypatch.setattr(run_log.SummaryWriter, "add_scalar", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError), RunLog(str(tmp_path), 1, 1, 1, 1) as log:
-        log.epoch(1, 1, 0.5, {}, True, 1.0)
+        log.epoch(Progress(epoch=1, step=1), 0.5, {}, 1.0)
 
 
 # ------------------------------------------------------------------------------------- the terminal
