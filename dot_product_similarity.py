@@ -11,6 +11,8 @@ from torch import Tensor, nn
 
 # Scores as close as this are equal: products of other shapes round the same score otherwise.
 TIE = 1e-6
+# The rank of a target that is left out of the ranking: a miss at every cut-off.
+MISS = 1 << 62
 
 
 class DotProductSimilarity(nn.Module):
@@ -33,11 +35,10 @@ class DotProductSimilarity(nn.Module):
             queries: (B, D) float32 of length 1.
             items: (X, D) float32 of length 1.
             target_rows: (B,) int64 in 0..X-1.
-            seen: items to leave out, as flat rows (V,) int64 and offsets (B + 1,) int64; a target
-                is never left out.
+            seen: items to leave out, as flat rows (V,) int64 and offsets (B + 1,) int64.
 
         Returns:
-            (B,) int64 in 1..X.
+            (B,) int64 in 1..X; MISS where the target is left out, as in the top-k.
 
         Ties and NaN count against the target: a model that scores every item alike, or whose scores
         are no numbers, must look bad.
@@ -45,9 +46,11 @@ class DotProductSimilarity(nn.Module):
         scores = self(queries, items)  # (B, X)
         own = target_rows[:, None]  # (B, 1)
         is_above = ~(scores < scores.gather(1, own) - TIE)  # (B, X)
+        is_seen = torch.zeros_like(is_above)
         if seen:
-            is_above[_lines(seen), seen[0]] = False
-        return 1 + is_above.scatter_(1, own, False).sum(1)
+            is_seen[_lines(seen), seen[0]] = True
+        ranks = 1 + (is_above & ~is_seen).scatter_(1, own, False).sum(1)
+        return ranks.masked_fill(is_seen.gather(1, own)[:, 0], MISS)
 
     def top_k(
         self, queries: Tensor, items: Tensor, k: int, seen: tuple[Tensor, Tensor] | None = None

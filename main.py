@@ -115,11 +115,11 @@ def train(args: argparse.Namespace, model_class: type[HSTUModel]) -> None:
                     train_epochs(args, run, run_log)
                     if args.projector:
                         project_items(run, args.data_dir, args.trust_pickle, run_log)
-            test_best(run, eval_loader(args, run, "test"), args.remove_seen, args.precision)
+            test_best(run, eval_loader(args, run, "test"), args.precision)
         if is_main_process():
             is_early = run.progress.epoch < args.num_epochs
             reason = f", stopped by --patience {args.patience}" * is_early
-            report(run.progress, output_dir, args.data_dir, args.log_dir, reason)
+            report(run, args.data_dir, args.log_dir, reason)
 
 
 def train_epochs(args: argparse.Namespace, run: Run, run_log: RunLog) -> None:
@@ -142,7 +142,7 @@ def train_epochs(args: argparse.Namespace, run: Run, run_log: RunLog) -> None:
             train_one_epoch(args, run, train_loader, run_log)
             seconds = time.perf_counter() - started
             if valid_loader is not None:
-                ranking = evaluate(run.model, valid_loader, args.remove_seen, args.precision)
+                ranking = evaluate(run.model, valid_loader, precision=args.precision)
                 metrics = ranking.metrics()
         except Stopped as stop:
             run_log.flush()

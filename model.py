@@ -102,6 +102,7 @@ class HSTUConfig:
     item_ids_digest: str | None = None  # of the items that the rows stand for; None: not known
     action_names: list[str] | None = None  # of the action types; None: not known
     feature_digests: dict[str, str] | None = None  # of what features' numbers mean; None: not known
+    removes_seen: bool = True  # rankings leave out what a user has seen; so its export does
 
 
 class HSTUModel(nn.Module):

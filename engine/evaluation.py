@@ -23,7 +23,7 @@ class Ranking(NamedTuple):
     The sequences of a process follow those of the process before it.
     """
 
-    ranks: Tensor  # (S,) int64 in 1..X, 1 is best
+    ranks: Tensor  # (S,) int64 in 1..X, 1 is best; MISS: the target was left out
     target_ids: Tensor  # (S,) int64 in 1..X
     num_seen: Tensor  # (S,) int64, events of the whole history
     is_repeat: Tensor  # (S,) bool, the target is an item of that history
@@ -35,16 +35,16 @@ class Ranking(NamedTuple):
         return ranking_metrics(self.ranks) | {"loss": self.loss}
 
     def metrics_of(self, which: Tensor) -> dict[str, float]:
-        """Of the targets where (S,) bool is True, at least one, and their number."""
+        """Of the targets where (S,) bool is True, and their number; empty if there are none."""
         ranks = self.ranks[which]
-        return ranking_metrics(ranks) | {"targets": len(ranks)}
+        return ranking_metrics(ranks) | {"targets": len(ranks)} if len(ranks) else {}
 
 
 @torch.no_grad()
 def evaluate(
     model: HSTUModel,
     loader: DataLoader,
-    removes_seen: bool = True,
+    removes_seen: bool | None = None,
     precision: str = "fp32",
 ) -> Ranking:
     """Rank all items for every sequence's target.
@@ -52,12 +52,15 @@ def evaluate(
     Args:
         model: as it is now; it is in the same mode afterwards.
         loader: batches of a split with targets, this process's share.
-        removes_seen: leave the items of a history out of its ranking.
+        removes_seen: leave the items of a history out of its ranking, where a target that is one
+            of them is a miss; None: as in the model's training.
         precision: "fp32", "bf16" or "fp16", of the queries; items are always float32.
 
     Raises:
         Stopped: by a signal in a training, after a batch.
     """
+    if removes_seen is None:
+        removes_seen = model.config.removes_seen
     was_training = model.training
     model.eval()
     device = next(model.parameters()).device

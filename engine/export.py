@@ -64,11 +64,14 @@ def infer(args: argparse.Namespace, model_class: type[HSTUModel] = HSTUModel) ->
         catalogue = candidates_of(args.candidates, args.data_dir, model, args.mm_emb_device, trust)
     else:
         catalogue = all_items(args.data_dir, model, trust)
+    is_as_trained = args.remove_seen == "auto"
+    removes_seen = model.config.removes_seen if is_as_trained else args.remove_seen == "on"
     origin = {
         "checkpoint": path.name,
         "checkpoint_sha256": sha256_of(path),
         "item_ids": catalogue.id_kind,
         "data_files": data_folder.fingerprint(args.data_dir),
+        "removes_seen": removes_seen,
     }
     folder, users_folder = output_dir / "item_embeddings", output_dir / "user_embeddings"
     shape, arrays = (len(catalogue.ids), model.config.hidden_units), {"id.u64bin": catalogue.ids}
@@ -84,7 +87,7 @@ def infer(args: argparse.Namespace, model_class: type[HSTUModel] = HSTUModel) ->
     device = catalogue.item_ids.device
     items = torch.from_numpy(load_emb(folder / "embedding.fbin")).to(device)  # a map, not a copy
     loader = make_loader(dataset, args.batch_size, args.seed, device, args.num_workers)
-    options = args.top_k, args.remove_seen
+    options = args.top_k, removes_seen
     queries, users, top_rows = recommend(model, loader, items, catalogue, *options)
     user_ids, kind = exported_ids(args.data_dir, "u", manifest.num_users, trust)
     top_ids = np.where(top_rows < 0, -1, catalogue.ids.view(np.int64)[top_rows])

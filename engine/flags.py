@@ -10,6 +10,8 @@ from typing import Any
 # Up to this many items "--negatives auto" ranks against all of them: it learns most per second
 # there (docs/log.md); beyond, the cost of a step would follow the catalogue.
 ALL_NEGATIVES_UP_TO = 20_000
+# Up to this share of validation targets that their users had before, "--remove_seen auto" is on.
+MOST_REPEATS = 0.05
 # Up to this many bytes "--mm_emb_device auto" keeps vectors beside the model.
 MODEL_VECTORS_UP_TO = 1 << 30
 # Flags that a resumed run may change: where and how it runs, not what it computes.
@@ -116,8 +118,13 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     run("--save_every_steps", type=at_least(0), default=0, help=text)
     run("--log_every", type=at_least(1), default=20, help="steps between log entries")
     run("--projector", **switch, help="the most frequent items in TensorBoard's projector")
-    text = "leave a user's seen items out of the ranking"
-    run("--remove_seen", **on_off, default=True, help=text)
+    text = (
+        "leave a user's seen items out of the ranking, where a target among them is a miss; auto: "
+        f"unless more than {MOST_REPEATS:.0%} of the validation targets are, an export as its model"
+    ).replace("%", "%%")
+    choices = {"nargs": "?", "const": "on", "choices": ["auto", "on", "off"]}
+    run("--remove_seen", **choices, default="auto", help=text)
+    run("--no-remove_seen", dest="remove_seen", action="store_const", const="off", help="off")
     run("--debug", **switch, help="show where in the code an error was raised")
 
     export = parser.add_argument_group("export").add_argument

@@ -7,6 +7,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from dot_product_similarity import MISS
+
 CUTOFFS = (10, 50, 200)
 
 
@@ -28,10 +30,10 @@ def ranking_metrics(ranks: Tensor, cutoffs: Sequence[int] = CUTOFFS) -> dict[str
     """Means over queries: "HR@10", "NDCG@10", ... for each metric and cut-off, and "MRR".
 
     Args:
-        ranks: (n,) int64, 1 is best; n > 0.
+        ranks: (n,) int64, 1 is best, MISS adds 0 to each metric; n > 0.
         cutoffs: the Ks.
     """
-    ranks = ranks.double()
+    ranks = ranks.double().masked_fill(ranks >= MISS, torch.inf)
     result = {
         f"{name}@{k}": metric(ranks, k).mean().item()
         for k in cutoffs

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import shlex
-from pathlib import Path
 
 import torch
 from torch.utils.data import DataLoader
@@ -12,7 +11,7 @@ from torch.utils.data import DataLoader
 from engine.evaluation import evaluate
 from engine.export import exported_ids
 from engine.run_log import RunLog, summary
-from engine.state import Progress, Run, load_best
+from engine.state import Run, load_best
 from files.atomic_io import read_json, write_json
 from files.data_folder import read_item_names
 from ops.collectives import is_main_process
@@ -23,30 +22,35 @@ log = logging.getLogger("hstu")
 MOST_PROJECTED = 5_000
 
 
-def test_best(run: Run, loader: DataLoader | None, removes_seen: bool, precision: str) -> None:
-    """Write metrics.json, unless it is there: the best epoch's metrics on valid and on test."""
+def test_best(run: Run, loader: DataLoader | None, precision: str) -> None:
+    """Write metrics.json, unless it is there: the best epoch's metrics on valid and on test.
+
+    Of the test's targets also apart: `test_cold`, without a training event; `test_new` and
+    `test_repeat`, which their users had not or had before.
+    """
     path, progress = run.output_dir / "metrics.json", run.progress
     if path.exists():
         return
     result = {"best_epoch": progress.best_epoch, "valid": progress.best_metrics}
     if loader is not None:
         load_best(run)
-        ranking = evaluate(run.model, loader, removes_seen, precision)
-        result["test"] = ranking.metrics()
-        is_cold = run.item_counts[ranking.target_ids] == 0  # no training event has the target
-        if is_cold.any():
-            result["test_cold"] = ranking.metrics_of(is_cold)
-        if removes_seen and ranking.is_repeat.any():
-            result["test_repeat"] = ranking.metrics_of(ranking.is_repeat)
+        ranking = evaluate(run.model, loader, precision=precision)
+        result |= {
+            "test": ranking.metrics(),
+            "test_cold": ranking.metrics_of(run.item_counts[ranking.target_ids] == 0),
+            "test_new": ranking.metrics_of(~ranking.is_repeat),
+            "test_repeat": ranking.metrics_of(ranking.is_repeat),
+        }
     if is_main_process():
-        write_json(path, result)
+        write_json(path, {name: value for name, value in result.items() if value != {}})
 
 
-def report(progress: Progress, output_dir: Path, data_dir: str, log_dir: str, reason: str) -> None:
+def report(run: Run, data_dir: str, log_dir: str, reason: str) -> None:
     """Log what metrics.json holds, which files there are, and commands to go on with.
 
     `reason`: why the run has ended, after the best epoch in its line.
     """
+    output_dir, progress, removes_seen = run.output_dir, run.progress, run.model.config.removes_seen
     best, path = output_dir / "model_best.pt", output_dir / "metrics.json"
     result = read_json(path)
     log.info("finished: %d epochs, best epoch %d%s", progress.epoch, result["best_epoch"], reason)
@@ -55,10 +59,12 @@ def report(progress: Progress, output_dir: Path, data_dir: str, log_dir: str, re
             log.info("  %-6s %s", split, summary(result[split]))
     if cold := result.get("test_cold"):
         log.info("  cold   %s: %d targets without a training event", summary(cold), cold["targets"])
-    if repeats := result.get("test_repeat"):
+    if (new := result.get("test_new")) and (repeats := result.get("test_repeat")):
+        remark = "; left out of the ranking, a miss each (--remove_seen off)" * removes_seen
+        log.info("  new    %s: %d targets that their users had not", summary(new), new["targets"])
         log.info(
-            "  repeat %s: %d targets that their users had before; an export finds these only with "
-            "--no-remove_seen", summary(repeats), repeats["targets"],
+            "  repeat %s: %d targets that their users had before%s",
+            summary(repeats), repeats["targets"], remark,
         )  # fmt: skip
     log.info("  wrote  %s, model_epoch_*.pt, %s", best, path)
     data_dir, output, logs, best = map(shlex.quote, (data_dir, str(output_dir), log_dir, str(best)))

@@ -13,7 +13,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from dataset import MyDataset, Negatives
-from engine.flags import ALL_NEGATIVES_UP_TO, FREE_FLAGS, get_args
+from engine.flags import ALL_NEGATIVES_UP_TO, FREE_FLAGS, MOST_REPEATS, get_args
 from engine.setup import make_loader, pick_device, read_features, vectors_on_host
 from engine.state import STATE_FORMAT, Run
 from engine.training_step import Optimization, TrainingStep
@@ -47,7 +47,7 @@ def prepare_run(args: argparse.Namespace, model_class: type[HSTUModel] = HSTUMod
         args, manifest, features[0], vectors_on_host(features[0], args.mm_emb_device)
     )
     train_set, device = datasets["train"], pick_device(args.device)
-    config = make_config(args, manifest, features, train_set.has_timestamps)
+    config = make_config(args, manifest, features, datasets)
     seed_random(args.seed)
     options = {"kernels": args.kernels, "shards_items": shards_items(args, train_set)}
     model = model_class(config, *features, on_host=train_set.host_vectors, **options).to(device)
@@ -110,7 +110,7 @@ def eval_loader(args: argparse.Namespace, run: Run, split: str) -> DataLoader | 
 
 
 def make_config(
-    args: argparse.Namespace, manifest: Manifest, features: tuple, has_timestamps: bool
+    args: argparse.Namespace, manifest: Manifest, features: tuple, datasets: Mapping[str, MyDataset]
 ) -> HSTUConfig:
     specs = [
         {
@@ -129,12 +129,26 @@ def make_config(
         num_target_action_types=manifest.num_action_types if args.target_action else 0,
         item_features=specs[0],
         user_features=specs[1],
-        time_bias=args.time_bias if has_timestamps else "off",
+        time_bias=args.time_bias if datasets["train"].has_timestamps else "off",
         item_ids_digest=manifest.item_ids_digest,
         action_names=manifest.action_names,
         feature_digests=manifest.feature_digests,
+        removes_seen=removes_seen(args.remove_seen, datasets.get("valid")),
         **{name: getattr(args, name) for name in same},
     )
+
+
+def removes_seen(choice: str, valid: MyDataset | None) -> bool:
+    """Whether rankings leave out what a user has seen, as --remove_seen says."""
+    if choice != "auto" or valid is None or valid.target == "none":
+        return choice != "off"
+    share = valid.sequences.repeat_share()
+    if share > MOST_REPEATS:
+        log.info(
+            "--remove_seen is off: %.1f %% of the validation targets are items that their users "
+            "had before", 100 * share,
+        )  # fmt: skip
+    return share <= MOST_REPEATS
 
 
 def shards_items(args: argparse.Namespace, train_set: MyDataset) -> bool:

@@ -267,6 +267,16 @@ class Split:
             counts += np.bincount(ids, minlength=len(counts))
         return counts
 
+    def repeat_share(self) -> float:
+        """Share of the sequences, of two events or more, whose last item is one of those before."""
+        rows, num_repeats = np.flatnonzero(np.diff(self.offsets) > 1), 0
+        for some in np.array_split(rows, len(rows) // (BLOCK // 16) + 1) if len(rows) else ():
+            events, bounds = gather_ranges(self.events, self.offsets[some], self.offsets[some + 1])
+            ids = item_ids_of(events)
+            is_last_item = ids == np.repeat(ids[bounds[1:] - 1], np.diff(bounds))
+            num_repeats += int((np.add.reduceat(is_last_item, bounds[:-1], dtype=int) > 1).sum())
+        return num_repeats / max(1, len(rows))
+
     def count_targets(self, item_counts: np.ndarray, maxlen: int | None) -> np.ndarray:
         """(X + 1,) int64: how often each item is a training target, out of its `item_counts`.
 

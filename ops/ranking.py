@@ -11,7 +11,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-TIE = 1e-6  # as in dot_product_similarity.py
+TIE, MISS = 1e-6, 1 << 62  # as in dot_product_similarity.py
 # Scores of a tile, 8 MB of float32, and its items.
 TILE_SCORES = 1 << 21
 TILE_ITEMS = 1 << 12
@@ -33,9 +33,7 @@ def target_ranks(
     if len(target_rows) and not 0 <= int(target_rows.min()) <= int(target_rows.max()) < X:
         raise ValueError(f"target rows must lie in 0..{X - 1}")
     ranks = count_above(queries, items, (queries * items[target_rows]).sum(1), seen)
-    if seen is not None:  # a target that is seen counts itself nevertheless
-        ranks += is_among(seen, target_rows)
-    return ranks
+    return ranks if seen is None else ranks.masked_fill_(is_among(seen, target_rows), MISS)
 
 
 def is_among(seen: Seen, target_rows: Tensor) -> Tensor:

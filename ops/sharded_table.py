@@ -21,7 +21,7 @@ from ops.collectives import (
     waiting_for_others,
     world_size,
 )
-from ops.ranking import count_above, is_among
+from ops.ranking import MISS, count_above, is_among
 
 # Rows of a sharded table that one message carries, or that are drawn at once: 16 MB of 64 numbers.
 CHUNK_ROWS = 1 << 16
@@ -160,4 +160,4 @@ def sharded_target_ranks(
     above = count_above(all_gather_rows(queries), items, all_gather_rows(target_scores), own_seen)
     all_reduce([above])
     above = above.split(counts)[rank()]
-    return above if seen is None else above + is_among(seen, target_ids)
+    return above if seen is None else above.masked_fill(is_among(seen, target_ids), MISS)

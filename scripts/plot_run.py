@@ -89,7 +89,7 @@ def draw_all(args: argparse.Namespace) -> Iterator[tuple[str, Figure]]:
     yield "learning_curves", draw_learning(read_curves(args.log_dir, run), run.progress.epoch)
     loader = eval_loader(flags, run, "test")
     if loader is not None:
-        ranking = evaluate(run.model, loader, flags.remove_seen, flags.precision)
+        ranking = evaluate(run.model, loader, precision=flags.precision)
         yield "hit_rate", draw_hit_rate(ranking, run.item_counts)
     weights = run.model.state_dict()
     if biases := weights_named(weights, "time_weight"):

@@ -56,6 +56,7 @@ class Export(NamedTuple):
     user_ids: list[str]  # (U + 1)
     checkpoint: str  # file name
     checkpoint_sha256: str
+    removes_seen: bool  # its top items leave out what a user has seen
 
 
 class Question(NamedTuple):
@@ -105,8 +106,8 @@ def get_args(argv: list[str] | None) -> argparse.Namespace:
     flag(
         "--remove_seen",
         action=argparse.BooleanOptionalAction,
-        default=True,
-        help="leave the history's items out",
+        default=None,
+        help="leave the history's items out; None: as the export does",
     )
     flag(
         "--request_time",
@@ -162,7 +163,7 @@ def open_export(args: argparse.Namespace) -> Export:
             f"of, or export again: {export_command(args)}"
         )
     names = read_item_names(args.data_dir, manifest.num_items)
-    of_model = origin["checkpoint"], origin["checkpoint_sha256"]
+    of_model = origin["checkpoint"], origin["checkpoint_sha256"], origin.get("removes_seen", True)
     return Export(manifest, embeddings, item_ids, names, user_ids, *of_model)
 
 
@@ -364,19 +365,22 @@ def show_best(args: argparse.Namespace, export: Export, question: Question) -> N
     who = f"user {args.user}" if args.events is None else str(args.events)
     say(f"{who}: {len(history):,} events, the last of them")
     show_table(event_row(export, event) for event in history[-NUM_RECENT:])
-    seen_ids = np.unique(history["item_id"] if args.remove_seen else []).astype(np.int64)
+    removes_seen = export.removes_seen if args.remove_seen is None else args.remove_seen
+    seen_ids = np.unique(history["item_id"] if removes_seen else []).astype(np.int64)
     seen = torch.from_numpy(seen_ids - 1), torch.tensor([0, len(seen_ids)])
     num_left = len(export.embeddings) - len(seen_ids)
     print()
-    say(f"the best of {num_left:,} items{' not seen' * args.remove_seen}, by cosine")
+    say(f"the best of {num_left:,} items{' not seen' * removes_seen}, by cosine")
     show_top(args, export, query, seen)
     if target is not None:
         ranked = query, export.embeddings, torch.tensor([target - 1])
         rank = int(DotProductSimilarity().target_ranks(*ranked, seen))
         cosine = float(query[0] @ export.embeddings[target - 1])
         print()
-        say(f"what came next, and was held out{', though seen' * (target in seen_ids)}")
-        show_table([[str(rank), f"{cosine:.4f}", *label(export, target)]])
+        is_left_out = target in seen_ids
+        say(f"what came next, and was held out{', seen and so not ranked' * is_left_out}")
+        place = "-" if is_left_out else str(rank)
+        show_table([[place, f"{cosine:.4f}", *label(export, target)]])
 
 
 def show_neighbours(args: argparse.Namespace, export: Export) -> None:

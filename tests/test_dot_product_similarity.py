@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from dot_product_similarity import DotProductSimilarity
+from dot_product_similarity import MISS, DotProductSimilarity
 from ops import ranking
 
 B, X, D, K = 11, 29, 5, 7
@@ -48,7 +48,8 @@ def slow_ranks(queries, items, targets, seen=None):
     for b, scores in enumerate(slow_scores(queries.tolist(), items.tolist())):
         target = int(targets[b])
         rivals = [x for x in range(len(items)) if x != target and x not in hidden[b]]
-        ranks.append(1 + sum(scores[x] >= scores[target] for x in rivals))
+        rank = 1 + sum(scores[x] >= scores[target] for x in rivals)
+        ranks.append(MISS if target in hidden[b] else rank)
     return ranks
 
 
@@ -98,11 +99,11 @@ def test_scores_that_are_no_numbers_rank_last(similarity):
     assert ranks.tolist() == [X, X, X]
 
 
-def test_a_seen_target_keeps_its_rank(similarity):
-    queries, items = torch.tensor([[1.0]]), torch.tensor([[5.0], [4.0], [3.0], [2.0]])
-    seen = torch.tensor([0, 2]), torch.tensor([0, 2])
-    assert similarity.target_ranks(queries, items, torch.tensor([2])).tolist() == [3]
-    assert similarity.target_ranks(queries, items, torch.tensor([2]), seen).tolist() == [2]
+def test_a_target_that_is_left_out_is_a_miss(similarity):
+    queries, items = torch.ones(2, 1), torch.tensor([[5.0], [4.0], [3.0], [2.0]])
+    seen, targets = (torch.tensor([0, 2, 0]), torch.tensor([0, 2, 3])), torch.tensor([2, 2])
+    assert similarity.target_ranks(queries, items, targets).tolist() == [3, 3]
+    assert similarity.target_ranks(queries, items, targets, seen).tolist() == [MISS, 2]
 
 
 def test_the_seen_items_of_one_query_are_left_to_the_others(similarity):

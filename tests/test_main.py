@@ -26,7 +26,7 @@ from engine.training_step import TrainingStep
 from files.atomic_io import DataError
 from files.checkpoint import load_checkpoint, save_checkpoint
 from files.data_folder import read_manifest
-from files.data_writer import Column, write_dataset
+from files.data_writer import Column, leave_one_out, write_dataset
 from files.sequences import EVENT_DTYPE, USER_DTYPE, Sequences
 from main import main
 from model import HSTUModel
@@ -309,23 +309,65 @@ def test_the_action_to_come_is_told_to_be_idle_where_no_action_is_known(tmp_path
     assert "--target_action changes nothing without actions" in capsys.readouterr().out
 
 
-def test_targets_that_were_seen_are_told_apart_from_what_an_export_can_find(tmp_path, data, capsys):
-    counted = run(tmp_path, data)
-    kept = run(tmp_path, data, "--no-remove_seen", name="kept")
-    assert "finds these only with --no-remove_seen" in capsys.readouterr().out
-    assert metrics(counted)["test_repeat"]["targets"] > 0
-    assert "test_repeat" not in metrics(kept)
+def test_targets_that_were_seen_are_told_apart_and_missed_where_seen_items_are_left_out(
+    tmp_path, data, capsys
+):
+    removed = metrics(run(tmp_path, data, "--remove_seen"))
+    assert "left out of the ranking, a miss each (--remove_seen off)" in capsys.readouterr().out
+    kept = metrics(run(tmp_path, data, "--no-remove_seen", name="kept"))
+    assert "a miss each" not in capsys.readouterr().out
+    for found in (removed, kept):
+        parts = [found["test_new"], found["test_repeat"]]
+        counts = [part["targets"] for part in parts]
+        assert min(counts) > 0
+        mean = sum(n * part["MRR"] for n, part in zip(counts, parts, strict=True)) / sum(counts)
+        assert mean == pytest.approx(found["test"]["MRR"])
+    assert removed["test_repeat"]["MRR"] == 0 < kept["test_repeat"]["MRR"]
+    assert removed["test_new"]["MRR"] > kept["test_new"]["MRR"]
+
+
+@pytest.mark.parametrize(("share", "is_off"), [(0.05, False), (0.06, True)])
+def test_seen_items_stay_where_many_validation_targets_are_repeats(tmp_path, capsys, share, is_off):
+    items = np.arange(1, 401).reshape(100, 4)
+    items[: round(100 * share), 2] = items[: round(100 * share), 1]  # the last of valid
+    events = np.zeros(400, EVENT_DTYPE)
+    events["item_id"], events["timestamp"] = items.flatten(), np.arange(1, 401)
+    splits = leave_one_out(events, np.arange(0, 401, 4))
+    ids = {"item_ids": range(400), "user_ids": range(100), "num_action_types": 1}
+    write_dataset(tmp_path / "data", splits, **ids)
+    auto = run(tmp_path, tmp_path / "data")
+    assert ("--remove_seen is off: 6.0 % of the validation" in capsys.readouterr().out) == is_off
+    chosen = run(tmp_path, tmp_path / "data", "--remove_seen", "off" if is_off else "on", name="c")
+    assert are_equal(metrics(auto), metrics(chosen))
+    best = [f"--state_dict_path={auto}/model_best.pt", f"--output_dir={auto}"]
+    assert main(["--inference_only", "--device=cpu", f"--data_dir={tmp_path}/data", *best]) == 0
+    seen = {(k, i) for k, row in enumerate(items[:, :3]) for i in row}
+    top = load_emb(auto / "user_embeddings" / "topk.u64bin")
+    found = {(k, i + 1) for k, row in enumerate(top) for i in row}  # item_ids are re-ids - 1
+    assert bool(seen & found) == is_off
+
+
+@pytest.mark.parametrize("choice", ["on", "off"])
+def test_the_metrics_of_the_test_are_those_of_the_exported_lists(tmp_path, data, choice):
+    trained = run(tmp_path, data, "--remove_seen", choice)
+    folder = infer(tmp_path, data, trained / "model_best.pt", f"--top_k={NUM_ITEMS}")
+    top = load_emb(folder / "user_embeddings" / "topk.u64bin")
+    users = load_emb(folder / "user_embeddings" / "id.u64bin")[:, 0]
+    history = read_split(data, "test")
+    targets = 1000 + 3 * (history.events["item_id"][history.offsets[users] - 1] - 1)
+    is_target = top == targets[:, None]
+    places = np.where(is_target.any(1), is_target.argmax(1) + 1.0, np.inf)
+    found = metrics(trained)["test"]
+    assert found["MRR"] == pytest.approx(np.mean(1 / places))
+    assert found["HR@10"] == pytest.approx(np.mean(places <= 10))
+    gains = np.where(places <= 10, 1 / np.log2(1 + places), 0)
+    assert found["NDCG@10"] == pytest.approx(gains.mean())
+    assert np.isinf(places).any() == (choice == "on")
 
 
 def scalars(output_dir: Path, tag: str) -> list[tuple[int, float]]:
     events = EventAccumulator(str(output_dir / "logs"), size_guidance={"scalars": 0}).Reload()
     return [(event.step, event.value) for event in events.Scalars(tag)]
-
-
-def test_seen_items_are_ranked_only_on_request(tmp_path, data):
-    removed = run(tmp_path, data)
-    kept = run(tmp_path, data, "--no-remove_seen", name="o")
-    assert metrics(removed)["test"]["MRR"] > metrics(kept)["test"]["MRR"]
 
 
 def test_log_every_sets_the_steps_of_the_curves(tmp_path, data):
@@ -520,7 +562,7 @@ def infer(tmp_path: Path, data: Path, checkpoint: Path, *flags: str, name: str =
 
 def test_inference_exports_what_an_index_and_a_recommender_need(tmp_path, data, capsys):
     trained = run(tmp_path, data)
-    export = infer(tmp_path, data, trained / "model_epoch_2.pt", "--top_k=4")
+    export = infer(tmp_path, data, trained / "model_epoch_2.pt", "--top_k=4", "--remove_seen")
     told = capsys.readouterr().out
     assert "not all ids of users are numbers" in told and "not all ids of items" not in told
     items = load_emb(export / "item_embeddings" / "embedding.fbin")

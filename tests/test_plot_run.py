@@ -59,7 +59,7 @@ def test_what_is_drawn_was_evaluated_as_in_the_training(trained):
     """With the flags of the training, --no-remove_seen among them, and the best epoch."""
     run, flags = plot_run.load_run(trained / "o", str(trained / "data"), False)
     loader = eval_loader(flags, run, "test")
-    found = evaluate(run.model, loader, flags.remove_seen).metrics()
+    found = evaluate(run.model, loader).metrics()
     assert found == json.loads((trained / "o" / "metrics.json").read_text())["test"]
 
 
