@@ -223,7 +223,7 @@ def opening_parts(data_dir: Path) -> dict[str, float]:
 def worker_megabytes(data_dir: Path, num_batches: int = 500) -> float:
     """The most that a worker has to itself (USS), looked at after each batch."""
     args = get_args(f"--data_dir {data_dir} {IDS_AND_TIMES}".split())
-    datasets, _ = open_datasets(args, read_manifest(data_dir), {}, {})
+    datasets, _ = open_datasets(args, read_manifest(data_dir), {})
     batches = iter(make_loader(datasets["train"], BATCH, 1, CPU, max(WORKERS), is_shuffled=True))
     most = 0
     for _, _ in zip(range(num_batches), batches, strict=False):

@@ -44,8 +44,7 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     data("--item_features", nargs="+", default=["all"], metavar="ID", help="all, none, or ids")
     data("--user_features", nargs="+", default=["all"], metavar="ID", help="all, none, or ids")
     data("--actions", **on_off, default=True, help="inputs carry the event's action type")
-    text = "inputs carry the action type of the event to be predicted, where it is known"
-    data("--target_action", **on_off, default=False, help=text)
+    data("--target_action", **on_off, default=False, help="inputs carry the next event's action")
     text = "multimodal vectors to use; no value: none"
     data("--mm_emb_id", nargs="*", default=DEFAULT_MM_EMB_ID, metavar="ID", help=text)
     text = "what stands for an item without a multimodal vector"
@@ -76,24 +75,19 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     kinds = ["auto", "all", "batch", "uniform", "mixed"]
     text = f"all items, the batch's targets, uniform ones, or both; auto: all up to {_MOST_ITEMS}"
     loss("--negatives", choices=kinds, default="auto", help=text)
-    text = "distinct uniform negatives shared by a batch"
-    loss("--num_negatives", type=at_least(1), default=1024, help=text)
+    loss("--num_negatives", type=at_least(1), default=1024, help="uniform negatives per batch")
     loss("--logq", **on_off, default=True, help="correct in-batch negatives for their popularity")
 
     optim = parser.add_argument_group("optimisation").add_argument
     optim("--batch_size", type=at_least(1), default=128, help="sequences per batch")
     optim("--num_epochs", type=at_least(1), default=3, help="passes over the training sequences")
     optim("--lr", type=positive, default=0.001, help="highest learning rate")
-    text = "of matrices but not of tables; 0: off"
-    optim("--weight_decay", type=not_negative, default=0.01, help=text)
-    text = "Muon for the blocks' matrices, AdamW for the rest; off: AdamW for all"
-    optim("--muon", **on_off, default=True, help=text)
-    text = "steps of rising learning rate, before a cosine to 0; 0: none"
-    optim("--warmup_steps", type=at_least(0), default=100, help=text)
+    optim("--weight_decay", type=not_negative, default=0.01, help="of matrices, not tables; 0: off")
+    optim("--muon", **on_off, default=True, help="Muon for blocks' matrices; off: AdamW for all")
+    optim("--warmup_steps", type=at_least(0), default=100, help="steps of rising rate; 0: none")
     optim("--clip_grad", type=not_negative, default=1.0, help="largest gradient norm; 0: any")
     optim("--accumulate_steps", type=at_least(1), default=1, help="batches per training step")
-    text = "epochs without a better validation before the run ends; 0: never"
-    optim("--patience", type=at_least(0), default=5, help=text)
+    optim("--patience", type=at_least(0), default=5, help="epochs to wait for a better one; 0: all")
     text = "what decides the best epoch: validation loss or NDCG@10"
     optim("--early_stop_on", choices=["loss", "ndcg"], default="ndcg", help=text)
     optim("--precision", choices=["fp32", "bf16", "fp16"], default="fp32", help="autocast type")
@@ -103,17 +97,14 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     run = parser.add_argument_group("run").add_argument
     run("--output_dir", default="./outputs", help="checkpoints, metrics and exports")
     run("--log_dir", default="./logs", help="TensorBoard files")
-    text = "cuda, cuda:1, cpu; without CUDA: cpu"
-    run("--device", type=device_name, default="cuda", help=text)
+    run("--device", type=device_name, default="cuda", help="cuda, cuda:1, cpu; without CUDA: cpu")
     text = "auto: the fastest attention, loss and ranking; plain: as they are defined, slow"
     run("--kernels", choices=["auto", "plain"], default="auto", help=text)
     run("--shard_items", **switch, help="torchrun: each process holds a part of the item table")
-    text = "of weights, order, dropout and negatives"
-    run("--seed", type=at_least(0), default=42, help=text)
+    run("--seed", type=at_least(0), default=42, help="of weights, order, dropout and negatives")
     text = "go on from output_dir's newest state, start afresh, or go on from that resume_*.pt"
     run("--resume", default="auto", metavar="auto|none|PATH", help=text)
-    text = "with --resume none: remove the checkpoints in output_dir"
-    run("--overwrite", **switch, help=text)
+    run("--overwrite", **switch, help="with --resume none: remove output_dir's checkpoints")
     text = "steps between saved states, besides each epoch's end; 0: none between"
     run("--save_every_steps", type=at_least(0), default=0, help=text)
     run("--log_every", type=at_least(1), default=20, help="steps between log entries")
@@ -130,11 +121,9 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     export = parser.add_argument_group("export").add_argument
     export("--inference_only", **switch, help="export embeddings instead of training")
     export("--state_dict_path", metavar="PATH", help="model_*.pt file to export")
-    text = "export and rank this candidate folder instead of all items, as retrieval ids"
-    export("--candidates", metavar="DIR", help=text)
+    export("--candidates", metavar="DIR", help="candidate folder to export instead of all items")
     export("--top_k", type=at_least(1), default=10, help="items exported per test user")
-    text = "export queries for what comes after a test user's last event, which else is held out"
-    export("--whole_history", **switch, help=text)
+    export("--whole_history", **switch, help="queries for what follows a test user's last event")
     text = "Unix time of queries whose target is unknown; else that of the last event"
     export("--request_time", type=unix_seconds, metavar="SECONDS", help=text)
     text = "action hoped for, by name or number, where the target is unknown; -1: unknown"
@@ -142,13 +131,10 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if args.inference_only and not args.state_dict_path:
         parser.error("--inference_only needs --state_dict_path: a model_*.pt file of a training")
-    if not args.inference_only and (args.state_dict_path or args.candidates):
-        parser.error("--state_dict_path and --candidates are for --inference_only")
     asks = args.whole_history or args.request_time is not None or args.request_action != "-1"
-    if asks and not args.inference_only:
-        parser.error(
-            "--whole_history, --request_time and --request_action are for --inference_only"
-        )
+    if not args.inference_only and (args.state_dict_path or args.candidates or asks):
+        for_export = "--state_dict_path, --candidates, --whole_history and --request_*"
+        parser.error(f"{for_export} are for --inference_only")
     if args.num_heads * args.linear_dim == 1:
         parser.error("--linear_dim 1 with one head: a LayerNorm over one number is always 0")
     if args.overwrite and args.resume != "none":
@@ -165,10 +151,8 @@ def device_name(text: str) -> str:
 
 def unix_seconds(text: str) -> int:
     """An argparse type: a time from 1970 to the year 5138; what is beyond is in milliseconds."""
-    if not text.isdecimal():
-        raise argparse.ArgumentTypeError(f"{text!r} is no time in Unix seconds")
-    if int(text) >= 10**11:
-        raise argparse.ArgumentTypeError(f"{text} is no time in seconds; milliseconds / 1000?")
+    if not text.isdecimal() or int(text) >= 10**11:
+        raise argparse.ArgumentTypeError(f"{text!r} is no time in seconds; in milliseconds?")
     return int(text)
 
 

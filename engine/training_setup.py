@@ -38,14 +38,10 @@ def prepare_run(args: argparse.Namespace, model_class: type[HSTUModel] = HSTUMod
         DataError: the data is bad, or does not fit the flags.
     """
     manifest = read_manifest(args.data_dir, trust=args.trust_pickle)
-    with main_process_first():  # it writes what it made of feature files beside them
-        features = read_features(
-            args.data_dir, manifest, args.item_features, args.user_features, args.mm_emb_id,
-            args.trust_pickle,
-        )  # fmt: skip
-    datasets, item_counts = open_datasets(
-        args, manifest, features[0], vectors_on_host(features[0], args.mm_emb_device)
-    )
+    wanted = args.item_features, args.user_features, args.mm_emb_id
+    with main_process_first():  # it caches parsed features beside their files
+        features = read_features(args.data_dir, manifest, *wanted, args.trust_pickle)
+    datasets, item_counts = open_datasets(args, manifest, features[0])
     train_set, device = datasets["train"], pick_device(args.device)
     config = make_config(args, manifest, features, datasets)
     seed_random(args.seed)
@@ -77,10 +73,7 @@ def prepare_run(args: argparse.Namespace, model_class: type[HSTUModel] = HSTUMod
 
 
 def open_datasets(
-    args: argparse.Namespace,
-    manifest: Manifest,
-    item_features: Mapping[str, Feature],
-    host_vectors: Mapping[str, Feature],
+    args: argparse.Namespace, manifest: Manifest, item_features: Mapping[str, Feature]
 ) -> tuple[dict[str, MyDataset], np.ndarray]:
     """The splits there are, with the negatives asked for; and each item's events in training."""
     kind = args.negatives
@@ -94,10 +87,9 @@ def open_datasets(
         only_trained=bool(item_features),
     )  # fmt: skip
     options = {"has_windows": args.windows, "trust_pickle": args.trust_pickle}
-    options |= {"negatives": negatives, "host_vectors": host_vectors}
-    datasets = {
-        split: MyDataset(args.data_dir, split, args.maxlen, **options) for split in manifest.targets
-    }
+    options["host_vectors"] = vectors_on_host(item_features, args.mm_emb_device)
+    fixed = args.maxlen, negatives
+    datasets = {s: MyDataset(args.data_dir, s, *fixed, **options) for s in manifest.targets}
     return datasets, item_counts
 
 
@@ -112,13 +104,11 @@ def eval_loader(args: argparse.Namespace, run: Run, split: str) -> DataLoader | 
 def make_config(
     args: argparse.Namespace, manifest: Manifest, features: tuple, datasets: Mapping[str, MyDataset]
 ) -> HSTUConfig:
-    specs = [
-        {
-            name: encoder_arguments(feature, args.mm_missing, args.mm_projection)
-            for name, feature in side.items()
-        }
+    options = args.mm_missing, args.mm_projection
+    items, users = (
+        {name: encoder_arguments(feature, *options) for name, feature in side.items()}
         for side in features
-    ]
+    )
     same = (
         "maxlen", "hidden_units", "num_blocks", "num_heads", "attention_dim", "linear_dim",
         "dropout_rate", "position_bias", "infonce_temp",
@@ -127,8 +117,8 @@ def make_config(
         num_items=manifest.num_items,
         num_action_types=manifest.num_action_types if args.actions else 0,
         num_target_action_types=manifest.num_action_types if args.target_action else 0,
-        item_features=specs[0],
-        user_features=specs[1],
+        item_features=items,
+        user_features=users,
         time_bias=args.time_bias if datasets["train"].has_timestamps else "off",
         item_ids_digest=manifest.item_ids_digest,
         action_names=manifest.action_names,
@@ -162,9 +152,8 @@ def shards_items(args: argparse.Namespace, train_set: MyDataset) -> bool:
     kind = train_set.negatives.kind
     if kind == "all" or train_set.num_items < DENSE_ROWS or args.precision == "fp16":
         raise DataError(
-            f"--shard_items with {train_set.num_items:,} items, {kind} negatives, "
-            f"{args.precision}: it needs {DENSE_ROWS:,} items, sampled negatives (--negatives "
-            "mixed), and fp32 or bf16"
+            f"--shard_items with {train_set.num_items:,} items, {kind} negatives, {args.precision}:"
+            f" it needs {DENSE_ROWS:,} items, sampled negatives (--negatives mixed), fp32 or bf16"
         )
     return True
 
@@ -183,21 +172,17 @@ def announce(args: argparse.Namespace, run: Run) -> None:
     """One line that says what will happen, and a warning for each flag that does nothing."""
     train_set, total_steps = run.datasets["train"], run.training_step.options.total_steps
     place = run.device if world_size() == 1 else f"{world_size()} x {run.device.type}"
-    first_entry = (run.progress.step // args.log_every + 1) * args.log_every
     what = "windows of sequences" if train_set.is_cut else "sequences"
-    remark = f"; from step {first_entry} on the time that is left is shown"
     log.info(
         f"train on {place} in {args.precision}: {len(train_set):,} {what}, "
         f"{train_set.num_items:,} items, {run.item_counts.sum():,} events of {args.data_dir}; "
         f"{num_weights(run.model):,} weights, {train_set.negatives.kind} negatives; "
-        f"{args.num_epochs} epochs, {total_steps:,} steps{remark * (first_entry <= total_steps)}"
+        f"{args.num_epochs} epochs, {total_steps:,} steps"
     )
     if args.warmup_steps >= total_steps:
-        log.warning(
-            "the learning rate rises for %d steps (--warmup_steps), but there are %d: it never "
-            "reaches --lr; try --warmup_steps %d",
-            args.warmup_steps, total_steps, total_steps // 10,
-        )  # fmt: skip
+        found = f"--warmup_steps {args.warmup_steps}, but there are {total_steps} steps"
+        remark = f"the learning rate never reaches --lr; try --warmup_steps {total_steps // 10}"
+        log.warning("%s: %s", found, remark)
     if not train_set.has_timestamps:
         log.info("the data holds plain item ids: time and actions are off")
     defaults = get_args([])
@@ -208,7 +193,7 @@ def announce(args: argparse.Namespace, run: Run) -> None:
 
 
 def num_weights(model: HSTUModel) -> int:
-    """Of the whole model, with what other processes hold of its tables."""
+    """Of the whole model, with other processes' rows of its sharded tables."""
     shards = [module for module in model.modules() if isinstance(module, ShardedEmbedding)]
     elsewhere = [(shard.num_rows - len(shard.weight)) * shard.embedding_dim for shard in shards]
     return sum(p.numel() for p in model.parameters()) + sum(elsewhere)

@@ -277,7 +277,8 @@ def test_a_warm_up_longer_than_the_run_is_told_of(tmp_path, data, capsys):
     run(tmp_path, data, "--num_epochs=4", "--batch_size=1", "--warmup_steps=43")
     assert "--warmup_steps" not in capsys.readouterr().out
     run(tmp_path, data, "--num_epochs=4", "--batch_size=1", "--warmup_steps=44", name="warm")
-    assert "there are 44: it never reaches --lr; try --warmup_steps 4" in capsys.readouterr().out
+    told = "there are 44 steps: the learning rate never reaches --lr; try --warmup_steps 4"
+    assert told in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
