@@ -33,10 +33,7 @@ def ranking_metrics(ranks: Tensor, cutoffs: Sequence[int] = CUTOFFS) -> dict[str
         ranks: (n,) int64, 1 is best, MISS adds 0 to each metric; n > 0.
         cutoffs: the Ks.
     """
-    ranks = ranks.double().masked_fill(ranks >= MISS, torch.inf)
-    result = {
-        f"{name}@{k}": metric(ranks, k).mean().item()
-        for k in cutoffs
-        for name, metric in METRICS.items()
-    }
+    ranks, result = ranks.double().masked_fill(ranks >= MISS, torch.inf), {}
+    for k in cutoffs:
+        result |= {f"{name}@{k}": f(ranks, k).mean().item() for name, f in METRICS.items()}
     return result | {"MRR": (1.0 / ranks).mean().item()}

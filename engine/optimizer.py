@@ -34,7 +34,7 @@ class RowAdamW(torch.optim.AdamW):
     def __init__(self, params: Iterable, **options: Any):
         """As torch.optim.AdamW; beta1 is below sqrt(beta2)."""
         super().__init__(params, fused=True, **options)
-        # A GradScaler would leave it to the fused kernel, which sees no table, to skip a step.
+        # Else GradScaler would let the fused kernel decide on skipping a step, and skip no table's.
         self._step_supports_amp_scaling = False
 
     @torch.no_grad()
@@ -56,10 +56,8 @@ def _step_rows(
     table: nn.Parameter, grad: Tensor, state: MutableMapping[str, Tensor], group: dict[str, Any]
 ) -> None:
     if group["weight_decay"]:
-        raise ValueError(
-            f"weight_decay {group['weight_decay']} for a table with a sparse gradient: it would "
-            "have to move every row in every step; put tables into a group with weight_decay 0"
-        )
+        found = f"weight_decay {group['weight_decay']} for a table with a sparse gradient"
+        raise ValueError(f"{found}: put tables into a group with weight_decay 0")
     if not state:
         state["step"] = table.new_zeros(())
         state["last_step"] = table.new_zeros(len(table))
@@ -99,17 +97,17 @@ class MuonAdamW(RowAdamW):
     def step(self) -> None:
         """One update, after which the gradients of the matrices are None."""
         for group in self.param_groups:
-            alike = defaultdict(list)
+            by_shape = defaultdict(list)
             for matrix in group["params"] if group.get("muon") else ():
                 if matrix.grad is not None:
-                    alike[matrix.shape].append(matrix)
-            for matrices in alike.values():
+                    by_shape[matrix.shape].append(matrix)
+            for matrices in by_shape.values():
                 self._step_matrices(matrices, group)
         super().step()
 
     def _step_matrices(self, matrices: Sequence[nn.Parameter], group: dict[str, Any]) -> None:
         """Matrices of one shape, which share their matrix products."""
-        directions = []
+        updates = []
         for matrix in matrices:
             state = self.state[matrix]
             if not state:
@@ -117,11 +115,11 @@ class MuonAdamW(RowAdamW):
                 state["step"], state["momentum"] = matrix.new_zeros(()), torch.zeros_like(matrix)
             state["step"] += 1
             state["momentum"].lerp_(matrix.grad, 1 - MUON_MOMENTUM)
-            directions.append(matrix.grad.lerp(state["momentum"], MUON_MOMENTUM))
+            updates.append(matrix.grad.lerp(state["momentum"], MUON_MOMENTUM))
             matrix.grad = None  # so that AdamW passes over it
         lr, size = group["lr"], MUON_RMS * math.sqrt(max(matrices[0].shape))
-        for matrix, direction in zip(matrices, orthogonal(torch.stack(directions)), strict=True):
-            matrix.mul_(1 - lr * group["weight_decay"]).add_(direction, alpha=-lr * size)
+        for matrix, update in zip(matrices, orthogonal(torch.stack(updates)), strict=True):
+            matrix.mul_(1 - lr * group["weight_decay"]).add_(update, alpha=-lr * size)
 
 
 def orthogonal(x: Tensor) -> Tensor:
@@ -152,12 +150,13 @@ def clip_gradients(
     """
     values, shard_values, shards = [], [], set(shards)
     for parameter in parameters:
-        if parameter.grad is None:
+        grad = parameter.grad
+        if grad is None:
             continue
-        if parameter.grad.is_sparse:
-            parameter.grad = parameter.grad.coalesce()
-        part = shard_values if parameter in shards else values
-        part.append(parameter.grad.values() if parameter.grad.is_sparse else parameter.grad)
+        if grad.is_sparse:
+            parameter.grad = grad.coalesce()
+            grad = parameter.grad.values()
+        (shard_values if parameter in shards else values).append(grad)
     norm = nn.utils.get_total_norm(values)
     if shards:
         square = nn.utils.get_total_norm(shard_values).square()

@@ -28,7 +28,7 @@ class Stopped(BaseException):
 class StopSignal:
     """In its block a signal ends the run: at once, or in `deferred` where `check` is called.
 
-    A second SIGINT is Python's own. Only the main thread can set handlers; elsewhere nothing
+    A second SIGINT is Python's own. Outside the main thread, where Python sets no handlers, nothing
     changes.
     """
 
