@@ -33,7 +33,7 @@ class Draw(NamedTuple):
 
     indices: np.ndarray  # (B,) int64
     seed: tuple[int, ...]  # (seed, epoch, batch from 1)
-    rank: int = 0  # which process's share of them a loader is to give
+    rank: int = 0  # of the process whose share the loader gives
     world_size: int = 1
 
 
@@ -98,7 +98,7 @@ class Request(NamedTuple):
 
 
 class Negatives:
-    """The items that a batch's queries are told from, shared by all of them.
+    """The items that a batch's targets are to be told from, shared by all its queries.
 
     Args:
         num_items: X.
@@ -107,8 +107,8 @@ class Negatives:
         target_counts: (X + 1,) how often each item is a target in training.
         has_logq: correct in-batch negatives for how often their items come; needs target_counts.
         only_trained: an item that is never a target in training is no negative. It could only be
-            pushed away, whatever its features say; without features that is right, as else it
-            would stay where it was drawn, above the items that are pushed away.
+            pushed away, whatever its features say. Without features that is right: it would keep
+            its random vector otherwise, and rank above the items that are pushed away.
 
     Raises:
         ValueError: no such kind, or no negatives at all.
@@ -166,10 +166,8 @@ class Negatives:
     def _draw_uniform(self, seed: tuple[int, ...]) -> np.ndarray:
         if not self.num_uniform:
             return np.empty(0, np.int64)
-        picked = np.random.default_rng(seed).choice(
-            len(self.pool), self.num_uniform, replace=False, shuffle=False
-        )
-        return self.pool[picked]
+        generator, options = np.random.default_rng(seed), {"replace": False, "shuffle": False}
+        return self.pool[generator.choice(len(self.pool), self.num_uniform, **options)]
 
     def _log_q(self, item_ids: np.ndarray, num_targets: int) -> np.ndarray:
         """Log of how much likelier each negative was than one drawn uniformly, (M,) float32.
@@ -226,25 +224,19 @@ class MyDataset(Dataset):
         self.num_items, self.num_action_types = manifest.num_items, manifest.num_action_types
         self.negatives = negatives or Negatives(self.num_items)
         self.request, self.host_vectors = request, dict(host_vectors or {})
-        if request.action >= self.num_action_types:
-            raise DataError(
-                f"--request_action {request.action}: the data has {self.num_action_types} action "
-                "types, from 0"
-            )
+        if request.action >= (count := self.num_action_types):
+            raise DataError(f"--request_action {request.action}: the data has {count} action types")
         if split not in manifest.targets:
-            raise DataError(
-                f"{self.data_dir}: no {split} split there, only {', '.join(manifest.targets)}"
-            )
+            found = ", ".join(manifest.targets)
+            raise DataError(f"{self.data_dir}: no {split} split there, only {found}")
         self.target = "none" if whole_history else manifest.targets[split]
         self.sequences = Split(self.data_dir, split, *manifest[:3])
         self.has_timestamps = self.sequences.events.dtype == EVENT_DTYPE
         self.sequences.warn_of_oddities()
         self._rows, self._num_after = self._cut(has_windows and split == "train")
         if not len(self) and split == "train":
-            raise DataError(
-                f"{self.sequences.path('data')}: no sequence has two events or more, so there is "
-                "nothing to predict; write the split again"
-            )
+            path = self.sequences.path("data")
+            raise DataError(f"{path}: no sequence has two events or more; write the split again")
         if not len(self):
             log.warning("%s: no sequence to predict, so its results are left out", split)
 
@@ -254,10 +246,9 @@ class MyDataset(Dataset):
         shortest = 1 if self.target == "none" else 2
         rows, too_short = np.flatnonzero(lengths >= shortest), np.flatnonzero(lengths < shortest)
         if len(too_short):
-            log.warning(
-                "%s: %d of %d sequences have fewer than %d events and are skipped, the first: %s",
-                self.split, len(too_short), len(lengths), shortest, first_few(too_short),
-            )  # fmt: skip
+            found = f"{len(too_short)} of {len(lengths)} sequences have fewer than {shortest}"
+            first = first_few(too_short)
+            log.warning("%s: %s events and are skipped, the first: %s", self.split, found, first)
         if not has_windows:
             return rows, np.zeros(len(rows), np.int64)
         counts = -(-(lengths[rows] - 1) // self.maxlen)
@@ -273,7 +264,7 @@ class MyDataset(Dataset):
         return len(self._rows)
 
     def indices_of(self, user_id: int) -> np.ndarray:
-        """The user's sequences as `self[i]` takes them; none if they are too short."""
+        """Which sequences are the user's; none if they are too short."""
         users = self.sequences.users
         owners = self._rows + 1 if users is None else users[self._rows]
         return np.flatnonzero(owners == user_id)
@@ -297,10 +288,8 @@ class MyDataset(Dataset):
             seen = self.sequences.read(rows, offsets[rows], offsets[rows + 1] - has_target)
         return Fetched(sequences, seen, draw.seed, own)
 
-    def collate_fn(self, fetched: Fetched | Sequence[Fetched]) -> Batch:
-        """A Batch of what `__getitems__` returned, or of a list of `self[i]`."""
-        if not isinstance(fetched, Fetched):
-            fetched = _concatenate(fetched)
+    def collate_fn(self, fetched: Fetched) -> Batch:
+        """A Batch of what `__getitems__` returned."""
         sequences, seen, seed, own = fetched
         item_ids = sequences.events["item_id"]
         times = sequences.events["timestamp"].astype(np.int64)
@@ -322,9 +311,8 @@ class MyDataset(Dataset):
             target_times, target_actions = times[nexts], actions[nexts]
             has_target = np.full(len(inputs), self.split == "train")
             has_target[offsets[1:] - 1] = True
-        distinct, rows, negative_index, log_q = self.negatives.index(
-            item_ids, nexts[has_target], seed
-        )
+        targets = nexts[has_target]
+        distinct, rows, negative_index, log_q = self.negatives.index(item_ids, targets, seed)
         arrays = {
             "item_index": rows[inputs],
             "target_index": np.where(has_target, rows[nexts], -1),
@@ -373,20 +361,6 @@ def _share(arrays: Mapping[str, np.ndarray], own: np.ndarray) -> dict[str, np.nd
     return share | {"offsets": np.concatenate([[0], lengths[own].cumsum()])}
 
 
-def _concatenate(fetched: Sequence[Fetched]) -> Fetched:
-    """Single sequences as one batch, ordered by falling length."""
-    order = sorted(fetched, key=lambda one: -len(one.sequences.events))
-    joined = [
-        None if parts[0] is None else Sequences(
-            np.concatenate([part.events for part in parts]),
-            np.cumsum([0] + [len(part.events) for part in parts]),
-            np.concatenate([part.user_ids for part in parts]),
-        )
-        for parts in ([one.sequences for one in order], [one.seen for one in order])
-    ]  # fmt: skip
-    return Fetched(*joined, seed=fetched[0].seed)
-
-
 class BatchSampler(Sampler[Draw]):
     """Batches in an order that is a function of (seed, epoch), from any batch on.
 
@@ -395,7 +369,7 @@ class BatchSampler(Sampler[Draw]):
         batch_size: sequences in a batch; the last batch may be smaller.
         seed: of order and negatives.
         is_shuffled: False keeps the order of the file.
-        rank, world_size: of this process; which batches there are does not depend on it.
+        rank, world_size: of this process; all processes have the same batches.
     """
 
     def __init__(

@@ -252,16 +252,6 @@ def test_plain_item_ids_have_no_time_and_no_actions(tmp_path, dtype):
     assert set(batch.timestamps.tolist()) == {0}
 
 
-@pytest.mark.parametrize("split", ["train", "valid", "test"])
-@pytest.mark.parametrize("negatives", ["all", "mixed"])
-def test_a_list_of_single_items_collates_to_the_same_batch(folder, split, negatives):
-    dataset = open_dataset(folder, split, MAXLEN, negatives, 5)
-    indices = [2, 1, 6, 0, 4]
-    together = dataset.collate_fn(dataset.__getitems__(indices))
-    one_by_one = dataset.collate_fn([dataset[index] for index in indices])
-    assert_equal_batches(together, one_by_one)
-
-
 def assert_equal_batches(left: Batch, right: Batch) -> None:
     for name, a, b in zip(Batch._fields, left, right, strict=True):
         assert (a is None and b is None) or (torch.equal(a, b) and a.dtype == b.dtype), name

@@ -40,7 +40,7 @@ def drawn() -> tuple[synthetic.Process, np.ndarray, np.ndarray, synthetic.State]
 @pytest.mark.parametrize("split", SPLITS)
 def test_every_split_is_readable(written, split):
     dataset = MyDataset(written[0], split)
-    batch = dataset.collate_fn([dataset[k] for k in range(5)])
+    batch = dataset.collate_fn(dataset.__getitems__(range(5)))
     assert len(dataset) == NUM_USERS
     assert dataset.num_action_types == 3
     assert batch.action_types.unique().tolist() == [0, 1, 2]

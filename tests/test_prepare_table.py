@@ -502,7 +502,7 @@ def test_the_folder_opens_with_every_kind_of_feature(tmp_path):
     assert set(load_features(data_dir, "user", manifest.num_users)) == {"age", "sex"}
     for split in ("train", "valid", "test"):
         dataset = MyDataset(data_dir, split)
-        batch = dataset.collate_fn([dataset[k] for k in range(len(dataset))])
+        batch = dataset.collate_fn(dataset.__getitems__(range(len(dataset))))
         assert len(batch.user_ids) == len(dataset) > 3
 
 
