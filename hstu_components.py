@@ -21,8 +21,7 @@ from ops.sharded_table import ShardedEmbedding
 
 INIT_STD = 0.02  # of item table, positions and everything added to them: see docs/log.md
 L2_EPS = 1e-6
-# Up to this many rows a table is trained whole: for the 14,000 items of a batch that is faster than
-# by rows.
+# Up to this many rows a table is trained whole, which is faster for the 14,000 items of a batch.
 DENSE_ROWS = 20_000
 
 
@@ -30,7 +29,7 @@ class LocalEmbeddingModule(nn.Module):
     """The item table: a learnt vector per item id; row 0 (padding, or an unknown item) is zero."""
 
     def __init__(self, num_items: int, hidden_units: int, is_sharded: bool = False):
-        """`is_sharded`: over the ranks; from the same random numbers, and updated by rows."""
+        """`is_sharded`: over the processes; drawn from the same random numbers, trained by rows."""
         super().__init__()
         if is_sharded:
             self.item_emb = ShardedEmbedding(num_items + 1, hidden_units)
@@ -63,9 +62,8 @@ class ArrayEncoder(nn.EmbeddingBag):
     """The mean of the vectors of a list's values 1..size; zero for an empty list."""
 
     def __init__(self, hidden_units: int, size: int):
-        super().__init__(
-            size + 1, hidden_units, mode="mean", padding_idx=0, include_last_offset=True
-        )
+        options = {"mode": "mean", "padding_idx": 0, "include_last_offset": True}
+        super().__init__(size + 1, hidden_units, **options)
         init_embedding(self)
 
 
@@ -179,21 +177,16 @@ class FeatureTables(nn.Module):
             or (flat values, offsets (n + 1,)) for lists.
         """
         if feature_id in self._host:
-            return self._lookup_on_host(self._host[feature_id], rows)
-        key = module_key(feature_id)
-        values, offsets, present = (
-            getattr(self, f"{key}_{field}") for field in ("values", "offsets", "present")
-        )
+            feature, host_rows = self._host[feature_id], rows.cpu().numpy()
+            pair = feature.values[host_rows], feature.present[host_rows]
+            return tuple(torch.from_numpy(array).to(rows.device) for array in pair)
+        names = (f"{module_key(feature_id)}_{field}" for field in ("values", "offsets", "present"))
+        values, offsets, present = (getattr(self, name) for name in names)
         if offsets is not None:
             return gather_lists(values, offsets, rows)
         if present is not None:
             return values[rows], present[rows]
         return (values[rows],)
-
-    def _lookup_on_host(self, feature: Any, rows: Tensor) -> tuple[Tensor, Tensor]:
-        picked = rows.cpu().numpy()
-        pair = feature.values[picked], feature.present[picked]
-        return tuple(torch.from_numpy(array).to(rows.device) for array in pair)
 
 
 def gather_lists(values: Tensor, offsets: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
@@ -224,10 +217,9 @@ class LearnablePositionalEmbeddingInputFeaturesPreprocessor(nn.Module):
         self.scale = math.sqrt(hidden_units)
         self.pos_emb = nn.Embedding(maxlen, hidden_units)
         nn.init.trunc_normal_(self.pos_emb.weight, std=INIT_STD)
-        self.action_emb, self.target_action_emb = (
-            SparseEncoder(hidden_units, size) if size else None
-            for size in (num_action_types, num_target_action_types)
-        )
+        sizes = num_action_types, num_target_action_types
+        encoders = (SparseEncoder(hidden_units, size) if size else None for size in sizes)
+        self.action_emb, self.target_action_emb = encoders
         self.dropout = Dropout(dropout_rate)
 
     def forward(
@@ -258,7 +250,7 @@ class LearnablePositionalEmbeddingInputFeaturesPreprocessor(nn.Module):
 
 
 class L2NormEmbeddingPostprocessor(nn.Module):
-    """Vectors of length 1, so that a dot product is a cosine (reference class of the same name)."""
+    """Unit vectors, so that a dot product is a cosine (reference class of the same name)."""
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., D) -> (..., D) float32, whatever the precision that computed x."""

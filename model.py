@@ -13,7 +13,6 @@ from torch import Tensor, nn
 import ops.attention
 import ops.infonce
 import ops.ranking
-import simplified_hstu
 from dot_product_similarity import DotProductSimilarity
 from hstu_components import (
     ENCODERS,
@@ -23,7 +22,7 @@ from hstu_components import (
     LocalEmbeddingModule,
     module_key,
 )
-from simplified_hstu import HSTU, Attention
+from simplified_hstu import DEFINITION, HSTU, Attention
 
 # Items embedded at once when a whole catalogue is: 16 MB of 1024-wide vectors. With 16 times as
 # many a CPU embeds a third fewer per second: they have left its cache when they are projected.
@@ -62,16 +61,12 @@ class Kernels(NamedTuple):
 
 
 _similarity = DotProductSimilarity()
+_attention = Attention(ops.attention.prepare, ops.attention.gated_attention)
 # --kernels; "auto" is the fastest for the device.
 KERNELS = {
-    "plain": Kernels(
-        simplified_hstu.DEFINITION, infonce_loss, _similarity.target_ranks, _similarity.top_k
-    ),
+    "plain": Kernels(DEFINITION, infonce_loss, _similarity.target_ranks, _similarity.top_k),
     "auto": Kernels(
-        Attention(ops.attention.prepare, ops.attention.gated_attention),
-        ops.infonce.infonce_loss,
-        ops.ranking.target_ranks,
-        ops.ranking.top_k,
+        _attention, ops.infonce.infonce_loss, ops.ranking.target_ranks, ops.ranking.top_k
     ),
 }
 
@@ -110,8 +105,8 @@ class HSTUModel(nn.Module):
 
     Args:
         config: shapes and switches.
-        item_features: feature id -> features.Feature, rows 0..X, for each of
-            config.item_features; data, not weights.
+        item_features: of each of config.item_features its features.Feature, rows 0..X; data, not
+            weights.
         user_features: the same for users.
         on_host: item vectors that stay on the host; batches bring theirs in `item_vectors`.
         shards_items: each process holds a part of the item table.
@@ -136,12 +131,9 @@ class HSTUModel(nn.Module):
             self._add_encoder(feature_id, **spec)
         self.item_tables = FeatureTables(item_features, on_host)
         self.user_tables = FeatureTables(user_features)
+        action_types = config.num_action_types, config.num_target_action_types
         self.input_preprocessor = LearnablePositionalEmbeddingInputFeaturesPreprocessor(
-            config.maxlen,
-            width,
-            config.num_action_types,
-            config.num_target_action_types,
-            config.dropout_rate,
+            config.maxlen, width, *action_types, config.dropout_rate
         )
         self.hstu = HSTU(
             num_blocks=config.num_blocks,
@@ -187,9 +179,8 @@ class HSTUModel(nn.Module):
         return self.item_tower(batch.distinct_ids, vectors=batch.item_vectors)  # (R, D)
 
     def _loss(self, batch: Any, queries: Tensor, rows: Tensor, target_index: Tensor) -> Tensor:
-        return self.compute_infonce_loss(
-            queries, rows, target_index, batch.negative_index, batch.negative_log_q
-        )
+        negatives = batch.negative_index, batch.negative_log_q
+        return self.compute_infonce_loss(queries, rows, target_index, *negatives)
 
     def encode(self, batch: Any, rows: Tensor | None = None) -> Tensor:
         """The query that follows each event: (T, D) float32 of length 1.
@@ -214,9 +205,8 @@ class HSTUModel(nn.Module):
             return None
         users = self._encode_features(self.config.user_features, self.user_tables, user_ids, {})
         users = users * (user_ids > 0)[:, None]  # of user 0 nothing is known, not numbers of 0
-        return users.repeat_interleave(  # (T, D)
-            lengths.to(users.device), dim=0, output_size=int(lengths.sum())
-        )
+        num_events, lengths = int(lengths.sum()), lengths.to(users.device)
+        return users.repeat_interleave(lengths, dim=0, output_size=num_events)  # (T, D)
 
     def predict(self, batch: Any) -> Tensor:
         """The query for each sequence's next event: (B, D) float32 of length 1."""
@@ -252,14 +242,9 @@ class HSTUModel(nn.Module):
         encoded = (self._encoder(name)(*values) for name, values in arguments.items())
         return reduce(torch.add, encoded)  # (n, D); sum() would begin with a pass that adds 0
 
-    def item_embeddings(
-        self,
-        item_ids: Tensor,
-        tables: FeatureTables | None = None,
-        table_rows: Tensor | None = None,
-    ) -> Tensor:
-        """(n, D) float32 of length 1, to compare with queries; arguments as `item_tower`."""
-        return torch.cat(list(self.item_embedding_chunks(item_ids, tables, table_rows)))
+    def item_embeddings(self, item_ids: Tensor) -> Tensor:
+        """(n, D) float32 of length 1, to compare with queries."""
+        return torch.cat(list(self.item_embedding_chunks(item_ids)))
 
     def item_embedding_chunks(
         self,
@@ -267,7 +252,7 @@ class HSTUModel(nn.Module):
         tables: FeatureTables | None = None,
         table_rows: Tensor | None = None,
     ) -> Iterator[Tensor]:
-        """The rows of `item_embeddings` in order, (c, D) at a time, for those who keep none."""
+        """As `item_embeddings`, (c, D) at a time in order; arguments as `item_tower`."""
         table_rows = item_ids if table_rows is None else table_rows
         chunks = zip(item_ids.split(CHUNK_ITEMS), table_rows.split(CHUNK_ITEMS), strict=True)
         for ids, rows in chunks:
@@ -295,11 +280,5 @@ class HSTUModel(nn.Module):
         """
         with torch.autocast(queries.device.type, enabled=False):
             rows = self.output_postprocessor(rows)
-            return self.kernels.infonce_loss(
-                queries,
-                rows,
-                target_index,
-                negative_index,
-                negative_log_q,
-                self.config.infonce_temp,
-            )
+            indices = target_index, negative_index, negative_log_q
+            return self.kernels.infonce_loss(queries, rows, *indices, self.config.infonce_temp)

@@ -223,15 +223,15 @@ def test_a_cold_candidate_is_encoded_from_its_features_alone(tiny):
     model = make_model(tiny)
     items, _ = read_all_features(tiny)
     rows = torch.tensor([5, 9])
-    known = model.item_embeddings(rows, FeatureTables(items), rows)
-    torch.testing.assert_close(known, model.item_embeddings(rows))
+    known = model.item_tower(rows, FeatureTables(items), rows)
+    torch.testing.assert_close(known, model.item_tower(rows))
     unknown = torch.tensor([0, 0])
-    cold = model.item_embeddings(unknown, FeatureTables(items), rows)
+    cold = model.item_tower(unknown, FeatureTables(items), rows)
     assert not torch.allclose(known, cold)
     with torch.no_grad():
         model.embedding_module.item_emb.weight.normal_()
         model.embedding_module.item_emb.weight[0] = 0
-    assert torch.equal(cold, model.item_embeddings(unknown, FeatureTables(items), rows))
+    assert torch.equal(cold, model.item_tower(unknown, FeatureTables(items), rows))
 
 
 def test_lists_of_any_length_are_pooled_by_their_mean(tiny):
