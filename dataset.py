@@ -149,7 +149,7 @@ class Negatives:
         if self.kind == "all":
             distinct, event_rows = np.arange(1, self.num_items + 1), item_ids.astype(np.int64) - 1
             is_every = len(self.pool) == self.num_items
-            return distinct, event_rows, None if is_every else self.pool - np.int64(1), None
+            return distinct, event_rows, None if is_every else self.pool.astype(np.int64) - 1, None
         drawn = self._draw_uniform(seed)
         distinct, rows = np.unique(np.concatenate([item_ids, drawn]), return_inverse=True)
         event_rows, drawn_rows = np.split(rows, [len(item_ids)])

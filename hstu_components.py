@@ -33,7 +33,7 @@ class LocalEmbeddingModule(nn.Module):
         super().__init__()
         if is_sharded:
             self.item_emb = ShardedEmbedding(num_items + 1, hidden_units)
-            self.item_emb.draw(partial(nn.init.trunc_normal_, std=INIT_STD))
+            self.item_emb.draw(partial(nn.init.normal_, std=INIT_STD))
         else:
             self.item_emb = nn.Embedding(num_items + 1, hidden_units, padding_idx=0)
             init_embedding(self.item_emb)
@@ -45,7 +45,7 @@ class LocalEmbeddingModule(nn.Module):
 
 def init_embedding(embedding: nn.Embedding | nn.EmbeddingBag) -> None:
     """Truncated normal as in the reference, std 0.02; the row of the unknown value is zero."""
-    nn.init.trunc_normal_(embedding.weight, std=INIT_STD)
+    nn.init.normal_(embedding.weight, std=INIT_STD)
     with torch.no_grad():
         embedding.weight[0] = 0
 
@@ -216,7 +216,7 @@ class LearnablePositionalEmbeddingInputFeaturesPreprocessor(nn.Module):
         super().__init__()
         self.scale = math.sqrt(hidden_units)
         self.pos_emb = nn.Embedding(maxlen, hidden_units)
-        nn.init.trunc_normal_(self.pos_emb.weight, std=INIT_STD)
+        nn.init.normal_(self.pos_emb.weight, std=INIT_STD)
         sizes = num_action_types, num_target_action_types
         encoders = (SparseEncoder(hidden_units, size) if size else None for size in sizes)
         self.action_emb, self.target_action_emb = encoders

@@ -5,6 +5,11 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 source scripts/venv.sh
 use_venv requirements.txt
+exec 8>>.venv/quickstart.lock
+if command -v flock >/dev/null && ! flock -n 8; then
+  echo "another quickstart is running here; waiting for its end"
+  flock 8
+fi
 
 data=data/synthetic output=outputs/synthetic logs=logs/synthetic
 [ -e "$data/manifest.json" ] || python scripts/prepare_synthetic.py "$data"

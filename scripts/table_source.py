@@ -12,7 +12,7 @@ import zipfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from datetime import UTC, datetime
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, NamedTuple, TextIO
 
@@ -244,8 +244,8 @@ def time_of(text: str) -> float:
     try:
         return finite(text)
     except ValueError:
-        moment = datetime.fromisoformat(text.removesuffix(" UTC"))
-        return (moment if moment.tzinfo else moment.replace(tzinfo=UTC)).timestamp()
+        moment = datetime.fromisoformat(text.removesuffix(" UTC").removesuffix("Z"))
+        return (moment if moment.tzinfo else moment.replace(tzinfo=timezone.utc)).timestamp()
 
 
 def date(seconds: int) -> str:

@@ -199,6 +199,7 @@ def train_matrices(matrices: list[nn.Parameter], optimizer: torch.optim.Optimize
         optimizer.step()
 
 
+@pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="torch.optim.Muon came with 2.9")
 def test_matrices_move_as_by_torchs_muon():
     ours, theirs = matrices_of(1), matrices_of(1)
     options = {"lr": 0.1, "weight_decay": 0.5}

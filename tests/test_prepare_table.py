@@ -8,7 +8,7 @@ import json
 import re
 import sys
 from collections import Counter
-from datetime import UTC, datetime
+from datetime import datetime, timezone
 from pathlib import Path
 
 import numpy as np
@@ -160,11 +160,14 @@ def test_rows_are_read_in_several_chunks(tmp_path, monkeypatch):
         (lambda t: t * 1000 + 7, "milliseconds"),
         (lambda t: t * 1_000_000 + 7, "microseconds"),
         (lambda t: t * 1_000_000_000 + 7, "nanoseconds"),
-        (lambda t: datetime.fromtimestamp(t, UTC).isoformat(), "seconds"),
-        (lambda t: f"{datetime.fromtimestamp(t, UTC):%Y-%m-%d %H:%M:%S}", "seconds"),
-        (lambda t: f"{datetime.fromtimestamp(t, UTC):%Y-%m-%d %H:%M:%S UTC}", "seconds"),
-        (lambda t: f"{datetime.fromtimestamp(t, UTC):%Y-%m-%dT%H:%M:%S.250Z}", "seconds"),
-        (lambda t: f"{datetime.fromtimestamp(t + 3600, UTC):%Y-%m-%dT%H:%M:%S+01:00}", "seconds"),
+        (lambda t: datetime.fromtimestamp(t, timezone.utc).isoformat(), "seconds"),
+        (lambda t: f"{datetime.fromtimestamp(t, timezone.utc):%Y-%m-%d %H:%M:%S}", "seconds"),
+        (lambda t: f"{datetime.fromtimestamp(t, timezone.utc):%Y-%m-%d %H:%M:%S UTC}", "seconds"),
+        (lambda t: f"{datetime.fromtimestamp(t, timezone.utc):%Y-%m-%dT%H:%M:%S.250Z}", "seconds"),
+        (
+            lambda t: f"{datetime.fromtimestamp(t + 3600, timezone.utc):%Y-%m-%dT%H:%M:%S+01:00}",
+            "seconds",
+        ),
     ],
 )
 def test_times_end_as_unix_seconds_and_the_unit_is_said(tmp_path, capsys, written, unit):

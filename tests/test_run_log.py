@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
 import pty
 import re
 import shutil
 import signal
+import struct
 import subprocess
 import sys
 import termios
@@ -292,7 +294,7 @@ def test_the_time_left_is_that_of_all_epochs_at_the_pace_so_far(tmp_path, monkey
 def in_terminal(columns: int, *arguments: str, **environment: str) -> str:
     """What `python -W default main.py` writes to a terminal of so many columns."""
     leader, follower = pty.openpty()
-    termios.tcsetwinsize(follower, (24, columns))
+    fcntl.ioctl(follower, termios.TIOCSWINSZ, struct.pack("4H", 24, columns, 0, 0))
     process = subprocess.Popen(
         [sys.executable, "-W", "default", "main.py", *arguments],
         cwd=ROOT, stdin=follower, stdout=follower, stderr=follower, env=os.environ | environment,
@@ -314,8 +316,8 @@ def test_a_bar_fits_a_narrow_terminal_and_leaves_only_our_lines(data, whole, tmp
     assert bars and max(map(len, bars)) <= 40
     assert "\x1b[3" not in text  # no colours
     lines = [line.rpartition("\r")[2] for line in text.split("\r\n")[:-1]]
-    ends = "valid|test|cold|repeat|wrote|next|curves|plots"
-    ours = f"creative_emb/81: |train on |epoch |finished: |  ({ends}) "
+    ends = "valid|test|cold|new|repeat|wrote|next|curves|plots"
+    ours = f"creative_emb/81: |--remove_seen is off|train on |epoch |finished: |  ({ends}) "
     assert [line for line in lines if not re.match(ours, line)] == []
 
 
