@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import json
-import os
 import pickle
 import re
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -48,6 +48,17 @@ def run(tmp_path: Path, data: Path, *flags: str, name: str = "run") -> Path:
     folders = [f"--data_dir={data}", f"--output_dir={output_dir}", f"--log_dir={output_dir}/logs"]
     assert main([*folders, *SMALL, *flags]) == 0
     return output_dir
+
+
+@pytest.fixture(scope="module")
+def trained(data, tmp_path_factory) -> Callable[..., Path]:
+    """Output folder of a run with these flags: each is trained once, and tests only read it."""
+
+    @functools.cache
+    def train(*flags: str) -> Path:
+        return run(tmp_path_factory.mktemp("trained"), data, *flags)
+
+    return train
 
 
 def weights(output_dir: Path, name: str = "model_epoch_2.pt") -> dict[str, torch.Tensor]:
@@ -100,10 +111,9 @@ TRAINING_FLAGS = {
 
 
 @pytest.mark.parametrize("flag", TRAINING_FLAGS)
-def test_flag_changes_what_is_trained(flag, tmp_path, data):
-    first, second = TRAINING_FLAGS[flag]
-    one, other = run(tmp_path, data, *first), run(tmp_path, data, *second, name="other")
-    assert not are_equal(weights(one), weights(other))
+def test_flag_changes_what_is_trained(flag, trained):
+    one, other = (weights(trained(*flags)) for flags in TRAINING_FLAGS[flag])
+    assert not are_equal(one, other)
 
 
 def test_every_flag_is_tested_for_its_effect():
@@ -117,17 +127,15 @@ def test_every_flag_is_tested_for_its_effect():
     assert set(vars(get_args([]))) == others | set(TRAINING_FLAGS)
 
 
-def test_plain_kernels_train_validate_and_export_the_same(tmp_path, data, monkeypatch):
+def test_plain_kernels_train_validate_and_export_the_same(tmp_path, data, trained, monkeypatch):
     def refuse(*_, **__):
         raise AssertionError("a tuned form")
 
-    flags = ["--dropout_rate=0"]
-    tuned = run(tmp_path, data, *flags)
+    tuned = trained("--dropout_rate=0")
     exports = [infer(tmp_path, data, tuned / "model_best.pt")]
     for form in ("ops.attention._GatedAttention", "ops.infonce._InfoNCE"):
         monkeypatch.setattr(form, refuse)
-    flags += ["--kernels=plain"]
-    plain = run(tmp_path, data, *flags, name="plain")
+    plain = run(tmp_path, data, "--dropout_rate=0", "--kernels=plain", name="plain")
     exports.append(infer(tmp_path, data, plain / "model_best.pt", "--kernels=plain", name="two"))
     for split in ("valid", "test"):
         assert metrics(plain)[split] == pytest.approx(metrics(tuned)[split], rel=1e-3)
@@ -136,8 +144,8 @@ def test_plain_kernels_train_validate_and_export_the_same(tmp_path, data, monkey
         np.testing.assert_allclose(*pair, atol=1e-3)
 
 
-def test_two_runs_with_one_seed_are_equal_byte_for_byte(tmp_path, data):
-    one, other = run(tmp_path, data), run(tmp_path, data, name="other")
+def test_two_runs_with_one_seed_are_equal_byte_for_byte(tmp_path, data, trained):
+    one, other = trained(), run(tmp_path, data)
     for name in ("model_epoch_1.pt", "model_epoch_2.pt", "model_best.pt"):
         assert are_equal_checkpoints(one / name, other / name)
     assert metrics(one) == metrics(other)
@@ -196,13 +204,6 @@ def test_blocks_are_compiled_only_on_request(tmp_path, data, monkeypatch):
     other = run(tmp_path, data, "--compile", name="o")
     assert compiled == [{"dynamic": True}] * 2  # one part of each of two blocks
     assert are_equal(weights(one), weights(other))
-
-
-def test_a_machine_without_cuda_falls_back_with_one_line(tmp_path, data, capsys):
-    if torch.cuda.is_available():
-        pytest.skip("this machine has CUDA")
-    run(tmp_path, data, "--device=cuda")
-    assert capsys.readouterr().out.count("running on the CPU") == 1
 
 
 @pytest.mark.parametrize("side", ["item", "user"])
@@ -274,10 +275,10 @@ def test_metrics_are_those_of_the_best_epoch_and_patience_ends_a_run(tmp_path, d
 
 
 def test_a_warm_up_longer_than_the_run_is_told_of(tmp_path, data, capsys):
-    run(tmp_path, data, "--num_epochs=4", "--batch_size=1", "--warmup_steps=43")
+    run(tmp_path, data, "--batch_size=1", "--warmup_steps=21")
     assert "--warmup_steps" not in capsys.readouterr().out
-    run(tmp_path, data, "--num_epochs=4", "--batch_size=1", "--warmup_steps=44", name="warm")
-    told = "there are 44 steps: the learning rate never reaches --lr; try --warmup_steps 4"
+    run(tmp_path, data, "--batch_size=1", "--warmup_steps=22", name="warm")
+    told = "there are 22 steps: the learning rate never reaches --lr; try --warmup_steps 2"
     assert told in capsys.readouterr().out
 
 
@@ -405,24 +406,21 @@ def stop_after(monkeypatch, steps: int) -> None:
     monkeypatch.setattr(TrainingStep, "__call__", stopping)
 
 
-@pytest.mark.parametrize(
-    ("steps", "every"), [(1, 0), (3, 0), (5, 0), (1, 1), (3, 1), (4, 1), (4, 2), (5, 2)]
-)
-def test_an_interrupted_run_ends_like_a_whole_one(tmp_path, data, monkeypatch, steps, every):
-    flags = ["--negatives=mixed", "--num_negatives=4", "--log_every=1"]
-    whole = run(tmp_path, data, *flags)
+# Three steps an epoch: the run goes on from the end of the first, and from inside the second.
+@pytest.mark.parametrize("save_every", [0, 2])
+def test_an_interrupted_run_ends_like_a_whole_one(tmp_path, data, trained, monkeypatch, save_every):
+    """The kills of benchmarks/faults.py say the same of every instant, and of the log."""
+    flags = ["--negatives=mixed", "--num_negatives=4"]
+    whole, flags = trained(*flags), [*flags, f"--save_every_steps={save_every}"]
     with monkeypatch.context() as patch:
-        stop_after(patch, steps)
+        stop_after(patch, 5)
         with pytest.raises(KilledError):
-            run(tmp_path, data, *flags, f"--save_every_steps={every}", name="o")
-    time.sleep(1 - time.time() % 1)  # TensorBoard orders files by the second
+            run(tmp_path, data, *flags)
     torch.manual_seed(999)
-    resumed = run(tmp_path, data, *flags, f"--save_every_steps={every}", name="o")
+    resumed = run(tmp_path, data, *flags)
     for name in ("model_epoch_1.pt", "model_epoch_2.pt", "model_best.pt"):
         assert are_equal_checkpoints(whole / name, resumed / name)
     assert metrics(whole) == metrics(resumed)
-    for tag in ("Loss/train", "Loss/train_epoch", "Loss/valid", "Train/lr", "Metrics/MRR"):
-        assert scalars(whole, tag) == scalars(resumed, tag), tag
 
 
 def test_an_epochs_points_are_logged_once_whatever_is_saved_at_its_end(tmp_path, data, monkeypatch):
@@ -455,25 +453,13 @@ def test_the_best_model_is_that_of_an_epoch_of_this_run(tmp_path, data, monkeypa
     assert (output_dir / "model_best.pt").read_bytes() == expected
 
 
-def test_other_peoples_files_survive_in_an_output_folder(tmp_path, data, capsys):
+def test_other_peoples_files_survive_in_an_output_folder(tmp_path, data):
     output_dir = run(tmp_path, data)
     others = ["model_before_change.pt", "resume_keep.pt", ".mine.tmp", ".lock"]
     for name in others:
         (output_dir / name).write_text("mine")
     run(tmp_path, data, "--resume=none", "--overwrite", "--lr=0.5")
     assert [(output_dir / name).read_text() for name in others] == ["mine"] * len(others)
-    (tmp_path / "other").mkdir()
-    (tmp_path / "other" / "model_best.pt").write_text("mine")
-    folders = [f"--data_dir={data}", f"--output_dir={tmp_path}/other", f"--log_dir={tmp_path}/l"]
-    assert main([*folders, *SMALL]) == 1
-    assert "holds model_best.pt, but no resume_*.pt" in capsys.readouterr().err
-    assert (tmp_path / "other" / "model_best.pt").read_text() == "mine"
-
-
-def test_folders_may_have_names_that_are_no_text(tmp_path, data):
-    name = os.fsdecode(b"r\xe9sultat")
-    assert metrics(run(tmp_path, data, name=name))["test"]
-    run(tmp_path, data, f"--output_dir={tmp_path}/{name}2")  # and its logs in one with a text
 
 
 @pytest.mark.parametrize("target", ["link", "/nowhere/at/all"])
@@ -561,9 +547,10 @@ def infer(tmp_path: Path, data: Path, checkpoint: Path, *flags: str, name: str =
     return export
 
 
-def test_inference_exports_what_an_index_and_a_recommender_need(tmp_path, data, capsys):
-    trained = run(tmp_path, data)
-    export = infer(tmp_path, data, trained / "model_epoch_2.pt", "--top_k=4", "--remove_seen")
+def test_inference_exports_what_an_index_and_a_recommender_need(tmp_path, data, trained, capsys):
+    checkpoint = trained() / "model_epoch_2.pt"
+    capsys.readouterr()
+    export = infer(tmp_path, data, checkpoint, "--top_k=4", "--remove_seen")
     told = capsys.readouterr().out
     assert "not all ids of users are numbers" in told and "not all ids of items" not in told
     items = load_emb(export / "item_embeddings" / "embedding.fbin")
@@ -586,10 +573,9 @@ def test_inference_exports_what_an_index_and_a_recommender_need(tmp_path, data, 
     assert (manifest["item_ids"], manifest["user_ids"]) == ("original", "re-id")
 
 
-def test_where_vectors_lie_changes_no_weight_and_no_export(tmp_path, data, monkeypatch):
+def test_where_vectors_lie_changes_no_weight_and_no_export(tmp_path, data, trained, monkeypatch):
     on_model, on_disk = (
-        run(tmp_path, data, f"--mm_emb_device={where}", "--negatives=batch", name=where)
-        for where in ("model", "loader")
+        trained(f"--mm_emb_device={where}", "--negatives=batch") for where in ("model", "loader")
     )
     assert are_equal(weights(on_model), weights(on_disk))
     exports = [
@@ -606,9 +592,8 @@ def test_where_vectors_lie_changes_no_weight_and_no_export(tmp_path, data, monke
     assert list(setup.vectors_on_host(items, "auto")) == ["81"]
 
 
-def test_candidates_restrict_and_order_the_export(tmp_path, data):
+def test_candidates_restrict_and_order_the_export(tmp_path, data, trained):
     """Rows are the candidates, ids retrieval ids; a cold one is what its features say."""
-    trained = run(tmp_path, data)
     folder = tmp_path / "candidates"
     folder.mkdir()
     known, retrieval = [7, 3, 20, 11], [9, 4, 2, 8, 5]
@@ -624,7 +609,7 @@ def test_candidates_restrict_and_order_the_export(tmp_path, data):
     (folder / "item_feat_dict.json").write_text(json.dumps(rows))
     for name in ("feature_types", "feat_statistics", "feature_default_value"):
         (folder / f"{name}.json").write_text((data / f"{name}.json").read_text())
-    checkpoint = trained / "model_best.pt"
+    checkpoint = trained() / "model_best.pt"
     whole = infer(tmp_path, data, checkpoint, "--top_k=23")
     export = infer(tmp_path, data, checkpoint, f"--candidates={folder}", "--top_k=5", name="c")
     items = load_emb(whole / "item_embeddings" / "embedding.fbin")
@@ -640,12 +625,10 @@ def test_candidates_restrict_and_order_the_export(tmp_path, data):
         assert [r for r in row if r not in (5, -1)] == kept  # 5: the cold one, wherever it stands
 
 
-def test_the_exported_config_wins_over_todays_flags(tmp_path, data):
-    trained = run(tmp_path, data)
-    plain = infer(tmp_path, data, trained / "model_best.pt")
-    other = infer(
-        tmp_path, data, trained / "model_best.pt", "--hidden_units=9", "--maxlen=2", name="o"
-    )
+def test_the_exported_config_wins_over_todays_flags(tmp_path, data, trained):
+    checkpoint = trained() / "model_best.pt"
+    plain = infer(tmp_path, data, checkpoint)
+    other = infer(tmp_path, data, checkpoint, "--hidden_units=9", "--maxlen=2", name="o")
     for name in ("item_embeddings/embedding.fbin", "user_embeddings/embedding.fbin"):
         assert (plain / name).read_bytes() == (other / name).read_bytes()
 
@@ -677,21 +660,17 @@ def test_what_is_known_of_a_request_moves_queries(tmp_path, data, training, requ
     assert "test" not in metrics(trained)
 
 
-def test_the_whole_history_is_exported_as_if_no_target_were_known(tmp_path, data):
-    trained = run(tmp_path, data)
+def test_the_whole_history_is_exported_as_if_no_target_were_known(tmp_path, data, trained):
+    checkpoint = trained() / "model_best.pt"
     manifest = json.loads((data / "manifest.json").read_text())
     manifest["targets"]["test"] = "none"
     shutil.copytree(data, tmp_path / "data")
     (tmp_path / "data" / "manifest.json").write_text(json.dumps(manifest))
     later = "--request_time=2000000000"
-    held_out = infer(tmp_path, data, trained / "model_best.pt", name="held_out")
+    held_out = infer(tmp_path, data, checkpoint, name="held_out")
     for k, flags in enumerate([[], [later]]):
-        whole = infer(
-            tmp_path, data, trained / "model_best.pt", "--whole_history", *flags, name=f"whole{k}"
-        )
-        none = infer(
-            tmp_path, tmp_path / "data", trained / "model_best.pt", *flags, name=f"none{k}"
-        )
+        whole = infer(tmp_path, data, checkpoint, "--whole_history", *flags, name=f"whole{k}")
+        none = infer(tmp_path, tmp_path / "data", checkpoint, *flags, name=f"none{k}")
         for name in ("embedding.fbin", "topk.u64bin", "id.u64bin"):
             name = f"user_embeddings/{name}"
             assert (whole / name).read_bytes() == (none / name).read_bytes()
@@ -701,20 +680,18 @@ def test_the_whole_history_is_exported_as_if_no_target_were_known(tmp_path, data
 
 @pytest.mark.parametrize("flag", ["--request_time=2000000000", "--request_action=1"])
 def test_what_is_known_of_a_request_is_refused_where_its_target_is_known(
-    tmp_path, data, capsys, flag
+    tmp_path, data, trained, capsys, flag
 ):
-    trained = run(tmp_path, data, "--target_action")
     flags = [f"--data_dir={data}", f"--output_dir={tmp_path}/e", "--device=cpu", flag]
-    checkpoint = f"--state_dict_path={trained}/model_best.pt"
+    checkpoint = f"--state_dict_path={trained('--target_action')}/model_best.pt"
     assert main(["--inference_only", checkpoint, *flags]) == 1
     assert "with --whole_history" in capsys.readouterr().err
     assert not (tmp_path / "e").exists()
 
 
-def test_a_request_time_needs_a_model_that_asks_for_it(tmp_path, data, capsys):
-    trained = run(tmp_path, data, "--time_bias=event")
+def test_a_request_time_needs_a_model_that_asks_for_it(tmp_path, data, trained, capsys):
     folders = [f"--data_dir={data}", f"--output_dir={tmp_path}/e", "--device=cpu"]
-    checkpoint = f"--state_dict_path={trained}/model_best.pt"
+    checkpoint = f"--state_dict_path={trained('--time_bias=event')}/model_best.pt"
     flags = [checkpoint, "--whole_history", "--request_time=2000000000"]
     assert main(["--inference_only", *folders, *flags]) == 1
     assert "--request_time: the model was trained with --time_bias event" in capsys.readouterr().err
@@ -728,27 +705,11 @@ def test_what_only_an_export_asks_for_is_refused_in_a_training(flag, capsys):
     assert "are for --inference_only" in capsys.readouterr().err
 
 
-def test_a_request_action_needs_a_model_that_knows_it(tmp_path, data, capsys):
-    trained = run(tmp_path, data)
+def test_a_request_action_needs_a_model_that_knows_it(tmp_path, data, trained, capsys):
     folders = [f"--data_dir={data}", f"--output_dir={tmp_path}/e", "--device=cpu"]
-    checkpoint = f"--state_dict_path={trained}/model_best.pt"
+    checkpoint = f"--state_dict_path={trained()}/model_best.pt"
     assert main(["--inference_only", *folders, checkpoint, "--request_action=1"]) == 1
     assert "was trained without --target_action" in capsys.readouterr().err
-    assert not (tmp_path / "e").exists()
-
-
-def test_a_checkpoint_of_other_data_is_refused(tmp_path, data, capsys):
-    trained = run(tmp_path, data)
-    write_dataset(
-        tmp_path / "data",
-        {"train": read_split(data, "train")},
-        item_ids=range(1, NUM_ITEMS + 9),
-        user_ids=range(1, 12),
-        num_action_types=3,
-    )
-    flags = [f"--state_dict_path={trained}/model_best.pt", f"--output_dir={tmp_path}/e"]
-    assert main(["--inference_only", "--device=cpu", f"--data_dir={tmp_path}/data", *flags]) == 1
-    assert capsys.readouterr().err.count("\n") == 1
     assert not (tmp_path / "e").exists()
 
 
@@ -830,22 +791,6 @@ def test_a_checkpoint_without_newer_settings_loads(tmp_path, data):
 # ------------------------------------------------------------------------------------------- errors
 
 
-@pytest.mark.parametrize(
-    "flags",
-    [
-        ["--batch_size=0"], ["--lr=nan"], ["--infonce_temp=0"], ["--maxlen=0"],
-        ["--hidden_units=1"], ["--num_workers=-1"], ["--dropout_rate=1"], ["--clip_grad=-1"],
-        ["--negatives=none"], ["--state_dict_path=model_best.pt"], ["--candidates=new"],
-        ["--overwrite"],
-    ],
-)  # fmt: skip
-def test_a_wrong_flag_is_argparses_error(flags, capsys):
-    with pytest.raises(SystemExit, match="2"):
-        main(flags)
-    error = capsys.readouterr().err
-    assert flags[0].split("=")[0] in error and error.count("\n") == 2
-
-
 def test_plain_item_ids_train_without_times_and_actions(tmp_path, data, capsys):
     folder = tmp_path / "plain"
     folder.mkdir()
@@ -858,14 +803,9 @@ def test_plain_item_ids_train_without_times_and_actions(tmp_path, data, capsys):
     assert capsys.readouterr().out.count("time and actions are off") == 1
 
 
-def test_a_missing_data_folder_is_one_line_and_exit_code_1(tmp_path, capsys):
-    assert main([f"--data_dir={tmp_path}/nowhere", f"--output_dir={tmp_path}/o"]) == 1
-    captured = capsys.readouterr()
-    assert captured.err.startswith("error: ") and captured.err.count("\n") == 1
-    assert "nowhere" in captured.err
-
-
-def test_a_loss_that_is_not_finite_stops_before_the_update(tmp_path, data, monkeypatch, capsys):
+def test_a_loss_that_is_not_finite_ends_the_run_before_a_weight_changes(
+    tmp_path, data, monkeypatch, capsys
+):
     before = []
     forward = HSTUModel.forward
 
@@ -902,7 +842,7 @@ def test_gradients_in_fp16_that_never_get_finite_end_the_run(tmp_path, data, mon
 
 
 @pytest.mark.parametrize("error", [MemoryError(), MemoryError("Unable to allocate 9 GiB")])
-def test_want_of_memory_says_what_to_lower(error):
+def test_out_of_memory_says_what_to_lower(error):
     assert "lower --batch_size" in main_module.one_line(error)
 
 
@@ -915,29 +855,6 @@ def test_checkpoints_without_a_state_are_not_overwritten(tmp_path, data, capsys)
     assert main([*folders, *SMALL]) == 1
     assert "but no resume_*.pt to go on from" in capsys.readouterr().err
     assert {path.name: path.read_bytes() for path in whole.glob("*.pt")} == before
-
-
-@pytest.mark.parametrize("write", range(1, 6))
-def test_a_kill_at_any_write_of_a_save_costs_nothing(tmp_path, data, monkeypatch, write):
-    """Two epochs write a state, a model and perhaps the best model each."""
-    whole = run(tmp_path, data)
-    replace, calls = os.replace, []
-
-    def killed(source, target):
-        if str(target).endswith(".pt"):
-            calls.append(target)
-            if len(calls) == write:
-                raise KilledError
-        replace(source, target)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(os, "replace", killed)
-        with pytest.raises(KilledError):
-            run(tmp_path, data, name="o")
-    resumed = run(tmp_path, data, name="o")
-    for name in ("model_epoch_1.pt", "model_epoch_2.pt", "model_best.pt"):
-        assert are_equal_checkpoints(whole / name, resumed / name)
-    assert metrics(whole) == metrics(resumed)
 
 
 def stop(*_):
