@@ -393,7 +393,7 @@ def shard_of(data: Path, negatives: str) -> tuple[int, int] | str:
     return len(run.model.embedding_module.item_emb.weight), training_setup.num_weights(run.model)
 
 
-def test_each_process_holds_its_part_of_the_items(data, on_all):
+def test_each_process_has_its_part_of_the_items(data, on_all):
     whole = prepare(data, "mixed")
     total = sum(weight.numel() for weight in whole.model.parameters())
     assert on_all(shard_of, data, "mixed") == [(12, total), (12, total)]
@@ -401,7 +401,7 @@ def test_each_process_holds_its_part_of_the_items(data, on_all):
 
 
 def ranks_of(split_at: int, *arguments: torch.Tensor) -> torch.Tensor:
-    """Ranks of this process's queries among all items, of which it holds some."""
+    """Ranks of this process's queries among all items, of which it has some."""
     queries, items, target_ids, seen_ids, offsets = arguments
     part = [slice(0, split_at), slice(split_at, None)][collectives.rank()]
     bounds = offsets[part.start : None if part.stop is None else part.stop + 1]
@@ -477,6 +477,7 @@ def wait_for_step(process: subprocess.Popen, step: int) -> None:
     raise AssertionError(process.stderr.read())
 
 
+@pytest.mark.slow
 def test_a_signal_to_one_process_stops_all_with_a_state(long_data, tmp_path):
     folders = [f"--data_dir={long_data}", f"--output_dir={tmp_path}", f"--log_dir={tmp_path}/l"]
     processes = start(*folders, *LONG)
@@ -492,6 +493,7 @@ def test_a_signal_to_one_process_stops_all_with_a_state(long_data, tmp_path):
     assert state["progress"]["step"] == int(step)
 
 
+@pytest.mark.slow
 def test_processes_of_torchrun_say_once_why_they_end(long_data, tmp_path):
     command = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={NUM_PROCESSES}"]
     flags = [f"--data_dir={long_data}", f"--output_dir={tmp_path}", *LONG]
@@ -522,6 +524,7 @@ def test_a_process_without_a_number_on_its_machine_is_one_line_on_cuda(monkeypat
         collectives.join(is_on_cuda=True)
 
 
+@pytest.mark.slow
 def test_a_killed_process_ends_the_others_with_one_line(long_data, tmp_path):
     folders = [f"--data_dir={long_data}", f"--output_dir={tmp_path}", f"--log_dir={tmp_path}/l"]
     processes = start(*folders, *LONG)

@@ -475,11 +475,6 @@ def test_a_manifest_that_is_none_is_refused_by_name(folder, text):
         read_manifest(folder)
 
 
-def test_a_folder_without_training_data_is_refused_with_advice(tmp_path):
-    with pytest.raises(DataError, match=r"no train_data\.bin there; .*--data_dir"):
-        read_manifest(tmp_path / "nowhere")
-
-
 def test_random_damage_is_read_or_refused_by_name_and_nothing_else(folder, tmp_path):
     names = ["train_data.bin", "train_offsets.bin", "train_users.bin", "indexer.pkl"]
     generator = random.Random(0)

@@ -106,7 +106,17 @@ def test_a_key_that_occurs_twice_counts_once_with_its_last_record(tmp_path):
         ({"statistics": {}}, r"feat_statistics\.json: .*100 \('missing'\), 112 .*, 106"),
         ({"statistics": STATISTICS | {"112": 2.5}}, r"feat_statistics\.json: .*112 \(2\.5\)"),
         ({"statistics": STATISTICS | {"112": -1}}, r"feat_statistics\.json: .*112 \(-1\)"),
+        ({"statistics": '{"100": Infinity}'}, r"feat_statistics\.json: no card.* 100 \(inf\)"),
         ({"feature_default_value": {"100": 7}}, r"feature_default_value\.json: feature 100 = 7"),
+        ({"feature_default_value": {"100": 2**63}}, r"default_value\.json: feature 100 = 922337"),
+        (
+            {"feature_default_value": '{"price": 1e999}'},
+            r"default_value\.json: feature price = inf: .*not finite",
+        ),
+        (
+            {"feature_default_value": {"price": 1e99}},
+            r"default_value\.json: feature price = 1e\+99: .*float32",
+        ),
         ({"records": {"6": {}}}, r"item_feat_dict\.json: key '6', expected a re-id in 1\.\.5"),
         ({"records": {"0": {}}}, r"item_feat_dict\.json: key '0'"),
         ({"records": {"1_0": {}}}, r"item_feat_dict\.json: key '1_0'"),

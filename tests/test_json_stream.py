@@ -14,24 +14,24 @@ from files.json_stream import read_pairs
 
 
 @pytest.mark.parametrize(
-    "text",
+    ("text", "message"),
     [
-        "",
-        "[1]",
-        '{"1": {"100": 1}',
-        '{"1": {"100": 1},}',
-        '{"1" {}}',
-        '{1: {"100": 1}}',
-        '{"1": {}} x',
-        '{"1": {}}{',
-        '{"1": {"100": "abc',
-        '{"1": {"100": ' + "9" * 5000 + "}}",
-        "[" * 100_000,
-        '{"1": ' + "[" * 100_000,
+        ("", "no JSON object; .* empty"),
+        ("[1]", ""),
+        ('{"1": {"100": 1}', "truncated or not JSON"),
+        ('{"1": {"100": 1},}', ""),
+        ('{"1" {}}', ""),
+        ('{1: {"100": 1}}', ""),
+        ('{"1": {}} x', ""),
+        ('{"1": {}}{', ""),
+        ('{"1": {"100": "abc', "truncated or not JSON"),
+        ('{"1": {"100": ' + "9" * 5000 + "}}", "Exceeds the limit"),
+        ("[" * 100_000, ""),
+        ('{"1": ' + "[" * 100_000, "recursion"),
     ],
 )
-def test_broken_json_is_refused_by_name(tmp_path, text):
-    with pytest.raises(DataError, match=r"item_feat_dict\.json"):
+def test_broken_json_is_refused_by_name(tmp_path, text, message):
+    with pytest.raises(DataError, match=rf"item_feat_dict\.json: .*{message}"):
         load_features(write_items(tmp_path, text), "item", 5)
 
 

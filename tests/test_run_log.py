@@ -149,18 +149,19 @@ def test_names_of_several_lines_and_cells_stay_in_their_row(tmp_path):
 # ------------------------------------------------------------------------- killed, and gone on with
 
 
-@pytest.mark.parametrize(("save_every", "last_step"), [(2, 5), (1, 4), (0, 5)])
+@pytest.mark.parametrize(("save_every", "last_step"), [(2, 5), (1, 4)])
+@pytest.mark.slow
 def test_the_log_of_a_killed_run_goes_on_as_if_it_had_not_been(
     data, whole, tmp_path, save_every, last_step, capfd
 ):
-    """What is behind the last state is dropped, and nothing before it is missing."""
+    """What is after the last state is dropped, and nothing before it is missing."""
     flags = [*flags_of(data, tmp_path, tmp_path / "logs"), f"--save_every_steps={save_every}"]
     child = os.fork()
     if not child:
         kill_at(last_step, flags)
     assert os.waitpid(child, 0)[1] == signal.SIGKILL
     state = max(int(path.stem.split("_")[1]) for path in tmp_path.glob("resume_*.pt"))
-    assert state == {2: 4, 1: 4, 0: 3}[save_every]
+    assert state == 4
     if state < last_step:
         assert max(step for step, _ in entries(tmp_path / "logs")["Loss/train"]) > state
     time.sleep(1 - time.time() % 1)  # files of one second have no order
@@ -178,7 +179,7 @@ def test_a_log_folder_that_holds_another_run_is_told_of(data, tmp_path, capfd):
 
 
 def kill_at(last_step: int, flags: list[str]) -> None:
-    """Run in a child process, whose log is slow, and end it behind a step, its state saved."""
+    """Run in a child process, whose log is slow, and end it after a step, its state saved."""
     write, step, save_run = RecordWriter.write, TrainingStep.__call__, main_module.save_run
 
     def slow_write(writer, data):
@@ -230,20 +231,22 @@ def volume(tmp_path) -> Iterator[Path]:
     subprocess.run(["umount", str(folder)], check=True)
 
 
-def test_a_disk_that_fills_up_stops_the_log_and_not_the_run(data, whole, volume, tmp_path, capfd):
+def test_a_full_log_disk_is_one_warning_and_training_goes_on(data, whole, volume, tmp_path, capfd):
     (volume / "other").write_bytes(bytes(300 * 1024 - 3 * 4096))
     warning = assert_trains(data, whole, tmp_path / "o", volume, capfd)
     assert "No space left on device" in warning
     assert read_log(volume).Scalars("Loss/train")  # what there was room for can be read
 
 
-def test_a_read_only_disk_stops_the_log_and_not_the_run(data, whole, volume, tmp_path, capfd):
+def test_a_read_only_log_disk_is_one_warning_and_training_goes_on(
+    data, whole, volume, tmp_path, capfd
+):
     subprocess.run(["mount", "-o", "remount,ro", str(volume)], check=True)
     warning = assert_trains(data, whole, tmp_path / "o", volume / "logs", capfd)
     assert "Read-only file system" in warning
 
 
-def test_a_folder_deleted_meanwhile_stops_the_log_and_not_the_run(
+def test_a_log_folder_that_is_deleted_is_one_warning_and_training_goes_on(
     data, whole, tmp_path, capfd, monkeypatch
 ):
     step = TrainingStep.__call__
@@ -259,7 +262,7 @@ def test_a_folder_deleted_meanwhile_stops_the_log_and_not_the_run(
 
 
 @pytest.mark.parametrize("num_records", [0, 1, 2, 6, 7, 20, 40])
-def test_a_write_that_fails_anywhere_stops_the_log_and_not_the_run(
+def test_any_write_to_the_log_that_fails_is_one_warning_and_training_goes_on(
     num_records, data, whole, tmp_path, capfd, monkeypatch
 ):
     write, written = RecordWriter.write, []
@@ -309,6 +312,7 @@ def in_terminal(columns: int, *arguments: str, **environment: str) -> str:
     return b"".join(parts).decode()
 
 
+@pytest.mark.slow
 def test_a_bar_fits_a_narrow_terminal_and_leaves_only_our_lines(data, whole, tmp_path):
     flags = [*flags_of(data, tmp_path, tmp_path / "logs"), "--num_epochs=30"]
     text = in_terminal(40, *flags, NO_COLOR="1")
@@ -321,6 +325,7 @@ def test_a_bar_fits_a_narrow_terminal_and_leaves_only_our_lines(data, whole, tmp
     assert [line for line in lines if not re.match(ours, line)] == []
 
 
+@pytest.mark.slow
 def test_tqdm_disable_leaves_plain_lines_in_a_terminal(data, tmp_path):
     flags = flags_of(data, tmp_path, tmp_path / "logs")
     text = in_terminal(80, *flags, TQDM_DISABLE="1")
