@@ -103,7 +103,7 @@ def test_an_error_of_the_disk_leaves_the_old_file(target, monkeypatch, function,
     assert names_in(target.parent) == [target.name]
 
 
-def test_what_a_full_disk_lacks_is_said(target, monkeypatch):
+def test_a_full_disk_error_says_how_much_is_free(target, monkeypatch):
     def fail(*_):
         raise OSError(errno.ENOSPC, "No space left on device")
 
@@ -162,7 +162,7 @@ def test_a_file_entry_is_its_size_and_sha256(tmp_path, size):
 
 
 @pytest.mark.parametrize("pieces", [[], [b""], [NEW], [OLD, b"", NEW], [np.arange(7.0).data, NEW]])
-def test_what_is_hashed_on_the_way_is_the_entry_of_the_file(target, pieces):
+def test_the_hash_taken_while_writing_is_that_of_the_file(target, pieces):
     with atomic_write(target) as file:
         entry = write_hashed(file, iter(pieces))
         temporary = Path(file.name)

@@ -83,7 +83,7 @@ def test_groups_are_right_in_any_order_of_lengths(setting):
     assert_equal(random_inputs([2, 140, 1, 5, 90, 4]), random_bias())
 
 
-def test_groups_hold_each_event_once_within_the_limit_of_scores(monkeypatch):
+def test_groups_have_each_event_once_within_the_limit_of_scores(monkeypatch):
     monkeypatch.setattr(attention, "CPU_SCORES", 100)
     lengths = [12, 7, 7, 4, 4, 4, 1, 1]
     offsets = torch.tensor([0, *itertools.accumulate(lengths)])

@@ -384,7 +384,7 @@ WARNINGS = {
 
 
 @pytest.mark.parametrize("name", WARNINGS)
-def test_what_can_be_borne_is_one_warning_and_the_run_goes_on(name, good, tmp_path, call):
+def test_input_that_can_be_used_is_one_warning_and_the_run_goes_on(name, good, tmp_path, call):
     fault = WARNINGS[name]
     data = copy_of(good, tmp_path)
     fault.spoil(data)
@@ -539,7 +539,7 @@ def test_29_an_export_that_is_refused_leaves_the_one_before_as_it_was(
         ("--resume={}/model_best.pt", r"holds weights only; resume from a resume_\*\.pt"),
     ],
 )
-def test_28_what_cannot_be_resumed_is_said_in_one_line(good, trained, capsys, flag, message):
+def test_28_a_state_that_cannot_be_resumed_is_one_line(good, trained, capsys, flag, message):
     code = main([*folders(good, trained), *SMALL, flag.format(trained)])
     assert_refused(Seen(code, *capsys.readouterr()), message)
 
@@ -561,7 +561,7 @@ def export_of(good: Path, trained: Path, tmp_path: Path, call, spoil: Callable) 
     return call(data, "--inference_only", f"--state_dict_path={trained}/model_best.pt")
 
 
-def test_2_an_export_without_test_users_holds_the_items_alone(good, trained, tmp_path, call):
+def test_2_an_export_without_test_users_has_items_alone(good, trained, tmp_path, call):
     seen = export_of(good, trained, tmp_path, call, empty("test", True))
     assert (seen.code, seen.err) == (0, "")
     assert "test: no sequence" in seen.out
@@ -581,7 +581,7 @@ def test_30_a_width_of_one_is_refused(tmp_path):
         check_size(tmp_path, 5, 1)
 
 
-def test_30_no_vector_or_zero_vectors_are_said(tmp_path, caplog):
+def test_30_no_vectors_are_an_error_and_zero_vectors_a_warning(tmp_path, caplog):
     with pytest.raises(ValueError, match="0 vectors of width 4"):
         check_size(tmp_path, 0, 4)
     rows = np.ones((5, 4), np.float32)

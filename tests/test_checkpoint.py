@@ -69,7 +69,7 @@ def test_plain_torch_load_with_weights_only_reads_a_checkpoint(tmp_path, content
     assert are_equal(torch.load(tmp_path / "resume_1.pt", weights_only=True), content)
 
 
-def test_a_full_disk_is_said_and_leaves_the_file_before_it(tmp_path, content):
+def test_a_full_disk_is_an_error_and_leaves_the_old_checkpoint(tmp_path, content):
     path = tmp_path / "a.pt"
     save_checkpoint(path, content)
     good, limits = path.read_bytes(), resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -157,7 +157,7 @@ def test_a_file_of_another_kind_is_refused_without_advice_to_trust_it(tmp_path, 
     assert "weights_only" not in str(caught.value)
 
 
-def test_want_of_memory_is_no_damage(tmp_path, content, monkeypatch):
+def test_out_of_memory_is_not_taken_for_damage(tmp_path, content, monkeypatch):
     def load(*_, **__):
         raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
 
@@ -297,7 +297,7 @@ def test_differences_show_both_values_of_every_changed_setting():
 def draw() -> list[float]:
     return [
         random.random(),
-        random.gauss(0, 1),  # the next one is kept inside the generator
+        random.gauss(0, 1),  # the generator caches the next one
         float(np.random.rand()),
         float(np.random.randn()),
         *torch.rand(3).tolist(),

@@ -170,8 +170,8 @@ def test_loss_and_every_gradient_are_those_of_one_process(
 ):
     loss, expected = gradients(data, negatives, indices, is_sparse)
     answers = on_all(gradients, data, negatives, indices, is_sparse)
-    for rank_loss, found in answers:
-        assert rank_loss == pytest.approx(loss, rel=1e-5)
+    for process_loss, found in answers:
+        assert process_loss == pytest.approx(loss, rel=1e-5)
         assert found.keys() >= expected.keys()
         for name, gradient in found.items():
             whole = expected.get(name, torch.zeros_like(gradient))

@@ -331,7 +331,7 @@ def test_a_users_sequences_are_found_where_short_ones_are_skipped(tmp_path):
     assert [dataset.indices_of(user).tolist() for user in (1, 2, 3, 6)] == [[0], [], [1], [3]]
 
 
-def test_nothing_is_said_where_all_sequences_are_long_enough(folder, caplog):
+def test_no_warning_where_all_sequences_are_long_enough(folder, caplog):
     open_dataset(folder, "train")
     assert caplog.records == []
 

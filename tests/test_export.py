@@ -61,7 +61,7 @@ def test_the_stream_writes_what_the_model_says_of_every_item(tiny, tmp_path):
 
 @torch.no_grad()
 @pytest.mark.parametrize("size", [1, 5, 22, 23, 24])
-def test_a_border_of_the_models_chunks_changes_no_embedding(tiny, tmp_path, monkeypatch, size):
+def test_the_size_of_the_models_chunks_changes_no_embedding(tiny, tmp_path, monkeypatch, size):
     model = make_model(tiny)
     expected = model.item_embeddings(torch.arange(1, 24))
     monkeypatch.setattr(model_module, "CHUNK_ITEMS", size)
@@ -103,7 +103,7 @@ def test_a_late_row_that_is_not_finite_leaves_the_export_before_and_is_named(tmp
 
 @pytest.mark.parametrize("call", range(4))  # two files, each made durable and then closed
 def test_a_disk_that_fills_at_any_write_leaves_no_mixed_export(tmp_path, monkeypatch, call):
-    """Before anything is renamed the old export stays whole; behind that it has no manifest."""
+    """Before anything is renamed the old export stays whole; after that it has no manifest."""
     publish_matrix(tmp_path, random_matrix())
     before, calls = contents(tmp_path), []
 
@@ -121,7 +121,7 @@ def test_a_disk_that_fills_at_any_write_leaves_no_mixed_export(tmp_path, monkeyp
 
 
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
-def test_a_model_that_fails_on_the_way_leaves_the_export_before(tmp_path, error):
+def test_a_model_that_fails_during_an_export_leaves_the_old_export(tmp_path, error):
     publish_matrix(tmp_path, random_matrix())
     before = contents(tmp_path)
 
@@ -159,7 +159,7 @@ def test_zero_rows_of_several_chunks_are_one_warning(tmp_path, caplog):
     ]
 
 
-def test_a_stream_holds_two_chunks_at_most(tmp_path):
+def test_an_export_has_at_most_two_chunks_in_memory(tmp_path):
     made, num_alive = [], []
 
     def chunks():

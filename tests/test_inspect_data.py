@@ -90,7 +90,7 @@ def test_the_screen_shows_coverage_and_cardinality_of_every_feature(tiny, capsys
     }
 
 
-def test_the_screen_tells_the_first_sequences_in_plain_words(tmp_path, capsys):
+def test_the_screen_shows_the_first_sequences_in_plain_words(tmp_path, capsys):
     steps = [0, 0, 30, 7200, 86_400 * 3]
     events = np.empty(5, EVENT_DTYPE)
     events["item_id"], events["action_type"] = [1, 2, 1, 2, 2], [0, -1, 1, 0, 0]

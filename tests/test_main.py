@@ -219,7 +219,7 @@ def test_an_id_of_both_a_feature_and_a_vector_is_refused(tmp_path, capsys, side)
     assert "81 is a feature and a multimodal vector, but" in capsys.readouterr().err
 
 
-def test_absent_vectors_81_are_said_once_and_others_are_an_error(tmp_path, data, capsys):
+def test_absent_vectors_81_are_one_line_and_others_an_error(tmp_path, data, capsys):
     write_dataset(
         tmp_path / "plain",
         {"train": read_split(data, "train")},
@@ -274,7 +274,7 @@ def test_metrics_are_those_of_the_best_epoch_and_patience_ends_a_run(tmp_path, d
     assert not (tmp_path / "loss" / "model_epoch_12.pt").exists()
 
 
-def test_a_warm_up_longer_than_the_run_is_told_of(tmp_path, data, capsys):
+def test_a_warm_up_longer_than_the_run_is_a_warning(tmp_path, data, capsys):
     run(tmp_path, data, "--batch_size=1", "--warmup_steps=21")
     assert "--warmup_steps" not in capsys.readouterr().out
     run(tmp_path, data, "--batch_size=1", "--warmup_steps=22", name="warm")
@@ -296,13 +296,13 @@ def test_a_warm_up_longer_than_the_run_is_told_of(tmp_path, data, capsys):
         (["--shard_items"], "shard_items"),
     ],
 )
-def test_a_flag_that_changes_nothing_is_told_of(tmp_path, data, capsys, flags, expected):
+def test_a_flag_that_changes_nothing_is_named(tmp_path, data, capsys, flags, expected):
     run(tmp_path, data, *flags)
     found = re.findall(r"^--([\w-]+) changes nothing ", capsys.readouterr().out, re.MULTILINE)
     assert sorted(found) == expected.split()
 
 
-def test_the_action_to_come_is_told_to_be_idle_where_no_action_is_known(tmp_path, data, capsys):
+def test_target_action_is_named_as_idle_where_no_action_is_known(tmp_path, data, capsys):
     ids = {"item_ids": range(1, NUM_ITEMS + 1), "user_ids": range(1, 12), "num_action_types": 0}
     split = read_split(data, "train")
     split.events["action_type"] = -1

@@ -176,7 +176,7 @@ def test_state_that_was_saved_and_loaded_goes_on_to_equal_bits():
 
 
 @pytest.mark.parametrize("shape", [(5, 5), (4, 9), (9, 4)])
-def test_a_direction_keeps_its_singular_vectors_and_all_count_alike(shape):
+def test_orthogonalising_keeps_singular_vectors_and_evens_singular_values(shape):
     x = torch.randn(3, *shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     u, _, vh = torch.linalg.svd(x, full_matrices=False)
     inside = u.mT @ orthogonal(x) @ vh.mT

@@ -170,7 +170,7 @@ def test_rows_are_read_in_several_chunks(tmp_path, monkeypatch):
         ),
     ],
 )
-def test_times_end_as_unix_seconds_and_the_unit_is_said(tmp_path, capsys, written, unit):
+def test_times_end_as_unix_seconds_and_the_unit_is_printed(tmp_path, capsys, written, unit):
     rows = random_log()
     shown = [row | {"timestamp": written(row["timestamp"])} for row in rows]
     found = read_back(run(tmp_path, shown), "test")
@@ -631,14 +631,14 @@ def test_a_flag_that_does_not_fit_the_files_is_refused(
 
 
 @pytest.mark.parametrize("flag", ["--item_features", "--user_features", "--item_vectors"])
-def test_a_missing_table_is_told_of_before_the_log_is_read(tmp_path, capsys, flag):
+def test_a_missing_table_is_an_error_before_the_log_is_read(tmp_path, capsys, flag):
     path = write_table(tmp_path / "log.csv", random_log())
     assert prepare_table.main([str(path), str(tmp_path / "data"), flag, "nowhere.csv"]) == 1
     out, error = capsys.readouterr()
     assert (out, error) == ("", "error: nowhere.csv: No such file or directory\n")
 
 
-def test_cuts_behind_which_nothing_lies_are_refused(tmp_path, capsys):
+def test_cuts_after_which_there_is_no_event_are_refused(tmp_path, capsys):
     path = write_table(tmp_path / "log.csv", random_log())
     cuts = [str((START + 20_000) * 1000), str((START + 33_000) * 1000)]
     flags = ["--split", "time", "--cuts", *cuts]
@@ -694,7 +694,7 @@ def test_parquet_without_vectors_is_refused(tmp_path, capsys, ids, message):
     assert capsys.readouterr().err == f"error: {vectors}: {message}\n"
 
 
-def test_what_may_surprise_is_told(tmp_path, capsys):
+def test_what_may_surprise_is_printed(tmp_path, capsys):
     log = random_log()
     items = [{"item": f"i{k}", "price": f"{k},5"} for k in range(17)]
     table = write_table(tmp_path / "items.csv", items)
@@ -804,7 +804,7 @@ def test_kuairand_converts_with_ranked_actions_and_features(tmp_path):
     assert {"onehot_feat3", "user_follow_user_num"} <= set(users)
 
 
-def test_a_parquet_files_columns_are_told_where_one_is_missing(tmp_path, capsys):
+def test_a_parquet_files_columns_are_listed_where_one_is_missing(tmp_path, capsys):
     path = write_table(tmp_path / "log.parquet", [{"user_id": 1, "item_id": 2, "ts": 3}])
     assert prepare_table.main([str(path), str(tmp_path / "data")]) == 1
     error = capsys.readouterr().err

@@ -153,7 +153,7 @@ def test_rank_and_cosine_of_what_was_held_out_are_those_of_brute_force(trained, 
         assert float(row.cosine) == pytest.approx(scores[target - 1], abs=1e-4)
 
 
-def test_the_last_events_are_told_with_time_action_id_and_name(trained, capsys):
+def test_the_last_events_are_printed_with_time_action_id_and_name(trained, capsys):
     history, _ = history_of(trained, 3)
     lines = screen(capsys, trained, "--user=user-2").splitlines()
     assert lines[0] == f"user user-2: {len(history)} events, the last of them"
@@ -355,7 +355,7 @@ def test_items_need_the_export_of_items_alone(copied, capsys):
     assert screen(capsys, copied, "--item=1003") == expected
 
 
-def test_without_names_and_without_an_indexer_the_re_ids_are_told(tmp_path, capsys):
+def test_without_names_and_without_an_indexer_the_re_ids_are_printed(tmp_path, capsys):
     (tmp_path / "data").mkdir()
     for split in ("train", "test"):
         np.array([3, 1, 2, 4], "<i4").tofile(tmp_path / "data" / f"{split}_data.bin")
@@ -424,7 +424,7 @@ def test_flags_that_make_no_question_are_refused(flags, capsys):
     assert stop.value.code == 2 and "error: " in capsys.readouterr().err
 
 
-def test_an_unknown_user_or_item_is_told_what_there_is(trained, capsys):
+def test_an_unknown_user_or_item_is_an_error_that_says_what_there_is(trained, capsys):
     error = error_of(capsys, trained, "--user=42")
     expected = f"error: --user 42: no such user in {trained}/data; there are 11: user-0, user-1, "
     assert error == expected + "user-2, ..."

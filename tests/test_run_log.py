@@ -170,7 +170,7 @@ def test_the_log_of_a_killed_run_goes_on_as_if_it_had_not_been(
     assert entries(tmp_path / "logs") == entries(whole / "logs")
 
 
-def test_a_log_folder_that_holds_another_run_is_told_of(data, tmp_path, capfd):
+def test_a_log_folder_of_another_run_is_a_warning(data, tmp_path, capfd):
     first, second = (flags_of(data, tmp_path / name, tmp_path / "logs") for name in "ab")
     assert main(first) == 0
     assert "curves from before" not in capfd.readouterr().out

@@ -141,7 +141,9 @@ def test_a_stop_before_the_first_step_is_no_loss(data, whole, tmp_path, monkeypa
     assert_goes_on(data, tmp_path, whole, capsys)
 
 
-def test_a_run_that_overwrites_is_told_what_goes_on_instead(data, tmp_path, monkeypatch, capsys):
+def test_a_stopped_run_that_overwrites_names_the_command_that_goes_on(
+    data, tmp_path, monkeypatch, capsys
+):
     with monkeypatch.context() as patch:
         signal_in(patch, HSTUModel, "forward", 3, signal.SIGTERM)
         assert main([*flags_of(data, tmp_path), "--resume=none", "--overwrite"]) == 143

@@ -180,16 +180,16 @@ def test_gradient_checkpointing_changes_nothing_but_memory(events):
         assert torch.equal(plain, checkpointed)
 
 
-def test_gradient_checkpointing_keeps_nothing_of_a_block(events):
-    def num_kept() -> int:  # by attention; and by anything before this test
+def test_gradient_checkpointing_saves_no_activation_of_a_block(events):
+    def num_saved() -> int:  # by attention; and by anything before this test
         gc.collect()
         return sum(type(x) is Tensor and x.is_inference() for x in gc.get_objects())
 
     hstu = make_hstu()
     for hstu.gradient_checkpointing in (False, True):
-        before = num_kept()
+        before = num_saved()
         output = run_hstu(hstu, events)
-        assert (num_kept() > before) is not hstu.gradient_checkpointing
+        assert (num_saved() > before) is not hstu.gradient_checkpointing
         del output
 
 
