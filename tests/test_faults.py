@@ -21,13 +21,13 @@ import pytest
 # most 4, of the 52 of an export.
 TRIALS = {
     "2": range(36),
-    "3": range(6),
+    "3": range(4),
     "4": range(4),
     "5": range(1, 18, 5),  # loaders 0 then 1, 2 then 0; with another thread 0 then 2, 2 then 1
-    "10": range(6),
+    "10": range(4),
     "10, tmpfs": range(2),
     "12": range(3),
-    "13": range(18),
+    "13": range(12),
     "15": range(4),
     "19": range(1),
     "21": range(17),

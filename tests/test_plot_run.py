@@ -23,6 +23,8 @@ from files.checkpoint import load_checkpoint
 from files.sequences import EVENT_DTYPE
 from main import main
 
+pytestmark = pytest.mark.slow
+
 FLAGS = [
     "--device=cpu", "--num_workers=0", "--num_epochs=3", "--batch_size=4", "--maxlen=6",
     "--hidden_units=8", "--attention_dim=5", "--linear_dim=6", "--no-remove_seen", "--lr=0.1",

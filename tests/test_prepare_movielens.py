@@ -13,6 +13,8 @@ from files.data_folder import original_ids
 from files.features import load_features
 from files.sequences import open_split
 
+pytestmark = pytest.mark.slow
+
 SHARED = Path(__file__).resolve().parent.parent.parent / "shared" / "data" / "ml-1m"
 
 # User 7 rated three films in one second; films 30 and 10 in that order in the file.

@@ -22,6 +22,8 @@ from files.features import load_features
 from files.item_vectors import load_vectors
 from files.sequences import open_split
 
+pytestmark = pytest.mark.slow
+
 SAMPLE = Path(__file__).resolve().parent.parent.parent / "shared" / "data" / "tencentgr-sample"
 NUM_ITEMS, NUM_USERS = 17, 40
 RAW = 20_000_000_000  # an item that training lacks keeps an id like this

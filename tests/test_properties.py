@@ -27,7 +27,7 @@ from files.features import load_features
 from files.item_vectors import find_vectors, load_vectors
 from files.sequences import EVENT_DTYPE, Sequences
 
-SECONDS = 2.0  # the longest that opening a damaged folder may take
+SECONDS = 2.0  # of CPU time, the longest that opening a damaged folder may take
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -272,7 +272,7 @@ def test_one_mutation_gives_an_equal_result_or_an_error_that_names_the_file(
             shutil.rmtree(copy / "creative_emb")
     name = data.draw(st.sampled_from(files_of(copy)), label="file")
     mutate(data.draw, copy / name)
-    started = time.perf_counter()
+    started = time.process_time()
     try:
         found = read_all(copy)
     except DataError as error:
@@ -282,4 +282,4 @@ def test_one_mutation_gives_an_equal_result_or_an_error_that_names_the_file(
         # A legal value in the place of another is seen by those alone who compare the hashes.
         if found != expected and name in hashed:
             assert any(name in problem for problem in find_problems(copy))
-    assert time.perf_counter() - started < SECONDS
+    assert time.process_time() - started < SECONDS

@@ -22,6 +22,8 @@ from hypothesis import strategies as st
 
 from files.safe_pickle import _SCANNED_BYTES, PickleError, load_pickle
 
+pytestmark = pytest.mark.slow
+
 SAMPLE = Path(__file__).resolve().parents[2] / "shared" / "data" / "tencentgr-sample"
 PROTOCOLS = range(6)
 EXTRA_MEMORY = 1 << 30  # bytes a forked child may take on top of what it inherits

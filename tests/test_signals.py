@@ -164,7 +164,7 @@ def test_a_stop_does_not_wait_for_the_data_to_open(module, data, whole, tmp_path
     monkeypatch.setattr(f"{module}.read_manifest", opening)
     started = time.perf_counter()
     assert main(flags) == 143
-    assert time.perf_counter() - started < 10
+    assert time.perf_counter() - started < 30
 
 
 def test_a_stop_in_the_final_test_leaves_the_rest_to_the_same_command(
