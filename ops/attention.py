@@ -4,9 +4,9 @@
 there, and here alone: a padded group has G sequences of up to L events.
 
 The batch is cut into groups of sequences of about the same length: padded as a whole, it would have
-several times as many scores. As there is no softmax, a tile of scores needs nothing from the tiles
-beside it. So only one tile of them exists at a time, the backward pass computes them again (unless
-they are few), and memory grows with T instead of N^2 (benchmarks/attention_memory.py).
+several times as many scores. As there is no softmax, a tile of scores needs no other tile. So only
+one tile exists at a time, the backward pass computes the scores again (unless they are few), and
+memory grows with T instead of N^2 (benchmarks/attention_memory.py).
 """
 
 from __future__ import annotations
@@ -21,18 +21,16 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 TILE = 128  # queries in a tile; keys after its last query are not computed
-# Scores of a tile: 2 MB on the CPU, so that the passes over them stay in the cache; 256 MB on a
-# GPU, for which few large kernels are better.
-CPU_SCORES = 1 << 19
-GPU_SCORES = 1 << 26
+# Scores of a tile: 2 MB on the CPU, where they stay in its cache; 256 MB on a GPU, which is faster
+# with few large kernels.
+CPU_SCORES, GPU_SCORES = 1 << 19, 1 << 26
 # A group's shortest sequence has at least this share of the events of its longest: so 6 to 9 % of a
 # group is padding in MovieLens' batches.
 SHORTEST = 0.7
 # Up to this many (query, key) pairs in a batch, time buckets are computed once and shared by all
-# blocks, a byte each; and up to this many scores in a block are kept for the backward pass. Beyond,
+# blocks, a byte each; up to this many scores in a block are cached for the backward pass. Beyond,
 # both are computed again where they are used, so that memory grows with T.
-CACHED_BUCKETS = 1 << 26
-CACHED_SCORES = 1 << 22
+CACHED_BUCKETS, CACHED_SCORES = 1 << 26, 1 << 22
 # As in simplified_hstu.
 BUCKET_LOG_WIDTH = 0.301
 NUM_TIME_BUCKETS = 129
@@ -84,9 +82,8 @@ class Group(NamedTuple):
         """(events, w) -> (G * L, w), zero where there is no event."""
         if self.places is None:
             return rows
-        return rows.new_zeros(math.prod(self.shape), rows.shape[1]).index_copy_(
-            0, self.places, rows
-        )
+        padded = rows.new_zeros(math.prod(self.shape), rows.shape[1])
+        return padded.index_copy_(0, self.places, rows)
 
     def unpad(self, padded: Tensor) -> Tensor:
         """(G * L, w) -> (events, w)."""
@@ -109,15 +106,11 @@ def prepare(
     groups = []
     for (a, b), shape in zip(bounds, shapes, strict=True):
         events = slice(int(offsets[a]), int(offsets[b]))
-        places = _places(lengths[a:b], shape[1])
-        if places is not None:
-            places = places.to(device, non_blocking=True)
-        group = Group(events, shape, places, [])
-        times = None
+        group, times = Group(events, shape, _places(lengths[a:b], shape[1], device), []), None
         if query_times is not None:
             # float64 is exact up to 2^53, and faster to subtract than int64.
-            times = [group.pad(t[events, None].double()) for t in (query_times, key_times)]
-            times = [t.view(shape) for t in times]
+            pair = (t[events, None].double() for t in (query_times, key_times))
+            times = [group.pad(t).view(shape) for t in pair]
         groups.append(group._replace(tiles=_tiles(shape[1], times, caches_buckets)))
     return groups
 
@@ -134,13 +127,13 @@ def _group_bounds(lengths: list[int], max_scores: int) -> list[tuple[int, int]]:
     return list(itertools.pairwise([*firsts, len(lengths)]))
 
 
-def _places(lengths: Tensor, longest: int) -> Tensor | None:
+def _places(lengths: Tensor, longest: int, device: torch.device) -> Tensor | None:
     """(events,) row of each event in the padded group; None if all sequences have one length."""
     if int(lengths.min()) == longest:
         return None
     firsts = torch.arange(len(lengths)) * longest  # the place of each sequence's first event
-    shifts = firsts - (lengths.cumsum(0) - lengths)
-    return torch.arange(int(lengths.sum())) + shifts.repeat_interleave(lengths)
+    shifts = (firsts - (lengths.cumsum(0) - lengths)).repeat_interleave(lengths)
+    return (torch.arange(len(shifts)) + shifts).to(device, non_blocking=True)
 
 
 def _tiles(length: int, times: list[Tensor] | None, caches_buckets: bool) -> list[Tile]:
@@ -151,9 +144,9 @@ def _tiles(length: int, times: list[Tensor] | None, caches_buckets: bool) -> lis
         queries = slice(start, min(start + size, length))
         tile = Tile(queries, None, None)
         if times is not None:
-            tile = tile._replace(times=(times[0][:, queries], times[1][:, : queries.stop]))
-            if caches_buckets:
-                tile = tile._replace(cached_buckets=tile.time_buckets().to(torch.uint8))
+            tile = tile._replace(times=(times[0][:, queries], times[1][:, tile.keys]))
+        if times is not None and caches_buckets:
+            tile = tile._replace(cached_buckets=tile.time_buckets().to(torch.uint8))
         tiles.append(tile)
     return tiles
 
@@ -177,7 +170,7 @@ def gated_attention(
 class _GatedAttention(torch.autograd.Function):
     """`gated_attention`, group by group and tile by tile.
 
-    inference_mode spares the many small operations autograd's bookkeeping. What is kept for the
+    inference_mode spares the many small operations autograd's bookkeeping. What is cached for the
     backward pass is freed as it is used.
     """
 
@@ -188,8 +181,8 @@ class _GatedAttention(torch.autograd.Function):
         num_heads = len(weight) // sum(widths)
         out = x.new_empty(len(x), num_heads * widths[0])
         num_pairs = sum(group.shape[0] * group.shape[1] ** 2 for group in groups)
-        keeps_scores = num_pairs * num_heads <= CACHED_SCORES
-        ctx.kept_scores, ctx.kept = [], []
+        caches_scores = num_pairs * num_heads <= CACHED_SCORES
+        ctx.cached_scores, ctx.cached = [], []
         # No autocast: on CUDA it would turn the norm into float32.
         with torch.autocast(x.device.type, enabled=False), torch.inference_mode():
             for group in groups:
@@ -201,14 +194,14 @@ class _GatedAttention(torch.autograd.Function):
                 attended = torch.empty_like(v)  # A V
                 for tile in group.tiles:
                     scores, weights = _weights(q, k, tile, tile.time_buckets(), *biases)
-                    if keeps_scores:
-                        ctx.kept_scores.append((scores, weights))
+                    if caches_scores:
+                        ctx.cached_scores.append((scores, weights))
                     attended[:, tile.queries] = torch.bmm(weights, shares[:, tile.keys])
                 normed, _, rstd = torch.native_layer_norm(
                     _by_event(attended, heads), out.shape[1:], None, None, NORM_EPS
                 )  # (G * L, H * dv), (G * L, 1)
                 # rstd / N: the backward pass starts from the gradient of N A V.
-                ctx.kept.append((projected, activated, normed, rstd / maxlen))
+                ctx.cached.append((projected, activated, normed, rstd / maxlen))
                 out[group.events] = group.unpad(_by_event(u, heads) * normed)
         ctx.save_for_backward(x, weight, position_weight, time_weight)
         ctx.groups, ctx.widths, ctx.maxlen = groups, widths, maxlen
@@ -230,7 +223,7 @@ class _GatedAttention(torch.autograd.Function):
         with torch.inference_mode():
             for group in reversed(ctx.groups):
                 heads = group.shape[0], num_heads
-                projected, activated, normed, rstd = ctx.kept.pop()
+                projected, activated, normed, rstd = ctx.cached.pop()
                 u, *vqk = activated.split(ctx.widths, -1)  # (G * H, L, .)
                 grad = torch.empty_like(activated)
                 u_grad, *vqk_grads = grad.split(ctx.widths, -1)
@@ -238,7 +231,7 @@ class _GatedAttention(torch.autograd.Function):
                 torch.mul(_by_head(gated_grad, heads), _by_head(normed, heads), out=u_grad)
                 attended_grad = _norm_grad(gated_grad * _by_event(u, heads), normed, rstd)
                 _attention_grads(
-                    _by_head(attended_grad, heads), vqk, vqk_grads, group, ctx.kept_scores,
+                    _by_head(attended_grad, heads), vqk, vqk_grads, group, ctx.cached_scores,
                     biases, (position_grad, time_grad),
                 )  # fmt: skip
                 grad = torch.ops.aten.silu_backward(grad, projected)
@@ -257,7 +250,7 @@ def _attention_grads(
     vqk: list[Tensor],
     vqk_grads: list[Tensor],
     group: Group,
-    kept_scores: list[tuple[Tensor, Tensor]],
+    cached_scores: list[tuple[Tensor, Tensor]],
     biases: tuple[Tensor, Tensor | None],
     bias_grads: tuple[Tensor | None, Tensor | None],
 ) -> None:
@@ -268,8 +261,10 @@ def _attention_grads(
     (v, q, k), (v_grad, q_grad, k_grad) = vqk, vqk_grads
     for tile in reversed(group.tiles):
         queries, keys, buckets = tile.queries, tile.keys, tile.time_buckets()
-        kept = kept_scores.pop() if kept_scores else _weights(q, k, tile, buckets, *biases)
-        scores, weights = kept  # (G * H, queries, keys) each
+        cached = cached_scores.pop() if cached_scores else None
+        scores, weights = cached or _weights(
+            q, k, tile, buckets, *biases
+        )  # (G * H, queries, keys) each
         score_grad = torch.bmm(attended_grad[:, queries], v[:, keys].mT)
         score_grad = torch.ops.aten.silu_backward(score_grad, scores)
         # Not out= or baddbmm_: into a slice, they compute one product after the other. The last

@@ -1,7 +1,7 @@
 """Several processes that train one model: what they gather, sum and wait for.
 
-torchrun starts them; `rank` numbers them from 0, the main process. In a process of its own, rank is
-0 and what gathers or waits costs nothing; what sums is not called there.
+torchrun starts them; `rank` numbers them from 0, the main process. In a single process, rank is 0,
+gathering and waiting cost nothing, and nothing that sums is called.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-# Longest wait for another process: it may be parsing features, or writing a large state. One that
+# Longest wait for another process, which may be parsing features or writing a large state. One that
 # has died is noticed at once, as its connections close.
 TIMEOUT = timedelta(minutes=30)
 
@@ -45,17 +45,13 @@ def join(is_on_cuda: bool) -> None:
     if "RANK" not in os.environ or os.environ.get("WORLD_SIZE") == "1":
         return
     needed = ["WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", *["LOCAL_RANK"] * is_on_cuda]
-    if missing := [name for name in needed if name not in os.environ]:
-        raise LostProcessError(
-            f"RANK is set in the environment, but not {', '.join(missing)}; start with torchrun, "
-            "or unset RANK"
-        )
+    if missing := ", ".join(name for name in needed if name not in os.environ):
+        found = f"RANK is set in the environment, but not {missing}"
+        raise LostProcessError(f"{found}; start with torchrun, or unset RANK")
     if is_on_cuda:
         local_rank, count = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
         if local_rank >= count:
-            raise LostProcessError(
-                f"{count} CUDA devices here, so --nproc_per_node {count} at most"
-            )
+            raise LostProcessError(f"{count} CUDA devices here: --nproc_per_node {count} at most")
         torch.cuda.set_device(local_rank)
     with waiting_for_others():
         # gloo beside nccl: what the host must know would otherwise have to wait for the device.
@@ -69,10 +65,9 @@ def leave() -> None:
 
 def is_first_to_fail() -> bool:
     """Whether no other process has asked this: one says why a run ends, the rest end with it."""
-    if not dist.is_initialized():
-        return True
-    with suppress(RuntimeError):  # the main process may keep the store, and be gone
-        return dist.distributed_c10d._get_default_store().add("failures", 1) == 1
+    if dist.is_initialized():
+        with suppress(RuntimeError):  # the main process may keep the store, and be gone
+            return dist.distributed_c10d._get_default_store().add("failures", 1) == 1
     return True
 
 
@@ -89,7 +84,7 @@ def waiting_for_others() -> Iterator[None]:
 
 
 def all_gather_ints(values: Sequence[int]) -> list[list[int]]:
-    """The numbers of each process, in order of rank; all of them give as many."""
+    """The numbers of each process, in order of rank; each has the same count of them."""
     if world_size() == 1:
         return [list(values)]
     own = torch.tensor(values, dtype=torch.int64)
@@ -142,12 +137,9 @@ def all_reduce(tensors: Iterable[Tensor]) -> None:
 
 
 def all_reduce_rows(grad: Tensor) -> Tensor:
-    """Sum a table's sparse gradient over the processes, equal rows into one.
+    """Sum a table's coalesced sparse gradient, (X + 1, D), over the processes, equal rows into one.
 
-    The ids are gathered, 8 bytes a row; the gradients of their union are then summed as they lie.
-
-    Args:
-        grad: coalesced, (X + 1, D).
+    The ids are gathered, 8 bytes a row; then the dense gradients of their union are summed.
     """
     own = grad.indices()[0]
     rows = all_gather_rows(own).unique()  # rising
@@ -159,8 +151,6 @@ def all_reduce_rows(grad: Tensor) -> Tensor:
 
 def sparse_rows(rows: Tensor, values: Tensor, num_rows: int, is_coalesced: bool = False) -> Tensor:
     """(num_rows, D) with `values`, (n, D), in `rows`, (n,), as gradients of tables are sparse."""
-    shape = num_rows, values.shape[1]
-    return torch.sparse_coo_tensor(
-        rows[None], values, shape, is_coalesced=is_coalesced,
-        check_invariants=False,  # without a word on them torch warns that there are none
-    )  # fmt: skip
+    # Where nothing is said of the invariants, torch warns that they are not checked.
+    options = {"is_coalesced": is_coalesced, "check_invariants": False}
+    return torch.sparse_coo_tensor(rows[None], values, (num_rows, values.shape[1]), **options)

@@ -13,8 +13,7 @@ from torch import Tensor
 
 # Logits of a chunk, in floats: on the CPU 4 MB a thread, so that the passes over a chunk stay in
 # the cache; on a GPU 256 MB in few kernels.
-THREAD_LOGITS = 1 << 20
-GPU_LOGITS = 1 << 26
+THREAD_LOGITS, GPU_LOGITS = 1 << 20, 1 << 26
 # With fewer queries per thread in a chunk, threads share its products as BLAS likes.
 THREAD_QUERIES = 64
 # Up to here exponentials do not overflow, nor do sums of millions of them. A cosine is at most 1,
@@ -31,10 +30,8 @@ def infonce_loss(
     temperature: float,
 ) -> Tensor:
     """As `model.infonce_loss`."""
-    needs_grad = torch.is_grad_enabled()
-    return _InfoNCE.apply(
-        queries, rows, target_index, negative_index, negative_log_q, temperature, needs_grad
-    )
+    indices = target_index, negative_index, negative_log_q
+    return _InfoNCE.apply(queries, rows, *indices, temperature, torch.is_grad_enabled())
 
 
 class _InfoNCE(torch.autograd.Function):

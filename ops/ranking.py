@@ -13,10 +13,8 @@ from torch import Tensor
 
 TIE, MISS = 1e-6, 1 << 62  # as in dot_product_similarity.py
 # Scores of a tile, 8 MB of float32, and its items.
-TILE_SCORES = 1 << 21
-TILE_ITEMS = 1 << 12
-# A GPU wants few launches more than it wants cached scores: its tiles are so many times longer.
-CUDA_TILE_FACTOR = 32
+TILE_SCORES, TILE_ITEMS = 1 << 21, 1 << 12
+CUDA_TILE_FACTOR = 32  # of both: a GPU is faster with few kernels than with cached scores
 
 Seen = tuple[Tensor, Tensor]
 
@@ -61,7 +59,7 @@ def top_k(
     best_scores = queries.new_full((len(queries), k), -torch.inf)
     best_rows = torch.full((len(queries), k), -1, device=queries.device)
     for part, first, tile in _tiles(queries, items, seen):
-        _keep_best(best_scores[part], best_rows[part], tile, first)
+        _merge_best(best_scores[part], best_rows[part], tile, first)
     return best_scores, best_rows.masked_fill_(best_scores == -torch.inf, -1)
 
 
@@ -110,7 +108,7 @@ def _lines(seen: Seen) -> Tensor:
     return lines.repeat_interleave(offsets.diff(), output_size=len(rows))
 
 
-def _keep_best(best_scores: Tensor, best_rows: Tensor, tile: Tensor, first: int) -> None:
+def _merge_best(best_scores: Tensor, best_rows: Tensor, tile: Tensor, first: int) -> None:
     """Update (b, k) in place by a tile's scores (b, n), whose first item is row `first`."""
     k, lines = best_scores.shape[1], torch.arange(len(tile), device=tile.device)
     if not tile.is_cuda:  # a GPU would have to wait for their number

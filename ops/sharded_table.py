@@ -1,4 +1,4 @@
-"""An item table over several processes: each holds a part of its rows, and of their moments."""
+"""An item table over several processes: each has a part of its rows, and of their moments."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ CHUNK_ROWS = 1 << 16
 
 
 class ShardedEmbedding(nn.Embedding):
-    """A table of which each of K processes holds every K-th row: id i is row i // K of rank i % K.
+    """A table of which each of K processes has every K-th row: id i is row i // K of rank i % K.
 
-    Popular items often have neighbouring ids, so processes get about as many lookups. All ask for
-    the same ids at the same time, each for the vectors of all; gradients are summed over the
-    processes and come as sparse ones of a process's own rows. Id 0 is padding and zero.
+    Popular items often have neighbouring ids, so processes get about as many lookups. All processes
+    look up the same ids at the same time, and get the vectors of all of them; a process's gradient
+    is a sparse one of its own rows, summed over the processes. Id 0 is padding and zero.
 
-    A state dict holds the whole table, on the main process; loading takes one on every process.
+    The main process's state dict has the whole table; every process loads from a whole one.
     """
 
     def __init__(self, num_rows: int, width: int):
@@ -47,10 +47,10 @@ class ShardedEmbedding(nn.Embedding):
 
     @torch.no_grad()
     def draw(self, fill: Callable[[Tensor], Any]) -> None:
-        """Fill the rows with what `fill` would write into the whole table, without ever having it.
+        """Fill the rows with what `fill` would write into a whole table, which never exists.
 
-        `fill` draws from the global generator. Of chunks that are long, and 16 rows or a multiple,
-        torch draws what it draws for a whole.
+        `fill` draws from the global generator. In long chunks of a multiple of 16 rows, torch
+        draws what it draws for the whole.
         """
         starts = range(0, max(1, self.num_rows - CHUNK_ROWS), CHUNK_ROWS)
         for start, end in itertools.pairwise([*starts, self.num_rows]):
@@ -103,7 +103,7 @@ def own_rows(table: Tensor) -> Tensor:
 def gather_table(shard: Tensor, num_rows: int) -> Tensor:
     """The whole table of all `own_rows`, on the main process's CPU; on others only its shape.
 
-    Chunk by chunk: a device never holds more than a chunk of it.
+    Chunk by chunk: a device never has more than a chunk of it.
     """
     shape = num_rows, *shard.shape[1:]
     table = torch.empty(shape, dtype=shard.dtype, device="cpu" if rank() == 0 else "meta")
@@ -123,11 +123,11 @@ def gather_table(shard: Tensor, num_rows: int) -> Tensor:
 
 def keep_own_items(chunks: Iterable[Tensor]) -> Tensor:
     """Of the rows of items 1, 2, ... in order, (c, D) at a time, those that `own_rows` keeps."""
-    kept, first = [], 1
+    own, first = [], 1
     for chunk in chunks:
-        kept.append(chunk[(rank() - first) % world_size() :: world_size()].clone())
+        own.append(chunk[(rank() - first) % world_size() :: world_size()].clone())
         first += len(chunk)
-    return torch.cat(kept)
+    return torch.cat(own)
 
 
 def sharded_target_ranks(
