@@ -135,16 +135,10 @@ class Negatives:
     def index(
         self, item_ids: np.ndarray, targets: np.ndarray, seed: tuple[int, ...]
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray | None, np.ndarray | None]:
-        """The batch's distinct items and its negatives.
+        """Batch's distinct_ids, each event's row of them (E,), negative_index, negative_log_q.
 
-        Args:
-            item_ids: (E,) of all events of the batch.
-            targets: which of the events are predicted, (n,) int64 in 0..E-1.
-            seed: decides the uniform negatives.
-
-        Returns:
-            distinct_ids (R,), the row of each event among them (E,), and Batch's negative_index
-            and negative_log_q.
+        `item_ids`: (E,), of all events of the batch. `targets`: (n,) int64 in 0..E-1, the events to
+        be predicted. `seed`: decides the uniform negatives.
         """
         if self.kind == "all":
             distinct, event_rows = np.arange(1, self.num_items + 1), item_ids.astype(np.int64) - 1
@@ -172,9 +166,9 @@ class Negatives:
     def _log_q(self, item_ids: np.ndarray, num_targets: int) -> np.ndarray:
         """Log of how much likelier each negative was than one drawn uniformly, (M,) float32.
 
-        An item is in the set if it is one of the batch's targets or among the uniform draws, so
-        popular items come too often; with their logits lowered by this much, the sum over
-        negatives estimates what the same number of uniform ones would give.
+        The batch's targets are among the negatives, so popular items come too often. With their
+        logits lowered by this much, the sum over negatives estimates what the same number of
+        uniform ones would give.
         """
         num_items = len(self.pool)
         share = (self.target_counts[item_ids] + 1.0) / (self._num_targets + num_items)
@@ -196,8 +190,7 @@ class MyDataset(Dataset):
         negatives: of its batches; None: all items.
         has_windows: of "train": a sequence with more events is cut into windows, each an index of
             its own, so that every event but the first is predicted once; else the newest alone.
-        whole_history: where a split's last events are its targets, they are seen too, and what
-            follows them is the target, which is unknown.
+        whole_history: the last events are seen, too, and what follows them is to be predicted.
         request: of queries whose target is unknown.
         host_vectors: feature id -> files.features.Feature of kind "emb", whose rows batches bring.
         trust_pickle: of an indexer.pkl without a manifest, run whatever it holds.
@@ -294,23 +287,18 @@ class MyDataset(Dataset):
         item_ids = sequences.events["item_id"]
         times = sequences.events["timestamp"].astype(np.int64)
         actions = sequences.events["action_type"].astype(np.int64)
-        if self.target == "none":  # inputs are all events; what follows the last one is unknown
-            inputs, offsets = np.arange(len(item_ids)), sequences.offsets
-            last = offsets[1:] - 1
-            nexts = np.append(inputs[1:], 0)
-            target_times, target_actions = times[nexts], actions[nexts]
+        inputs, offsets = np.arange(len(item_ids)), sequences.offsets
+        is_known = self.target != "none"  # what follows the last input: the sequence's last event
+        if is_known:
+            inputs, offsets = np.delete(inputs, offsets[1:] - 1), offsets - np.arange(len(offsets))
+        last = offsets[1:] - 1  # (B,) each sequence's last input
+        nexts = np.minimum(inputs + 1, len(item_ids) - 1)  # events that follow the inputs
+        target_times, target_actions = times[nexts], actions[nexts]
+        if not is_known:
             target_times[last] = times[last] if self.request.time is None else self.request.time
             target_actions[last] = self.request.action
-            has_target = np.zeros(len(inputs), bool)
-        else:  # inputs are all events but a sequence's last, each followed by its target
-            is_input = np.ones(len(item_ids), bool)
-            is_input[sequences.offsets[1:] - 1] = False
-            inputs, offsets = np.flatnonzero(is_input), sequences.offsets.copy()
-            offsets -= np.arange(len(offsets))
-            nexts = inputs + 1
-            target_times, target_actions = times[nexts], actions[nexts]
-            has_target = np.full(len(inputs), self.split == "train")
-            has_target[offsets[1:] - 1] = True
+        has_target = np.full(len(inputs), is_known and self.split == "train")
+        has_target[last] = is_known
         targets = nexts[has_target]
         distinct, rows, negative_index, log_q = self.negatives.index(item_ids, targets, seed)
         arrays = {
