@@ -127,10 +127,8 @@ def encoder_arguments(
 ) -> dict[str, Any]:
     """What a checkpoint stores of a features.Feature to build its encoder again.
 
-    Args:
-        feature: a features.Feature.
-        missing_vector: "learnt" or "zero", what stands for an absent multimodal vector.
-        projection: "learnt" or "frozen", of multimodal vectors.
+    `missing_vector`: "learnt" or "zero", what stands for an absent multimodal vector. `projection`:
+    "learnt" or "frozen", of multimodal vectors.
     """
     spec: dict[str, Any] = {"kind": feature.kind, "size": int(feature.size)}
     if feature.kind == "continual":
@@ -151,11 +149,8 @@ def module_key(feature_id: str) -> str:
 class FeatureTables(nn.Module):
     """The static features of items (or users) as tensors that move with the model.
 
-    They are data: no parameters, and not in the state dict.
-
-    Args:
-        features: id -> an object with `values`, `offsets`, `present` as features.Feature.
-        on_host: vectors to leave where they are, in a memory map; a lookup copies its rows.
+    They are data: no parameters, and not in the state dict. `features`: id -> features.Feature.
+    `on_host`: vectors to leave where they are, in a memory map; a lookup copies its rows.
     """
 
     def __init__(self, features: Mapping[str, Any], on_host: Collection[str] = ()):
@@ -172,9 +167,8 @@ class FeatureTables(nn.Module):
     def lookup(self, feature_id: str, rows: Tensor) -> tuple[Tensor, ...]:
         """What the feature's encoder takes, for (n,) int64 rows.
 
-        Returns:
-            (values (n, ...),), or (values (n, W), present (n,)) for vectors that may be missing,
-            or (flat values, offsets (n + 1,)) for lists.
+        (values (n, ...),), or for vectors that may be missing (values (n, W), present (n,)), or for
+        lists (flat values, offsets (n + 1,)).
         """
         if feature_id in self._host:
             feature, host_rows = self._host[feature_id], rows.cpu().numpy()
@@ -232,11 +226,8 @@ class LearnablePositionalEmbeddingInputFeaturesPreprocessor(nn.Module):
     ) -> Tensor:
         """Inputs of the encoder, (T, D).
 
-        Args:
-            items: (T, D) item tower outputs.
-            positions: (T,) int64 in 0..N-1.
-            action_types, target_action_types: (T,) int64, -1 unknown.
-            users: (T, D) the event's user's vector, or None.
+        `items`: (T, D) item tower outputs. `positions`: (T,) int64 in 0..N-1. `action_types`,
+        `target_action_types`: (T,) int64, -1 unknown. `users`: (T, D) the users' vectors, or None.
         """
         by_position = self.pos_emb.weight.index_select(0, positions)  # two threads sum its gradient
         x = torch.add(by_position, items, alpha=self.scale)  # (T, D)

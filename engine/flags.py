@@ -55,8 +55,7 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     text = "projection of multimodal vectors; frozen: stays as it was drawn"
     data("--mm_projection", choices=["learnt", "frozen"], default="learnt", help=text)
     data("--trust_pickle", **switch, help="load .pkl files unchecked: they can run any code")
-    text = "loader processes, at most one per core; 0: load in the main process"
-    data("--num_workers", type=at_least(0), default=4, help=text)
+    data("--num_workers", type=at_least(0), default=4, help="loader processes; 0: the main process")
 
     model = parser.add_argument_group("model").add_argument
     model("--hidden_units", type=at_least(2), default=64, help="embedding width")
@@ -105,8 +104,7 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     text = "go on from output_dir's newest state, start afresh, or go on from that resume_*.pt"
     run("--resume", default="auto", metavar="auto|none|PATH", help=text)
     run("--overwrite", **switch, help="with --resume none: remove output_dir's checkpoints")
-    text = "steps between saved states, besides each epoch's end; 0: none between"
-    run("--save_every_steps", type=at_least(0), default=0, help=text)
+    run("--save_every_steps", type=at_least(0), default=0, help="steps between states; 0: an epoch")
     run("--log_every", type=at_least(1), default=20, help="steps between log entries")
     run("--projector", **switch, help="the most frequent items in TensorBoard's projector")
     text = (
@@ -124,8 +122,9 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     export("--candidates", metavar="DIR", help="candidate folder to export instead of all items")
     export("--top_k", type=at_least(1), default=10, help="items exported per test user")
     export("--whole_history", **switch, help="queries for what follows a test user's last event")
-    text = "Unix time of queries whose target is unknown; else that of the last event"
-    export("--request_time", type=unix_seconds, metavar="SECONDS", help=text)
+    export(
+        "--request_time", type=unix_seconds, metavar="SECONDS", help="Unix time of unknown targets"
+    )
     text = "action hoped for, by name or number, where the target is unknown; -1: unknown"
     export("--request_action", default="-1", metavar="TYPE", help=text)
     args = parser.parse_args(argv)

@@ -27,11 +27,9 @@ METRICS: dict[str, Callable[[Tensor, int], Tensor]] = {"HR": hit, "NDCG": gain}
 
 
 def ranking_metrics(ranks: Tensor, cutoffs: Sequence[int] = CUTOFFS) -> dict[str, float]:
-    """Means over queries: "HR@10", "NDCG@10", ... for each metric and cut-off, and "MRR".
+    """Means over queries: "HR@10", "NDCG@10", ... for each metric and cut-off K, and "MRR".
 
-    Args:
-        ranks: (n,) int64, 1 is best, MISS adds 0 to each metric; n > 0.
-        cutoffs: the Ks.
+    `ranks`: (n,) int64, 1 is best, MISS adds 0 to each metric; n > 0.
     """
     ranks, result = ranks.double().masked_fill(ranks >= MISS, torch.inf), {}
     for k in cutoffs:

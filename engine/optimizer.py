@@ -143,10 +143,8 @@ def clip_gradients(
 ) -> Tensor:
     """As torch.nn.utils.clip_grad_norm_, for sparse gradients and sharded tables too; the norm.
 
-    Args:
-        parameters: with gradients or without; sparse ones are coalesced.
-        limit: of the norm; 0 leaves gradients as they are.
-        shards: those of `parameters` of which other processes hold other rows; all rows count.
+    Sparse gradients get coalesced. `limit`: of the norm; 0 leaves gradients as they are. `shards`:
+    those of `parameters` of which other processes have other rows; all rows count.
     """
     values, shard_values, shards = [], [], set(shards)
     for parameter in parameters:

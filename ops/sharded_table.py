@@ -140,13 +140,8 @@ def sharded_target_ranks(
     """As `ops.ranking.target_ranks`, (B,), where each process has some of the items.
 
     All queries go to all processes; each counts its own items that are above, and counts add up.
-
-    Args:
-        queries: (B, D) of this process; B may differ, or be 0.
-        items: of this process, from `keep_own_items`.
-        target_ids: (B,) int64.
-        target_scores: (B,) of the queries with their targets.
-        seen: item ids (V,) and offsets (B + 1,), or None.
+    `queries`: (B, D) of this process, B may be 0. `items`: of `keep_own_items`. `target_ids`,
+    `target_scores`: (B,). `seen`: item ids (V,) and offsets (B + 1,), or None.
     """
     counts = [count for (count,) in all_gather_ints([len(queries)])]
     own_seen = None
