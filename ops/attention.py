@@ -46,6 +46,9 @@ def time_buckets(seconds: Tensor) -> Tensor:
     return seconds.float().abs().clamp_(1, highest).log_().div_(BUCKET_LOG_WIDTH).long()
 
 
+Biases = tuple[Tensor | None, Tensor | None]  # by position and by time, or their gradients
+
+
 class Tile(NamedTuple):
     """Some queries of a group, and every key up to the last of them."""
 
@@ -193,7 +196,7 @@ class _GatedAttention(torch.autograd.Function):
                 shares = v / maxlen  # before the sum, which may overflow in float16
                 attended = torch.empty_like(v)  # A V
                 for tile in group.tiles:
-                    scores, weights = _weights(q, k, tile, tile.time_buckets(), *biases)
+                    scores, weights = _weights(q, k, tile, tile.time_buckets(), biases)
                     if caches_scores:
                         ctx.cached_scores.append((scores, weights))
                     attended[:, tile.queries] = torch.bmm(weights, shares[:, tile.keys])
@@ -251,8 +254,8 @@ def _attention_grads(
     vqk_grads: list[Tensor],
     group: Group,
     cached_scores: list[tuple[Tensor, Tensor]],
-    biases: tuple[Tensor, Tensor | None],
-    bias_grads: tuple[Tensor | None, Tensor | None],
+    biases: Biases,
+    bias_grads: Biases,
 ) -> None:
     """From the gradient of N A V, (G * H, L, dv), to those of v, q and k, (G * H, L, .).
 
@@ -262,9 +265,7 @@ def _attention_grads(
     for tile in reversed(group.tiles):
         queries, keys, buckets = tile.queries, tile.keys, tile.time_buckets()
         cached = cached_scores.pop() if cached_scores else None
-        scores, weights = cached or _weights(
-            q, k, tile, buckets, *biases
-        )  # (G * H, queries, keys) each
+        scores, weights = cached or _weights(q, k, tile, buckets, biases)
         score_grad = torch.bmm(attended_grad[:, queries], v[:, keys].mT)
         score_grad = torch.ops.aten.silu_backward(score_grad, scores)
         # Not out= or baddbmm_: into a slice, they compute one product after the other. The last
@@ -273,7 +274,7 @@ def _attention_grads(
         put(v_grad[:, keys], torch.bmm(weights.mT, attended_grad[:, queries]))
         put(k_grad[:, keys], torch.bmm(score_grad.mT, q[:, queries]))
         q_grad[:, queries] = torch.bmm(score_grad, k[:, keys])
-        _add_bias_grads(*bias_grads, score_grad.unflatten(0, (group.shape[0], -1)), tile, buckets)
+        _add_bias_grads(bias_grads, score_grad.unflatten(0, (group.shape[0], -1)), tile, buckets)
 
 
 def _by_head(x: Tensor, heads: tuple[int, int]) -> Tensor:
@@ -305,14 +306,13 @@ def _position_table(like: Tensor, position_weight: Tensor | None, maxlen: int) -
 
 
 def _weights(
-    q: Tensor,
-    k: Tensor,
-    tile: Tile,
-    buckets: Tensor | None,
-    position_table: Tensor,
-    time_weight: Tensor | None,
+    q: Tensor, k: Tensor, tile: Tile, buckets: Tensor | None, biases: Biases
 ) -> tuple[Tensor, Tensor]:
-    """Scores with their biases, and SiLU of them, (G * H, queries, keys) each."""
+    """Scores with their biases, and SiLU of them, (G * H, queries, keys) each.
+
+    `biases`: `_position_table`, and (129,) or None.
+    """
+    position_table, time_weight = biases
     queries, keys, maxlen = tile.queries, tile.keys, len(position_table) - TILE + 1
     # A query's row of biases is the table from N - 1 - its position on.
     by_start = position_table.unfold(0, keys.stop, 1)
@@ -327,18 +327,15 @@ def _weights(
 
 
 def _add_bias_grads(
-    position_grad: Tensor | None,
-    time_grad: Tensor | None,
-    score_grad: Tensor,
-    tile: Tile,
-    buckets: Tensor | None,
+    bias_grads: Biases, score_grad: Tensor, tile: Tile, buckets: Tensor | None
 ) -> None:
     """Add a tile's score gradients, (G, H, queries, keys), by distance and by time bucket.
 
-    `position_grad`: (TILE, N - 1 + TILE), a row for each query of a tile, columns as in
-    `_position_table`. `time_grad`: (most sequences in a group, 129). `buckets`: (G, queries * keys)
-    int64. Each may be None.
+    `bias_grads`: (TILE, N - 1 + TILE), a row for each query of a tile, columns as in
+    `_position_table`; and (most sequences in a group, 129). `buckets`: (G, queries * keys) int64.
+    Each may be None.
     """
+    position_grad, time_grad = bias_grads
     by_pair = score_grad[:, 0] if score_grad.shape[1] == 1 else score_grad.sum(1)
     by_pair = by_pair.to(_sum_dtype(by_pair))  # (G, queries, keys)
     if position_grad is not None:
