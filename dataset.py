@@ -352,12 +352,9 @@ def _share(arrays: Mapping[str, np.ndarray], own: np.ndarray) -> dict[str, np.nd
 class BatchSampler(Sampler[Draw]):
     """Batches in an order that is a function of (seed, epoch), from any batch on.
 
-    Args:
-        num_sequences: how many there are.
-        batch_size: sequences in a batch; the last batch may be smaller.
-        seed: of order and negatives.
-        is_shuffled: False keeps the order of the file.
-        rank, world_size: of this process; all processes have the same batches.
+    `batch_size`: sequences in a batch; the last batch may be smaller. `seed`: of order and
+    negatives. `is_shuffled`: False keeps the order of the file. `rank`, `world_size`: of this
+    process; all processes have the same batches.
     """
 
     def __init__(

@@ -42,6 +42,7 @@ def main(argv: list[str] | None = None, model_class: type[HSTUModel] = HSTUModel
 
     Of several processes, the first one to fail says why; the main process says everything else.
     """
+    exit_code = 0
     try:
         with stop_signal, log_to_stdout():
             args = get_args(argv)
@@ -50,8 +51,7 @@ def main(argv: list[str] | None = None, model_class: type[HSTUModel] = HSTUModel
     except Stopped as stop:
         if is_main_process():
             print(stop)
-        leave()
-        return stop.exit_code
+        exit_code = stop.exit_code
     except (DataError, OSError, LostProcessError, MemoryError, RuntimeError) as error:
         line = one_line(error)
         if args.debug or not line:
@@ -60,7 +60,7 @@ def main(argv: list[str] | None = None, model_class: type[HSTUModel] = HSTUModel
             print(f"error: {line}", file=sys.stderr)
         return 1
     leave()
-    return 0
+    return exit_code
 
 
 @contextmanager

@@ -47,10 +47,10 @@ def evaluate(
     removes_seen: bool | None = None,
     precision: str = "fp32",
 ) -> Ranking:
-    """Rank all items for every sequence's target.
+    """Rank all items for every sequence's target; the model is in the same mode afterwards.
 
     Args:
-        model: as it is now; it is in the same mode afterwards.
+        model: on its device.
         loader: batches of a split with targets, this process's share.
         removes_seen: leave the items of a history out of its ranking, where a target that is one
             of them is a miss; None: as in the model's training.
@@ -109,7 +109,6 @@ def _rank_targets(
         return ranks, *model.similarity.sample_scores(queries, items, target_ids - 1, generator)
     rows = model.item_embeddings(batch.distinct_ids)  # of the same items on all processes
     places = torch.searchsorted(batch.distinct_ids, target_ids)
+    cosines = model.similarity.sample_scores(queries, rows, places, generator)
     seen = (batch.seen_ids, batch.seen_offsets) if removes_seen else None
-    target_scores, other_scores = model.similarity.sample_scores(queries, rows, places, generator)
-    ranks = sharded_target_ranks(queries, items, target_ids, target_scores, seen)
-    return ranks, target_scores, other_scores
+    return sharded_target_ranks(queries, items, target_ids, cosines[0], seen), *cosines

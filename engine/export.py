@@ -49,10 +49,9 @@ def infer(args: argparse.Namespace, model_class: type[HSTUModel] = HSTUModel) ->
     """
     path, output_dir, trust = Path(args.state_dict_path), Path(args.output_dir), args.trust_pickle
     manifest = read_manifest(args.data_dir, trust=trust)
-    model = load_model(
-        path, args.data_dir, manifest, device=args.device, mm_emb_device=args.mm_emb_device,
-        kernels=args.kernels, trust_pickle=trust, model_class=model_class,
-    )  # fmt: skip
+    names = ("device", "mm_emb_device", "kernels", "trust_pickle")
+    options = {name: getattr(args, name) for name in names}
+    model = load_model(path, args.data_dir, manifest, model_class=model_class, **options)
     asked = args.request_time, args.request_action
     request = read_request(args.data_dir, *asked, model.config, manifest)
     if manifest.targets.get("test") == "last" and not args.whole_history and request != Request():
@@ -78,17 +77,16 @@ def infer(args: argparse.Namespace, model_class: type[HSTUModel] = HSTUModel) ->
     publish(folder, shape, embed(model, catalogue), arrays, origin, users_folder)
     if "test" not in manifest.targets:
         return
-    dataset = MyDataset(
-        args.data_dir, "test", model.config.maxlen, Negatives(manifest.num_items, "batch"),
-        whole_history=args.whole_history, request=request, trust_pickle=trust,
-    )  # fmt: skip
+    negatives = Negatives(manifest.num_items, "batch")  # the fewest: they are not used
+    options = {"whole_history": args.whole_history, "request": request, "trust_pickle": trust}
+    dataset = MyDataset(args.data_dir, "test", model.config.maxlen, negatives, **options)
     if not len(dataset):
         return
     device = catalogue.item_ids.device
     items = torch.from_numpy(load_emb(folder / "embedding.fbin")).to(device)  # a map, not a copy
     loader = make_loader(dataset, args.batch_size, args.seed, device, args.num_workers)
-    options = args.top_k, removes_seen
-    queries, users, top_rows = recommend(model, loader, items, catalogue, *options)
+    ranking = args.top_k, removes_seen
+    queries, users, top_rows = recommend(model, loader, items, catalogue, *ranking)
     user_ids, kind = exported_ids(args.data_dir, "u", manifest.num_users, trust)
     top_ids = np.where(top_rows < 0, -1, catalogue.ids.view(np.int64)[top_rows])
     arrays = {"topk.u64bin": top_ids, "id.u64bin": user_ids[users]}
@@ -107,9 +105,8 @@ def read_request(
     """
     types = {"-1": -1, **manifest.action_types()}
     if time is not None and config.time_bias != "request":
-        raise DataError(
-            f"--request_time: the model was trained with --time_bias {config.time_bias}"
-        )
+        time_bias = f"--time_bias {config.time_bias}"
+        raise DataError(f"--request_time: the model was trained with {time_bias}")
     if action not in types:
         expected = f"expected {manifest.legal_actions()}, or -1"
         raise DataError(f"--request_action {action}: no action of {data_dir}, {expected}")

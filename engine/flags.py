@@ -49,9 +49,8 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     data("--mm_emb_id", nargs="*", default=DEFAULT_MM_EMB_ID, metavar="ID", help=text)
     text = "what stands for an item without a multimodal vector"
     data("--mm_missing", choices=["learnt", "zero"], default="learnt", help=text)
-    places = ["auto", "loader", "model"]
     text = f"loader: vectors stay on disk; model: on its device; auto: there up to {_MOST_MB} MB"
-    data("--mm_emb_device", choices=places, default="auto", help=text)
+    data("--mm_emb_device", choices=["auto", "loader", "model"], default="auto", help=text)
     text = "projection of multimodal vectors; frozen: stays as it was drawn"
     data("--mm_projection", choices=["learnt", "frozen"], default="learnt", help=text)
     data("--trust_pickle", **switch, help="load .pkl files unchecked: they can run any code")
@@ -64,9 +63,8 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     model("--attention_dim", type=at_least(1), default=64, help="query and key width per head")
     model("--linear_dim", type=at_least(1), default=64, help="value and gate width per head")
     model("--dropout_rate", type=share, default=0.2, help="of inputs and blocks; 0: off")
-    times = ["request", "event", "off"]
     text = "time a query has: that of the event to predict, of the last seen event, or none"
-    model("--time_bias", choices=times, default="request", help=text)
+    model("--time_bias", choices=["request", "event", "off"], default="request", help=text)
     model("--position_bias", **on_off, default=True, help="attention bias by distance")
 
     loss = parser.add_argument_group("loss").add_argument

@@ -45,13 +45,9 @@ class RunLog:
     """The log of one run, by the main process; the x axis of every curve is the training step.
 
     Where the log folder is full, read-only or gone, the log ends with one warning, and training
-    goes on.
-
-    Args:
-        log_dir: TensorBoard's folder; what a killed run logged from `first_step` on is dropped.
-        first_step: the first one that this process takes, from 1.
-        total_steps, num_epochs: of the whole run.
-        log_every: steps between two entries.
+    goes on. `log_dir`: TensorBoard's folder; what a killed run logged from `first_step` on is
+    dropped. `first_step`: the first one that this process takes, from 1. `total_steps`,
+    `num_epochs`: of the whole run. `log_every`: steps between two entries.
     """
 
     def __init__(

@@ -81,11 +81,8 @@ def read_features(
 ) -> tuple[dict[str, Feature], dict[str, Feature]]:
     """Features of a data folder's items, multimodal vectors among them, and of its users.
 
-    Args:
-        data_dir, manifest: the folder, and what its manifest says.
-        item_features, user_features: ids, or the one word "all" or "none".
-        vector_ids: multimodal vectors; the flag's default need not be there.
-        trust_pickle: run whatever a .pkl holds.
+    `item_features`, `user_features`: ids, or the one word "all" or "none". `vector_ids`: of
+    multimodal vectors; the flag's default need not be there.
 
     Raises:
         DataError: a file or a value is bad, or a feature does not exist.

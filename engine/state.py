@@ -76,13 +76,11 @@ class Run:
 
 
 def resume(run: Run, source: str, overwrite: bool, flags: Collection[str]) -> None:
-    """Put a saved state of its output folder into a fresh run.
+    """Put a saved state of its output folder into a run at its start.
 
-    Args:
-        run: at its start.
-        source: "auto", the newest state; "none"; or the path of a state.
-        overwrite: with "none", whether the checkpoints in the folder may be removed.
-        flags: names in `binding` that are flags, for messages.
+    `source`: "auto", the newest state; "none"; or the path of a state. `overwrite`: with "none",
+    whether the checkpoints in the folder may be removed. `flags`: names in `binding` that are
+    flags, for messages.
 
     Raises:
         DataError: the state belongs to other flags, other data or another folder, or the folder

@@ -39,8 +39,7 @@ class Optimization:
 
 
 def autocast(device: torch.device, precision: str) -> torch.autocast:
-    dtype = AUTOCAST_DTYPES[precision]
-    return torch.autocast(device.type, dtype=dtype, enabled=dtype is not None)
+    return torch.autocast(device.type, AUTOCAST_DTYPES[precision], enabled=precision != "fp32")
 
 
 class TrainingStep:
@@ -71,14 +70,8 @@ class TrainingStep:
         """Train on one or several dataset.Batch (of all processes) as if they were one.
 
         Only the negatives stay apart: each batch has its own. The host waits for a GPU where there
-        are an fp16 scaler, sparse gradients or list features.
-
-        Args:
-            batches: on the CPU.
-            epoch, step: which this is, from 1.
-
-        Returns:
-            TensorBoard tags and values.
+        are an fp16 scaler, sparse gradients or list features. `batches`: on the CPU. `epoch`,
+        `step`: which this is, from 1. Returns TensorBoard tags and values.
 
         Raises:
             DataError: on the CPU, loss or gradient are not finite; the weights are those of the
