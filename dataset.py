@@ -65,7 +65,7 @@ class Batch(NamedTuple):
     target_timestamps: Tensor  # (T,) int64 seconds
     offsets: Tensor  # (B + 1,) int64, on the CPU: sequence b is rows offsets[b]:offsets[b + 1]
     user_ids: Tensor  # (B,) int64 in 1..num_users
-    item_vectors: dict[str, tuple[Tensor, Tensor]] | None  # host vectors: (R, W) float32, (R,) bool
+    item_vectors: dict[str, tuple[Tensor, Tensor]]  # host vectors: (R, W) float32, (R,) bool
     seen_ids: Tensor | None  # (V,) int64, items of the whole histories; valid and test only
     seen_offsets: Tensor | None  # (B + 1,) int64 into seen_ids
 
@@ -321,15 +321,11 @@ class MyDataset(Dataset):
             "seen_offsets": None if seen is None else seen.offsets,
         }
         tensors = {k: None if v is None else torch.from_numpy(v) for k, v in arrays.items()}
-        return Batch(**tensors, item_vectors=self._host_vectors_of(distinct))
-
-    def _host_vectors_of(self, item_ids: np.ndarray) -> dict[str, tuple[Tensor, Tensor]] | None:
-        if not self.host_vectors:
-            return None
-        return {
-            name: tuple(torch.from_numpy(np.asarray(a)[item_ids]) for a in (v.values, v.present))
+        vectors = {
+            name: tuple(torch.from_numpy(np.asarray(a)[distinct]) for a in (v.values, v.present))
             for name, v in self.host_vectors.items()
         }
+        return Batch(**tensors, item_vectors=vectors)
 
 
 def share_of(count: int, rank: int, world_size: int) -> np.ndarray:

@@ -155,24 +155,17 @@ def unix_seconds(text: str) -> int:
 
 def at_least(low: int) -> Any:
     """An argparse type: an integer not below `low`."""
-
-    def integer(text: str) -> int:
-        value = int(text)
-        if not low <= value < 2**63:
-            raise argparse.ArgumentTypeError(f"{value} is not between {low} and 2^63 - 1")
-        return value
-
-    return integer
+    return between(low, 2**63, with_low=True, kind=int)
 
 
-def between(low: float, high: float, with_low: bool = False) -> Any:
+def between(low: float, high: float, with_low: bool = False, kind: type = float) -> Any:
     """An argparse type: a number above `low` (or from it on) and below `high`."""
 
     def number(text: str) -> float:
-        value = float(text)
+        value = kind(text)
         if not (low < value < high or (with_low and value == low)):
             bounds = f"{'at least' if with_low else 'above'} {low:g} and below {high:g}"
-            raise argparse.ArgumentTypeError(f"{value:g} is not {bounds}")
+            raise argparse.ArgumentTypeError(f"{text} is not {bounds}")
         return value
 
     return number

@@ -56,20 +56,15 @@ def prepare_run(args: argparse.Namespace, model_class: type[HSTUModel] = HSTUMod
         total_steps=args.num_epochs * -(-num_batches // args.accumulate_steps),
         **{name: getattr(args, name) for name in names},
     )
-    return Run(
-        model=model,
-        training_step=TrainingStep(model, optimization, train_set.negatives.kind == "all"),
-        datasets=datasets,
-        item_counts=torch.from_numpy(item_counts),
-        output_dir=Path(args.output_dir),
-        binding={name: value for name, value in vars(args).items() if name not in FREE_FLAGS}
-        | {
-            "state format": STATE_FORMAT,
-            "config": asdict(config),
-            "data": manifest._asdict() | {"sequences": len(train_set)},
-            "data files": fingerprint(args.data_dir),
-        },
-    )
+    training_step = TrainingStep(model, optimization, train_set.negatives.kind == "all")
+    binding = {name: value for name, value in vars(args).items() if name not in FREE_FLAGS} | {
+        "state format": STATE_FORMAT,
+        "config": asdict(config),
+        "data": manifest._asdict() | {"sequences": len(train_set)},
+        "data files": fingerprint(args.data_dir),
+    }
+    counts = torch.from_numpy(item_counts)
+    return Run(model, training_step, datasets, counts, Path(args.output_dir), binding)
 
 
 def open_datasets(
@@ -86,11 +81,10 @@ def open_datasets(
         manifest.num_items, kind, args.num_negatives, target_counts, args.logq,
         only_trained=bool(item_features),
     )  # fmt: skip
+    host_vectors = vectors_on_host(item_features, args.mm_emb_device)
     options = {"has_windows": args.windows, "trust_pickle": args.trust_pickle}
-    options["host_vectors"] = vectors_on_host(item_features, args.mm_emb_device)
-    fixed = args.maxlen, negatives
-    datasets = {s: MyDataset(args.data_dir, s, *fixed, **options) for s in manifest.targets}
-    return datasets, item_counts
+    options |= {"maxlen": args.maxlen, "negatives": negatives, "host_vectors": host_vectors}
+    return {s: MyDataset(args.data_dir, s, **options) for s in manifest.targets}, item_counts
 
 
 def eval_loader(args: argparse.Namespace, run: Run, split: str) -> DataLoader | None:
