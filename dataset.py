@@ -144,7 +144,10 @@ class Negatives:
             distinct, event_rows = np.arange(1, self.num_items + 1), item_ids.astype(np.int64) - 1
             is_every = len(self.pool) == self.num_items
             return distinct, event_rows, None if is_every else self.pool.astype(np.int64) - 1, None
-        drawn = self._draw_uniform(seed)
+        drawn = np.empty(0, np.int64)
+        if self.num_uniform:
+            generator, options = np.random.default_rng(seed), {"replace": False, "shuffle": False}
+            drawn = self.pool[generator.choice(len(self.pool), self.num_uniform, **options)]
         distinct, rows = np.unique(np.concatenate([item_ids, drawn]), return_inverse=True)
         event_rows, drawn_rows = np.split(rows, [len(item_ids)])
         distinct = distinct.astype(np.int64)
@@ -156,12 +159,6 @@ class Negatives:
         negative_index = np.flatnonzero(is_negative)
         log_q = self._log_q(distinct[negative_index], len(targets)) if self.has_logq else None
         return distinct, event_rows, negative_index, log_q
-
-    def _draw_uniform(self, seed: tuple[int, ...]) -> np.ndarray:
-        if not self.num_uniform:
-            return np.empty(0, np.int64)
-        generator, options = np.random.default_rng(seed), {"replace": False, "shuffle": False}
-        return self.pool[generator.choice(len(self.pool), self.num_uniform, **options)]
 
     def _log_q(self, item_ids: np.ndarray, num_targets: int) -> np.ndarray:
         """Log of how much likelier each negative was than one drawn uniformly, (M,) float32.

@@ -24,10 +24,6 @@ from ops.collectives import is_main_process, join, rank, world_size
 
 log = logging.getLogger("hstu")
 
-# Options of glibc's mallopt and their values: arrays up to 32 MB come from the heap, and of free
-# memory at the heap's end 256 MB stay with the process.
-_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = (-1, 256 << 20), (-3, 32 << 20)
-
 
 def set_up_process(args: argparse.Namespace) -> None:
     """Set up memory and the connection to the other processes; check what flags say of them.
@@ -55,8 +51,9 @@ def keep_freed_memory() -> None:
     Getting it back from the system takes up to an eighth of a step on the CPU (docs/log.md).
     """
     if platform.libc_ver()[0] == "glibc":
-        for option in (_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD):
-            ctypes.CDLL(None).mallopt(*option)
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(-1, 256 << 20)  # M_TRIM_THRESHOLD: so much free memory stays at the heap's end
+        mallopt(-3, 32 << 20)  # M_MMAP_THRESHOLD: arrays up to this size come from the heap
 
 
 def pick_device(name: str) -> torch.device:

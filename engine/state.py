@@ -91,10 +91,8 @@ def resume(run: Run, source: str, overwrite: bool, flags: Collection[str]) -> No
     models = sorted(path for path in folder.iterdir() if re.fullmatch(pattern, path.name))
     if source == "none":
         if models and not overwrite:
-            raise DataError(
-                f"{folder}: holds checkpoints; go on from them with --resume auto, choose an empty "
-                "--output_dir, or add --overwrite"
-            )
+            what_to_do = "use --resume auto, an empty --output_dir, or --overwrite"
+            raise DataError(f"{folder}: holds checkpoints; {what_to_do}")
         for path in models if is_main_process() else ():
             path.unlink()
         return
@@ -103,17 +101,13 @@ def resume(run: Run, source: str, overwrite: bool, flags: Collection[str]) -> No
     else:
         path, state = Path(source), checkpoint.load_checkpoint(source)
         if path.resolve().parent != folder.resolve():
-            raise DataError(
-                f"{path}: not in --output_dir {folder}; copy it there, with model_best.pt, and go "
-                "on with --resume auto"
-            )
+            what_to_do = "copy it there, with model_best.pt, and use --resume auto"
+            raise DataError(f"{path}: not in --output_dir {folder}; {what_to_do}")
     if state is not None:
         restore(run, state, path, flags)
     elif models:
-        raise DataError(
-            f"{folder}: holds {models[0].name}, but no resume_*.pt to go on from; choose another "
-            "--output_dir, or start afresh with --resume none --overwrite"
-        )
+        found = f"{folder}: holds {models[0].name}, but no resume_*.pt to go on from"
+        raise DataError(f"{found}; use another --output_dir, or --resume none --overwrite")
     # A kill may have come between an epoch's state and its models.
     if run.progress.epoch and not run.progress.batch:
         newest = folder / f"model_epoch_{run.progress.epoch}.pt"
@@ -134,8 +128,8 @@ def restore(run: Run, state: Mapping[str, Any], path: Path, flags: Collection[st
         found = f"with other settings: {'; '.join(of_flags or changed)}"
         if not of_flags and "data files" in names:
             found = "on other data"
-        advice = "Use the same, or another --output_dir and --log_dir"
-        raise DataError(f"{path}: was trained {found}. {advice}")
+        what_to_do = "Use the same, or another --output_dir and --log_dir"
+        raise DataError(f"{path}: was trained {found}. {what_to_do}")
     checkpoint.load_weights(run.model, state["weights"], path)
     run.training_step.load_state_dict(state)
     checkpoint.set_random_states(state["random"])
