@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from dataclasses import MISSING, fields
 from pathlib import Path
 
 from torch import Tensor
@@ -64,12 +63,10 @@ def read_model(path: str | Path) -> tuple[HSTUConfig, Mapping[str, Tensor]]:
     config, weights = content["config"], content.get("weights")
     if not isinstance(config, dict) or not isinstance(weights, dict):
         raise DataError(f"{path}: not a checkpoint of this package (no config and weights in it)")
-    settings = {setting.name: setting.default is MISSING for setting in fields(HSTUConfig)}
-    needed = {name for name, is_needed in settings.items() if is_needed}
-    if changed := sorted((needed - config.keys()) | (config.keys() - settings.keys())):
-        found = f"settings {', '.join(changed)} are unknown or missing"
-        raise DataError(f"{path}: {found}; export it with the version that trained it")
-    return HSTUConfig(**config), weights
+    try:
+        return HSTUConfig(**config), weights
+    except TypeError as error:  # a setting is missing or unknown
+        raise DataError(f"{path}: {error}; export it with the version that trained it") from error
 
 
 def check_data(
@@ -95,13 +92,9 @@ def check_meanings(
 ) -> None:
     """Refuse data in which a feature's numbers stand for other values than in the training."""
     known, found = config.feature_digests or {}, manifest.feature_digests or {}
-    used = [
-        i
-        for i, spec in (config.item_features | config.user_features).items()
-        if spec["kind"] != "emb"
-    ]
-    changed = [i for i in used if i in known and i in found and known[i] != found[i]]
-    if changed:
+    specs = config.item_features | config.user_features
+    used = [i for i, spec in specs.items() if spec["kind"] != "emb"]
+    if changed := [i for i in used if i in known and i in found and known[i] != found[i]]:
         raise DataError(
             f"{data_dir}: the values of feature {', '.join(changed)} are numbered or transformed "
             f"otherwise than in the data that {path} was trained on; train on this folder, or "

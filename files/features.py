@@ -18,7 +18,7 @@ from files.sequences import gather_ranges
 
 LONGEST_LIST = 10_000  # values; every batch that holds such an item embeds them all
 _RECORDS = 20_000  # parsed at once
-_MAX_PROBLEMS = 20  # shown
+
 _BAD_VALUE = (ValueError, TypeError, OverflowError)  # what a parser may raise
 
 log = logging.getLogger("hstu")
@@ -239,16 +239,13 @@ def _parse(source: Path, i: str, column: RawColumn, batch: list) -> Feature:
     try:
         return PARSERS[column.kind](column._replace(values=values))
     except _BAD_VALUE as error:
-        problems = []
-        for (key, _), value in zip(batch, values, strict=True):  # again one by one, for the names
+        for (key, _), value in zip(batch, values, strict=True):  # again one by one, for the name
             try:
                 PARSERS[column.kind](column._replace(values=[value]))
             except _BAD_VALUE as reason:
-                problems.append(f"{source.name[:4]} {key}, feature {i} = {value!r:.60}: {reason}")
-        if len(problems) > _MAX_PROBLEMS:
-            problems[_MAX_PROBLEMS:] = [f"and {len(problems) - _MAX_PROBLEMS} more"]
-        shown = "\n  ".join(problems) or f"feature {i}: {error}"
-        raise DataError(f"{source}: {shown}") from error
+                place = f"{source.name[:4]} {key}, feature {i} = {value!r:.60}"
+                raise DataError(f"{source}: {place}: {reason}") from error
+        raise DataError(f"{source}: feature {i}: {error}") from error
 
 
 def _take(blocks: list[Feature], place: np.ndarray) -> Feature:

@@ -157,12 +157,11 @@ def test_a_bad_value_is_refused_with_file_item_and_feature(tmp_path, kind, value
         load_one(tmp_path, kind, value)
 
 
-def test_up_to_twenty_bad_values_are_listed(tmp_path):
-    records = {str(i): {"x": 9} for i in range(1, 26)}
+def test_the_first_bad_value_is_named(tmp_path):
+    records = {str(i): {"x": 9 if i > 3 else 5} for i in range(1, 26)}
     write_items(tmp_path, records, {"item_sparse": ["x"]}, {"x": 6})
-    with pytest.raises(DataError, match=r"item 20, [\s\S]*and 5 more") as error:
+    with pytest.raises(DataError, match=r"item 4, feature x = 9: outside 0\.\.6"):
         load_features(tmp_path, "item", 25)
-    assert "item 21," not in str(error.value)
 
 
 def test_text_values_read_as_unknown_and_are_counted_once(tmp_path, caplog):

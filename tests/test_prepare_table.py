@@ -576,7 +576,7 @@ HEAD = "user,item,timestamp\n"
         ("log.csv", b"user,item,timestamp\n\xff,x,5\n", "can't decode byte 0xff"),
         ("log.csv", HEAD + "a,x,5\nb,x,6\n", "no user has two events to train on"),
         ("log.csv.gz", b"user", "Not a gzipped file"),
-        ("log.csv.gz", gzip.compress(HEAD.encode() * 99, mtime=0)[:-9], "it is damaged or in another"),
+        ("log.csv.gz", gzip.compress(HEAD.encode() * 99, mtime=0)[:-9], "is damaged or in another"),
         ("log.jsonl", '{"user": 1}\n{"user": \n', "line 2: Expecting value"),
         ("log.jsonl", '{"user": "\\ud800"}\n', "line 1: 'utf-8' codec can't encode"),
         ("log.jsonl", "[1]\n", "line 1 is '[1]\\n', expected a JSON object"),
