@@ -70,7 +70,7 @@ class Batch(NamedTuple):
     seen_offsets: Tensor | None  # (B + 1,) int64 into seen_ids
 
     def to(self, device: torch.device | str) -> Batch:
-        """Everything but what is said to stay on the device; asynchronous from pinned memory."""
+        """On `device`, but for the fields on the CPU; asynchronous from pinned memory."""
 
         def move(value: Any) -> Any:
             if isinstance(value, dict):
@@ -183,7 +183,7 @@ class MyDataset(Dataset):
     Args:
         data_dir: a folder as docs/data_format.md describes it.
         split: "train", "valid" or "test".
-        maxlen: events seen, N; the newest are kept.
+        maxlen: events seen, N, the newest of a history.
         negatives: of its batches; None: all items.
         has_windows: of "train": a sequence with more events is cut into windows, each an index of
             its own, so that every event but the first is predicted once; else the newest alone.
@@ -335,7 +335,7 @@ def share_of(count: int, rank: int, world_size: int) -> np.ndarray:
 
 
 def _share(arrays: Mapping[str, np.ndarray], own: np.ndarray) -> dict[str, np.ndarray]:
-    """What a batch holds per event and per sequence, of the sequences `own` alone."""
+    """The rows of `arrays` that belong to the sequences `own`, (B,) bool."""
     lengths = np.diff(arrays["offsets"])
     events = np.repeat(own, lengths)
     share = {n: a[own if n == "user_ids" else events] for n, a in arrays.items() if n != "offsets"}

@@ -67,7 +67,8 @@ def main(argv: list[str] | None = None, model_class: type[HSTUModel] = HSTUModel
 def log_to_stdout() -> Iterator[None]:
     class Lines(logging.Handler):
         def emit(self, record: logging.LogRecord) -> None:
-            tqdm.write(self.format(record))  # above a progress bar
+            text = self.format(record).encode(errors="replace").decode()  # paths may be no text
+            tqdm.write(text)  # above a progress bar
             sys.stdout.flush()
 
     handler = Lines()

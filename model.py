@@ -109,7 +109,7 @@ class HSTUModel(nn.Module):
             weights.
         user_features: the same for users.
         on_host: item vectors that stay on the host; batches bring theirs in `item_vectors`.
-        shards_items: each process holds a part of the item table.
+        shards_items: each process has a part of the item table.
         kernels: "auto" or "plain", a key of KERNELS.
     """
 

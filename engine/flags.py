@@ -12,7 +12,7 @@ from typing import Any
 ALL_NEGATIVES_UP_TO = 20_000
 # Up to this share of validation targets that their users had before, "--remove_seen auto" is on.
 MOST_REPEATS = 0.05
-# Up to this many bytes "--mm_emb_device auto" keeps vectors beside the model.
+# Up to this many bytes "--mm_emb_device auto" puts vectors on the device of the model.
 MODEL_VECTORS_UP_TO = 1 << 30
 # Flags that a resumed run may change: where and how it runs, not what it computes.
 FREE_FLAGS = {
@@ -38,7 +38,7 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
 
     data = parser.add_argument_group("data").add_argument
     data("--data_dir", default="./data", help="folder of train_data.bin and the rest")
-    data("--maxlen", type=at_least(1), default=101, help="events seen, the newest are kept")
+    data("--maxlen", type=at_least(1), default=101, help="events seen, the newest of a history")
     text = "cut histories longer than --maxlen into windows; off: train on the newest events alone"
     data("--windows", **on_off, default=True, help=text)
     data("--item_features", nargs="+", default=["all"], metavar="ID", help="all, none, or ids")
@@ -97,7 +97,7 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     run("--device", type=device_name, default="cuda", help="cuda, cuda:1, cpu; without CUDA: cpu")
     text = "auto: the fastest attention, loss and ranking; plain: as they are defined, slow"
     run("--kernels", choices=["auto", "plain"], default="auto", help=text)
-    run("--shard_items", **switch, help="torchrun: each process holds a part of the item table")
+    run("--shard_items", **switch, help="torchrun: each process has a part of the item table")
     run("--seed", type=at_least(0), default=42, help="of weights, order, dropout and negatives")
     text = "go on from output_dir's newest state, start afresh, or go on from that resume_*.pt"
     run("--resume", default="auto", metavar="auto|none|PATH", help=text)

@@ -20,5 +20,5 @@ class Dropout(nn.Dropout):
             return super().forward(x)
         bits = torch.empty(-(-x.numel() // 4), dtype=torch.int64).random_(-(2**63), None)
         bits = bits.view(torch.int16)[: x.numel()].view_as(x)  # uniform in -2^15..2^15 - 1
-        kept = (bits >= dropped - 2**15).to(x.dtype).mul_(2**16 / (2**16 - dropped))
-        return x * kept
+        mask = (bits >= dropped - 2**15).to(x.dtype).mul_(2**16 / (2**16 - dropped))
+        return x * mask

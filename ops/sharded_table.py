@@ -122,7 +122,7 @@ def gather_table(shard: Tensor, num_rows: int) -> Tensor:
 
 
 def keep_own_items(chunks: Iterable[Tensor]) -> Tensor:
-    """Of the rows of items 1, 2, ... in order, (c, D) at a time, those that `own_rows` keeps."""
+    """This process's rows, of those of items 1, 2, ... in order, (c, D) at a time."""
     own, first = [], 1
     for chunk in chunks:
         own.append(chunk[(rank() - first) % world_size() :: world_size()].clone())
