@@ -9,7 +9,9 @@ from __future__ import annotations
 import argparse
 import logging
 import math
+import os
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -32,7 +34,7 @@ from engine.training_setup import announce, eval_loader, prepare_run
 from engine.training_step import IF_NOT_FINITE
 from files.atomic_io import DataError, cause, lock_folder, sweep_temporaries
 from model import HSTUModel
-from ops.collectives import LostProcessError, is_first_to_fail, is_main_process, leave
+from ops.collectives import LostProcessError, is_first_to_fail, is_main_process, leave, world_size
 
 log = logging.getLogger("hstu")
 
@@ -43,6 +45,8 @@ def main(argv: list[str] | None = None, model_class: type[HSTUModel] = HSTUModel
     Of several processes, the first one to fail says why; the main process says everything else.
     """
     exit_code = 0
+    # tqdm would make one when it first prints, where a signal may come; Python 3.14's is a process.
+    tqdm.set_lock(threading.RLock())
     try:
         with stop_signal, log_to_stdout():
             args = get_args(argv)
@@ -58,6 +62,9 @@ def main(argv: list[str] | None = None, model_class: type[HSTUModel] = HSTUModel
             raise
         if is_first_to_fail():
             print(f"error: {line}", file=sys.stderr)
+        if world_size() > 1:  # at a normal end, gloo may abort a process whose peer is gone
+            sys.stderr.flush()
+            os._exit(1)
         return 1
     leave()
     return exit_code

@@ -7,11 +7,16 @@ import ctypes
 import logging
 import os
 import platform
-from collections.abc import Mapping, Sequence
+import sys
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from itertools import chain
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, get_worker_info
 
 from dataset import BatchSampler, MyDataset
 from engine.flags import DEFAULT_MM_EMB_ID, MODEL_VECTORS_UP_TO
@@ -22,7 +27,17 @@ from files.features import Feature, load_features
 from files.item_vectors import find_vectors, is_by_re_id, load_vectors
 from ops.collectives import is_main_process, join, rank, world_size
 
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None
+
 log = logging.getLogger("hstu")
+
+# Forked loader processes share the counts and vectors of this one, others get copies.
+START_METHOD = "fork" if sys.platform == "linux" else "spawn"
+SHARED_MEMORY = "/dev/shm"  # through which loader processes send batches, on Linux
+FILES_PER_PROCESS = 20  # that this process opens for a loader process; 19 were counted
 
 
 def set_up_process(args: argparse.Namespace) -> None:
@@ -118,6 +133,46 @@ def vectors_on_host(features: Mapping[str, Feature], place: str) -> dict[str, Fe
     return {} if is_with_model else vectors
 
 
+def raise_file_limit(num_workers: int) -> None:
+    """Let this process open as many files as it may.
+
+    Raises:
+        DataError: too few for so many loader processes, which else would hang.
+    """
+    if resource is None:
+        return
+    limit, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    needed = FILES_PER_PROCESS * (1 + 2 * num_workers)  # of training and of validation
+    if limit >= needed:
+        return
+    if most != resource.RLIM_INFINITY and most < needed:
+        raise DataError(
+            f"{most} open files are allowed, but {num_workers} loader processes need {needed}; "
+            "raise ulimit -n, or lower --num_workers"
+        )
+    resource.setrlimit(resource.RLIMIT_NOFILE, (needed, most))
+
+
+def collate_with_room(collate_fn: Callable[[Any], Any], fetched: Any) -> Any:
+    """A batch; in a loader process only if it has room to send it, as else the run would hang.
+
+    Raises:
+        DataError: there is no room.
+    """
+    batch, worker = collate_fn(fetched), get_worker_info()
+    if worker is not None and os.path.isdir(SHARED_MEMORY):
+        fields = [*batch, *chain.from_iterable((batch.item_vectors or {}).values())]
+        needed = sum(field.nbytes for field in fields if isinstance(field, torch.Tensor))
+        disk = os.statvfs(SHARED_MEMORY)
+        if disk.f_bavail * disk.f_frsize < needed * worker.num_workers:
+            raise DataError(
+                f"{SHARED_MEMORY}: no room for a batch of {needed / 1e6:.1f} MB in its "
+                f"{disk.f_blocks * disk.f_frsize / 1e6:.0f} MB; enlarge it (docker run --shm-size "
+                "1g), or lower --batch_size or --num_workers"
+            )
+    return batch
+
+
 def make_loader(
     dataset: MyDataset,
     batch_size: int,
@@ -130,16 +185,18 @@ def make_loader(
     has_affinity = hasattr(os, "sched_getaffinity")  # macOS has none
     num_cores = len(os.sched_getaffinity(0)) if has_affinity else os.cpu_count()
     num_workers, share = min(num_workers, num_cores), (rank(), world_size())
+    if num_workers:
+        raise_file_limit(num_workers)
+        tempfile.gettempdir()  # raises OSError if none can be written to: batches come through it
     return DataLoader(
         dataset,
         batch_sampler=BatchSampler(len(dataset), batch_size, seed, is_shuffled, *share),
-        collate_fn=dataset.collate_fn,
+        collate_fn=partial(collate_with_room, dataset.collate_fn),
         num_workers=num_workers,
         pin_memory=device.type == "cuda",
         persistent_workers=num_workers > 0,
         worker_init_fn=leave_signals_to_parent,
-        # Forked workers share the counts and vectors of this process; others would get copies.
-        multiprocessing_context="fork" if num_workers else None,
+        multiprocessing_context=START_METHOD if num_workers else None,
         # A loader draws a seed; dropout's draws from the global generator must not depend on that.
         generator=torch.Generator(),
     )

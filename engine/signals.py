@@ -78,6 +78,8 @@ def leave_signals_to_parent(_: int) -> None:
 @atexit.register
 def _end_loaders() -> None:
     """Python would end them by SIGTERM, which they ignore, and wait for them."""
+    if hasattr(signal, "SIGCHLD"):  # torch's handler would call this an error
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     for process in multiprocessing.active_children():
         if process.daemon:
             process.kill()

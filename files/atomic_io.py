@@ -88,9 +88,14 @@ def write_hashed(file: IO[bytes], pieces: Iterable[bytes | memoryview]) -> dict[
 
 
 def _sync_folder(folder: Path) -> None:
+    if os.name == "nt":  # folders cannot be opened there
+        return
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # of network disks that know no such
+            raise
     finally:
         os.close(descriptor)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import os
+import stat
 from pathlib import Path
 
 import numpy as np
@@ -101,6 +102,20 @@ def test_an_error_of_the_disk_leaves_the_old_file(target, monkeypatch, function,
     monkeypatch.undo()
     assert target.read_bytes() == OLD
     assert names_in(target.parent) == [target.name]
+
+
+@pytest.mark.parametrize("number", [errno.EINVAL, errno.ENOTSUP])
+def test_a_disk_that_cannot_sync_folders_is_written_to(target, monkeypatch, number):
+    fsync = os.fsync
+
+    def refuse_folders(descriptor):
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            raise OSError(number, os.strerror(number))
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", refuse_folders)
+    write_new(target)
+    assert target.read_bytes() == NEW
 
 
 def test_a_full_disk_error_says_how_much_is_free(target, monkeypatch):

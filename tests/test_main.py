@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import errno
 import functools
 import json
+import os
 import pickle
 import re
 import shutil
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -167,6 +170,54 @@ def test_the_number_of_workers_does_not_change_what_is_trained(tmp_path, data, m
     other = run(tmp_path, data, *flags, "--num_workers=2", name="o")
     assert set(opened) == {2}
     assert are_equal(weights(one), weights(other))
+
+
+@pytest.mark.slow
+def test_loaders_that_are_spawned_train_the_same(tmp_path, data, trained, monkeypatch):
+    monkeypatch.setattr(setup, "START_METHOD", "spawn")  # of macOS and Windows
+    other = run(tmp_path, data, "--num_workers=1")
+    assert are_equal(weights(trained()), weights(other))
+
+
+def test_too_few_open_files_are_raised_or_refused_before_anything_hangs(
+    tmp_path, data, capsys, monkeypatch
+):
+    limits = []
+    monkeypatch.setattr(setup.resource, "getrlimit", lambda _: (30, 70))
+    monkeypatch.setattr(setup.resource, "setrlimit", lambda _, pair: limits.append(pair))
+    run(tmp_path, data, "--num_workers=1")
+    assert set(limits) == {(60, 70)}
+    capsys.readouterr()
+    folders = [f"--data_dir={data}", f"--output_dir={tmp_path}/o", f"--log_dir={tmp_path}/l"]
+    assert main([*folders, *SMALL, "--num_workers=2"]) == 1
+    told = "error: 70 open files are allowed, but 2 loader processes need 100; raise ulimit -n"
+    assert capsys.readouterr().err.startswith(told)
+
+
+def test_a_full_shared_memory_ends_the_run_with_one_line(tmp_path, data, capsys, monkeypatch):
+    full = os.statvfs("/dev/shm")
+    full = SimpleNamespace(f_bavail=1, f_frsize=512, f_blocks=full.f_blocks)
+    monkeypatch.setattr(os, "statvfs", lambda _: full)
+    folders = [f"--data_dir={data}", f"--output_dir={tmp_path}/o", f"--log_dir={tmp_path}/l"]
+    assert main([*folders, *SMALL, "--num_workers=1"]) == 1
+    error = capsys.readouterr().err
+    assert (
+        error.startswith("error: /dev/shm: no room for a batch of 0.0 MB")
+        and "\n" not in error[:-1]
+    )
+
+
+@pytest.mark.slow
+def test_without_a_temporary_folder_loaders_are_refused_with_one_line(
+    tmp_path, data, capsys, monkeypatch
+):
+    def refuse():
+        raise FileNotFoundError(errno.ENOENT, "No usable temporary directory found in ['/tmp']")
+
+    monkeypatch.setattr(setup.tempfile, "gettempdir", refuse)
+    folders = [f"--data_dir={data}", f"--output_dir={tmp_path}/o", f"--log_dir={tmp_path}/l"]
+    assert main([*folders, *SMALL, "--num_workers=1"]) == 1
+    assert "No usable temporary directory found" in capsys.readouterr().err
 
 
 def test_accumulated_batches_equal_one_large_batch(tmp_path, data):
