@@ -401,6 +401,7 @@ def test_only_a_terminal_cuts_lines(trained, capsys, monkeypatch):
         assert line == uncut if len(uncut) <= 20 else line == uncut[:19] + "…"
 
 
+@pytest.mark.slow
 def test_a_pipe_that_cannot_spell_a_title_gets_question_marks(films):
     command = [sys.executable, "scripts/recommend.py", *flags_of(films), "--user=5"]
     environment = os.environ | {"PYTHONIOENCODING": "ascii"}
