@@ -7,13 +7,15 @@ called as a user calls it.
 
 from __future__ import annotations
 
+import gc
 import json
 import logging
+import multiprocessing
 import os
 import pickle
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -70,12 +72,20 @@ class Seen(NamedTuple):
 
 
 @pytest.fixture
-def call(tmp_path, capsys) -> Callable[..., Seen]:
+def call(tmp_path, capsys) -> Iterator[Callable[..., Seen]]:
     def call_main(data: Path, *flags: str) -> Seen:
         code = main([*folders(data, tmp_path / "out"), *SMALL, *flags])
         return Seen(code, *capsys.readouterr())
 
-    return call_main
+    yield call_main
+    # An error refers to the loader until garbage is collected, which stops no loader process but
+    # waits for each, 5 seconds twice. The exit of a command kills them.
+    if loader_processes := multiprocessing.active_children():
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("torch.utils.data._utils.MP_STATUS_CHECK_INTERVAL", 0.1)
+            gc.collect()
+        for process in loader_processes:
+            process.kill()
 
 
 def assert_refused(seen: Seen, message: str) -> None:
