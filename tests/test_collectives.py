@@ -12,7 +12,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import prepare_synthetic
@@ -63,6 +63,13 @@ def free_port() -> int:
         return server.getsockname()[1]
 
 
+def new_context() -> Any:
+    """Its processes fork from one that has imported what each would import for seconds."""
+    context = mp.get_context("forkserver")
+    context.set_forkserver_preload(["torch._dynamo"])
+    return context
+
+
 def serve(rank: int, port: int, pipe: Any) -> None:
     """A process: answers each (function, arguments) with what it returns, or the error's text."""
     os.environ |= environment(rank, port)
@@ -81,8 +88,7 @@ def serve(rank: int, port: int, pipe: Any) -> None:
 @pytest.fixture(scope="module")
 def on_all() -> Iterator[Callable[..., list[Any]]]:
     """Calls a function of this module in all processes at once; their answers in order."""
-    context, port = mp.get_context("forkserver"), free_port()
-    context.set_forkserver_preload(["torch._dynamo"])  # which each would import for seconds
+    context, port = new_context(), free_port()
     pairs = [context.Pipe() for _ in range(NUM_PROCESSES)]
     processes = [
         context.Process(target=serve, args=(rank, port, pipe), daemon=True)
@@ -447,7 +453,7 @@ def test_sharded_items_train_and_resume_like_whole_ones(data, on_all, tmp_path):
 
 
 LONG = [
-    "--device=cpu", "--num_workers=0", "--num_epochs=3", "--batch_size=8", "--hidden_units=8",
+    "--device=cpu", "--num_workers=0", "--num_epochs=9", "--batch_size=8", "--hidden_units=8",
     "--attention_dim=5", "--linear_dim=6", "--log_every=1",
 ]  # fmt: skip
 
@@ -459,36 +465,56 @@ def long_data(tmp_path_factory) -> Path:
     return folder
 
 
-def start(*flags: str) -> list[subprocess.Popen]:
-    port = free_port()
-    return [
-        subprocess.Popen(
-            [sys.executable, "main.py", *flags],
-            cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-            env=os.environ | environment(rank, port),
-        )
-        for rank in range(NUM_PROCESSES)
-    ]  # fmt: skip
+class Command(NamedTuple):
+    """A process that runs the command, and the files that it prints to."""
+
+    process: mp.Process
+    out: Path
+    err: Path
+
+    def end(self) -> tuple[int, str, str]:
+        """Exit code and what was printed, of a process that ends by itself."""
+        self.process.join(60)
+        assert self.process.exitcode is not None, "the process hangs"
+        return self.process.exitcode, self.out.read_text(), self.err.read_text()
 
 
-def wait_for_step(process: subprocess.Popen, step: int) -> None:
-    for line in process.stdout:
-        if f" step {step}/" in line:
-            return
-    raise AssertionError(process.stderr.read())
+def run_command(rank: int, port: int, flags: list[str], out: Path, err: Path) -> None:
+    os.environ |= environment(rank, port)
+    for path, descriptor in ((out, 1), (err, 2)):
+        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT), descriptor)
+    torch.set_num_threads(1)
+    sys.exit(main_module.main(flags))
+
+
+def start(folder: Path, *flags: str) -> list[Command]:
+    port, commands = free_port(), []
+    for rank in range(NUM_PROCESSES):
+        files = folder / f"out{rank}", folder / f"err{rank}"
+        arguments = rank, port, [*flags], *files
+        process = new_context().Process(target=run_command, args=arguments, daemon=True)
+        process.start()
+        commands.append(Command(process, *files))
+    return commands
+
+
+def wait_for_step(command: Command, step: int) -> None:
+    while not (command.out.exists() and f" step {step}/" in command.out.read_text()):
+        assert command.process.is_alive(), command.err.read_text()
+        time.sleep(0.01)
 
 
 @pytest.mark.slow
 def test_a_signal_to_one_process_stops_all_with_a_state(long_data, tmp_path):
     folders = [f"--data_dir={long_data}", f"--output_dir={tmp_path}", f"--log_dir={tmp_path}/l"]
-    processes = start(*folders, *LONG)
-    wait_for_step(processes[0], 30)
-    processes[1].send_signal(signal.SIGTERM)
-    (out, err), second = (process.communicate(timeout=60) for process in processes)
-    assert ([process.returncode for process in processes], err) == ([143] * 2, "")
-    assert second == ("", "")
+    first, second = start(tmp_path, *folders, *LONG)
+    wait_for_step(first, 30)
+    os.kill(second.process.pid, signal.SIGTERM)
+    code, out, err = first.end()
+    assert (code, err) == (143, "")
+    assert second.end() == (143, "", "")
     step = re.search(
-        r"^stopped by SIGTERM at epoch 2, step (\d+); the same command goes on", out, re.M
+        r"^stopped by SIGTERM at epoch \d, step (\d+); the same command goes on", out, re.M
     )[1]
     state = load_checkpoint(tmp_path / f"resume_{step}.pt")
     assert state["progress"]["step"] == int(step)
@@ -528,13 +554,12 @@ def test_a_process_without_a_number_on_its_machine_is_one_line_on_cuda(monkeypat
 @pytest.mark.slow
 def test_a_killed_process_ends_the_others_with_one_line(long_data, tmp_path):
     folders = [f"--data_dir={long_data}", f"--output_dir={tmp_path}", f"--log_dir={tmp_path}/l"]
-    processes = start(*folders, *LONG)
-    wait_for_step(processes[0], 3)
-    processes[1].kill()
+    first, second = start(tmp_path, *folders, *LONG)
+    wait_for_step(first, 3)
+    second.process.kill()
     started = time.perf_counter()
-    _, err = processes[0].communicate(timeout=60)
-    processes[1].communicate()
+    code, _, err = first.end()
     assert time.perf_counter() - started < 30
-    assert processes[0].returncode == 1
+    assert code == 1
     assert err.startswith("error: process 0: another process has ended")
     assert err.count("\n") == 1

@@ -81,22 +81,23 @@ def stopped(name: str, epoch: int, step: int) -> str:
 @pytest.mark.slow
 def test_a_signal_to_all_processes_saves_a_state_within_a_step(data, tmp_path):
     """As a terminal sends Ctrl-C. How such a run goes on is tested below and in test_faults.py."""
-    output, flags = tmp_path / "o", ["--batch_size=1", "--num_workers=2"]  # 56 steps an epoch
+    output, flags = tmp_path / "o", ["--batch_size=1", "--num_workers=2"]
+    num_steps = 8 * NUM_STEPS  # of an epoch
     process = subprocess.Popen(
         [sys.executable, "main.py", *flags_of(data, output), *flags],
         cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         start_new_session=True, env=os.environ | {"OMP_NUM_THREADS": "1"},
     )  # fmt: skip
     step = 0
-    while step < 60:
+    while step < 5:
         line = process.stdout.readline()
         assert line, process.stderr.read()
-        step = int((re.match(r"epoch 2 step (\d+)/", line) or [0, 0])[1])
+        step = int((re.match(r"epoch 1 step (\d+)/", line) or [0, 0])[1])
     os.killpg(process.pid, signal.SIGINT)
     out, err = process.communicate(timeout=60)
     assert (process.returncode, err) == (130, "")
-    last = max([step, *map(int, re.findall(r"^epoch 2 step (\d+)/", out, re.MULTILINE))])
-    assert out.splitlines()[-1] == stopped("SIGINT", 2, last)
+    last = max([step, *map(int, re.findall(r"^epoch \d step (\d+)/", out, re.MULTILINE))])
+    assert out.splitlines()[-1] == stopped("SIGINT", -(-last // num_steps), last)
     assert (output / f"resume_{last}.pt").exists()
 
 
