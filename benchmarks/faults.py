@@ -616,26 +616,25 @@ class Row(NamedTuple):
 
     fault: str
     trials: Callable[[Lab, range], Iterator[str]]  # what is wrong after each; empty: nothing
-    few: int  # trials in tests/test_faults.py
-    many: int  # trials here
+    num_trials: int  # in the long run; tests/test_faults.py has a few of each
 
 
 ROWS = {
-    "1": Row("SIGKILL at a random time", kill_anywhere, 30, 300),
-    "2": Row("SIGKILL at every step and in every save", kill_at_every_call, 150, 600),
-    "3": Row("SIGKILL 2 to 5 times in a run", kill_repeatedly, 20, 200),
-    "4": Row("SIGKILL in a resume", kill_a_resume, 20, 200),
-    "5": Row("resumed with other loaders and threads", resume_otherwise, 16, 18),
-    "7": Row("a bit of a checkpoint flipped", partial(damage, how=flip_a_bit), 500, 10_000),
-    "8": Row("a checkpoint cut, zeroed, emptied", partial(damage, how=spoil), 200, 2_000),
-    "10": Row("the disk fills", fill_the_disk, 20, 200),
-    "10, tmpfs": Row("a small disk", fill_a_real_disk, 4, 40),
-    "12": Row("a sync or a rename fails", fail_a_call, 6, 60),
-    "13": Row("SIGTERM, SIGINT, SIGUSR1 at a random time", signal_anywhere, 60, 600),
-    "15": Row("a loader killed, crashed, gone, failing", kill_a_loader, 4, 40),
-    "17": Row("two trainings in one folder", share_a_folder, 2, 20),
-    "19": Row("another process, folder and hash seed", run_elsewhere, 1, 6),
-    "21": Row("SIGKILL in every part of an export", kill_an_export, 30, 104),
+    "1": Row("SIGKILL at a random time", kill_anywhere, 300),
+    "2": Row("SIGKILL at every step and in every save", kill_at_every_call, 600),
+    "3": Row("SIGKILL 2 to 5 times in a run", kill_repeatedly, 200),
+    "4": Row("SIGKILL in a resume", kill_a_resume, 200),
+    "5": Row("resumed with other loaders and threads", resume_otherwise, 18),
+    "7": Row("a bit of a checkpoint flipped", partial(damage, how=flip_a_bit), 10_000),
+    "8": Row("a checkpoint cut, zeroed, emptied", partial(damage, how=spoil), 2_000),
+    "10": Row("the disk fills", fill_the_disk, 200),
+    "10, tmpfs": Row("a small disk", fill_a_real_disk, 40),
+    "12": Row("a sync or a rename fails", fail_a_call, 60),
+    "13": Row("SIGTERM, SIGINT, SIGUSR1 at a random time", signal_anywhere, 600),
+    "15": Row("a loader killed, crashed, gone, failing", kill_a_loader, 40),
+    "17": Row("two trainings in one folder", share_a_folder, 20),
+    "19": Row("another process, folder and hash seed", run_elsewhere, 6),
+    "21": Row("SIGKILL in every part of an export", kill_an_export, 104),
 }
 # Of the table, what other tests have.
 TESTS = {
@@ -736,7 +735,7 @@ def run_benchmark() -> None:
                 name, found = TESTS[row], run_test(TESTS[row])
             else:
                 name = ROWS[row].fault
-                found = run_row(pool, row, args.trials or ROWS[row].many)
+                found = run_row(pool, row, args.trials or ROWS[row].num_trials)
             failures = list(filter(None, found))
             table[row] = {
                 "fault": name,
