@@ -36,6 +36,9 @@ NORM_EPS = 1e-6  # the reference's
 # logarithm by log10(2). Kept, because the published results have it.
 BUCKET_LOG_WIDTH = 0.301
 NUM_TIME_BUCKETS = 129
+# Mean of each of rab's two parts at the start: attention begins as a mean of what was seen. Around
+# the reference's 0 it begins as a sum of random signs (docs/log.md).
+BIAS_START = 0.5
 
 
 def time_buckets(seconds: Tensor) -> Tensor:
@@ -55,7 +58,7 @@ class RelativeAttentionBias(nn.Module):
         self.position_weight = nn.Parameter(torch.empty(maxlen)) if has_position else None
         self.time_weight = nn.Parameter(torch.empty(NUM_TIME_BUCKETS)) if has_time else None
         for weight in self.parameters():
-            nn.init.normal_(weight, std=INIT_STD)
+            nn.init.normal_(weight, BIAS_START, INIT_STD)
 
     def forward(self, length: int, seconds: Tensor | None) -> Tensor:
         """The bias of each query (row) for each key, broadcastable to (B, 1, length, length).

@@ -18,8 +18,12 @@ from hstu_components import give_sparse_gradients
 from model import HSTUModel
 from ops.collectives import all_reduce, all_reduce_rows, rank, world_size
 from ops.sharded_table import ShardedEmbedding, gather_table, own_rows
+from simplified_hstu import RelativeAttentionBias
 
 ADAM_BETAS = (0.9, 0.98)  # the reference's
+# Rate of rab's scalars, in --lr's. AdamW moves a weight by about its rate a step at most: enough
+# for embeddings of 0.02, not for scalars that end at 4 or 5 (docs/log.md).
+BIAS_RATE = 10
 AUTOCAST_DTYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 IF_NOT_FINITE = "Lower --lr or raise --infonce_temp, and check the features for huge values"
 
@@ -100,7 +104,7 @@ class TrainingStep:
             self.check_finite(epoch, step)
         lr = learning_rate(step - 1, self.options)
         for group in self.optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = lr * group["rate"]
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
@@ -158,14 +162,18 @@ def make_optimizer(model: HSTUModel, options: Optimization) -> MuonAdamW:
     """Weight decay for matrices only: on a table it would shrink items that never occur."""
     kinds = torch.nn.Embedding | torch.nn.EmbeddingBag
     tables = {module.weight for module in model.modules() if isinstance(module, kinds)}
+    modules = [m for m in model.modules() if isinstance(m, RelativeAttentionBias)]
+    biases = {parameter for module in modules for parameter in module.parameters()}
     blocks = set(model.hstu.parameters())
-    groups: dict[tuple[bool, bool], list] = defaultdict(list)
+    groups: dict[tuple[float, bool, int], list] = defaultdict(list)
     for parameter in model.parameters():
         is_matrix = parameter.dim() == 2 and parameter not in tables
-        groups[is_matrix, options.muon and is_matrix and parameter in blocks].append(parameter)
+        has_muon = options.muon and is_matrix and parameter in blocks
+        rate = BIAS_RATE if parameter in biases else 1
+        groups[options.weight_decay * is_matrix, has_muon, rate].append(parameter)
     param_groups = [
-        {"params": p, "weight_decay": options.weight_decay * is_matrix, "muon": has_muon}
-        for (is_matrix, has_muon), p in groups.items()
+        {"params": p, "weight_decay": decay, "muon": has_muon, "rate": rate}
+        for (decay, has_muon, rate), p in groups.items()
     ]
     return MuonAdamW(param_groups, lr=options.lr, betas=ADAM_BETAS)
 

@@ -13,7 +13,13 @@ from torch import Tensor
 import simplified_hstu
 from engine.training_setup import compile_blocks
 from model import KERNELS
-from simplified_hstu import DEFINITION, HSTU, HSTUAttention, time_buckets
+from simplified_hstu import (
+    DEFINITION,
+    HSTU,
+    HSTUAttention,
+    RelativeAttentionBias,
+    time_buckets,
+)
 
 N, D, H, DQK, DV = 9, 7, 2, 6, 4
 LENGTHS = [9, 5, 2]
@@ -36,6 +42,15 @@ def attention(request) -> simplified_hstu.Attention:
 )
 def test_time_buckets_are_those_of_the_reference(seconds, bucket):
     assert time_buckets(torch.tensor([seconds])).tolist() == [bucket]
+
+
+@pytest.mark.parametrize(("has_position", "has_time"), [(True, True), (True, False), (False, True)])
+def test_attention_begins_as_a_mean_of_what_was_seen(has_position, has_time):
+    """Not as a sum of random signs, which is next to nothing and either sign of what is learnt."""
+    bias = RelativeAttentionBias(N, has_position, has_time)
+    rab = bias(N, torch.randint(10**6, (1, N, N)))
+    mean = 0.5 * (has_position + has_time)
+    assert (rab - mean).abs().max() < 0.2  # 7 standard deviations and more
 
 
 def test_a_block_gives_the_numbers_worked_out_by_hand(attention):
