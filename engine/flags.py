@@ -81,7 +81,8 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     optim("--lr", type=positive, default=0.001, help="highest learning rate")
     optim("--weight_decay", type=not_negative, default=0.01, help="of matrices, not tables; 0: off")
     optim("--muon", **on_off, default=True, help="Muon for blocks' matrices; off: AdamW for all")
-    optim("--warmup_steps", type=at_least(0), default=100, help="steps of rising rate; 0: none")
+    text = "steps of rising rate; 0: none; not given: 100, or a tenth of all steps if that is less"
+    optim("--warmup_steps", type=at_least(0), help=text)
     optim("--clip_grad", type=not_negative, default=1.0, help="largest gradient norm; 0: any")
     optim("--accumulate_steps", type=at_least(1), default=1, help="batches per training step")
     optim("--patience", type=at_least(0), default=5, help="epochs to wait for a better one; 0: all")

@@ -51,9 +51,12 @@ def prepare_run(args: argparse.Namespace, model_class: type[HSTUModel] = HSTUMod
     if args.compile:
         compile_blocks(model.hstu)
     num_batches = -(-len(train_set) // args.batch_size)
-    names = ("lr", "weight_decay", "muon", "warmup_steps", "clip_grad", "precision", "seed")
+    total_steps = args.num_epochs * -(-num_batches // args.accumulate_steps)
+    warmup = min(100, total_steps // 10) if args.warmup_steps is None else args.warmup_steps
+    names = ("lr", "weight_decay", "muon", "clip_grad", "precision", "seed")
     optimization = Optimization(
-        total_steps=args.num_epochs * -(-num_batches // args.accumulate_steps),
+        total_steps=total_steps,
+        warmup_steps=warmup,
         **{name: getattr(args, name) for name in names},
     )
     training_step = TrainingStep(model, optimization, train_set.negatives.kind == "all")
@@ -173,9 +176,11 @@ def announce(args: argparse.Namespace, run: Run) -> None:
         f"{num_weights(run.model):,} weights, {train_set.negatives.kind} negatives; "
         f"{args.num_epochs} epochs, {total_steps:,} steps"
     )
-    if args.warmup_steps >= total_steps:
+    if args.warmup_steps and args.warmup_steps > total_steps / 5:
         found = f"--warmup_steps {args.warmup_steps}, but there are {total_steps} steps"
-        remark = f"the learning rate never reaches --lr; try --warmup_steps {total_steps // 10}"
+        remark = (
+            f"the learning rate rises for more than a fifth; try --warmup_steps {total_steps // 10}"
+        )
         log.warning("%s: %s", found, remark)
     if not train_set.has_timestamps:
         log.info("the data holds plain item ids: time and actions are off")

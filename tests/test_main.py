@@ -325,11 +325,19 @@ def test_metrics_are_those_of_the_best_epoch_and_patience_ends_a_run(tmp_path, d
     assert not (tmp_path / "loss" / "model_epoch_12.pt").exists()
 
 
-def test_a_warm_up_longer_than_the_run_is_a_warning(tmp_path, data, capsys):
-    run(tmp_path, data, "--batch_size=1", "--warmup_steps=21")
+def test_the_rate_rises_for_a_tenth_of_a_short_run(tmp_path, data):
+    steps = ["--warmup_steps=2", "--batch_size=1"]  # of 22
+    one = run(tmp_path, data, *steps)
+    folders = [f"--data_dir={data}", f"--output_dir={tmp_path}/o", f"--log_dir={tmp_path}/l"]
+    assert main([*folders, *(flag for flag in [*SMALL, *steps] if "warmup" not in flag)]) == 0
+    assert are_equal(weights(one), weights(tmp_path / "o"))
+
+
+def test_a_warm_up_of_more_than_a_fifth_of_the_run_is_a_warning(tmp_path, data, capsys):
+    run(tmp_path, data, "--batch_size=1", "--warmup_steps=4")
     assert "--warmup_steps" not in capsys.readouterr().out
-    run(tmp_path, data, "--batch_size=1", "--warmup_steps=22", name="warm")
-    told = "there are 22 steps: the learning rate never reaches --lr; try --warmup_steps 2"
+    run(tmp_path, data, "--batch_size=1", "--warmup_steps=5", name="warm")
+    told = "there are 22 steps: the learning rate rises for more than a fifth; try --warmup_steps 2"
     assert told in capsys.readouterr().out
 
 
