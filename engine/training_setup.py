@@ -18,7 +18,6 @@ from engine.setup import make_loader, pick_device, read_features, vectors_on_hos
 from engine.state import STATE_FORMAT, Run
 from engine.training_step import Optimization, TrainingStep
 from files.atomic_io import DataError
-from files.checkpoint import seed_random
 from files.data_folder import Manifest, fingerprint, read_manifest
 from files.features import Feature
 from files.sequences import Split
@@ -44,7 +43,7 @@ def prepare_run(args: argparse.Namespace, model_class: type[HSTUModel] = HSTUMod
     datasets, item_counts = open_datasets(args, manifest, features[0])
     train_set, device = datasets["train"], pick_device(args.device)
     config = make_config(args, manifest, features, datasets)
-    seed_random(args.seed)
+    torch.manual_seed(args.seed)
     options = {"kernels": args.kernels, "shards_items": shards_items(args, train_set)}
     model = model_class(config, *features, on_host=train_set.host_vectors, **options).to(device)
     model.hstu.gradient_checkpointing = args.gradient_checkpointing

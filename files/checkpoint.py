@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import pickle
-import random
 import re
 import struct
 import zipfile
@@ -13,7 +12,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -161,28 +159,13 @@ def differences(saved: Mapping[str, Any], current: Mapping[str, Any]) -> list[st
     return lines
 
 
-def seed_random(seed: int) -> None:
-    """Seed all generators in this process: their states are saved, and must not be by chance."""
-    random.seed(seed)
-    np.random.seed(seed % 2**32)  # takes no more bits
-    torch.manual_seed(seed)
-
-
 def random_states() -> dict[str, Any]:
-    """The states of all generators in this process, in types that weights_only=True loads."""
-    name, keys, *rest = np.random.get_state()
-    return {
-        "python": random.getstate(),
-        "numpy": [name, keys.tolist(), *rest],
-        "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
-    }
+    """The states of torch's generators, which dropout draws from; nothing draws from others."""
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+    return {"torch": torch.get_rng_state(), "cuda": cuda}
 
 
 def set_random_states(states: Mapping[str, Any]) -> None:
-    version, internal, gauss = states["python"]
-    random.setstate((version, tuple(internal), gauss))
-    np.random.set_state(tuple(states["numpy"]))
     torch.set_rng_state(states["torch"])
     if states["cuda"] and torch.cuda.device_count() == len(states["cuda"]):
         torch.cuda.set_rng_state_all(states["cuda"])

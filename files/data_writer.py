@@ -18,7 +18,6 @@ import numpy as np
 
 from files.atomic_io import DataError, atomic_write, file_entry, read_json, write_json
 from files.data_folder import FORMAT_VERSION, SPLITS, Manifest, digest_of_ids
-from files.features import LONGEST_LIST
 from files.sequences import EVENT_DTYPE, OFFSET_DTYPE, USER_DTYPE, Sequences, gather, split_path
 
 # What write_dataset may write, as patterns; a writer that did not finish may have left any of it.
@@ -153,13 +152,7 @@ def _check_features(
     for side, i, column in columns:
         if len(column.values) != num_rows[side]:
             raise ValueError(f"{i}: {len(column.values)} values, not {num_rows[side]}")
-        lengths = [len(v or ()) for v in column.values] if column.kind == "array" else []
-        if (longest := max(lengths, default=0)) > LONGEST_LIST:
-            raise DataError(
-                f"{data_dir}: feature {i} of {side} {lengths.index(longest) + 1} is a list of "
-                f"{longest:,} values, expected {LONGEST_LIST:,} at most; shorten it or leave the "
-                "feature out"
-            )
+
         for row, value in enumerate(column.values if column.kind == "continual" else (), 1):
             if value is not None and not math.isfinite(value):
                 raise ValueError(f"{i}: {value} for {side} {row}; where there is no number, None")

@@ -16,7 +16,6 @@ from files.feature_cache import Feature, cached
 from files.json_stream import read_pairs
 from files.sequences import gather_ranges
 
-LONGEST_LIST = 10_000  # values; every batch that holds such an item embeds them all
 _RECORDS = 20_000  # parsed at once
 
 _BAD_VALUE = (ValueError, TypeError, OverflowError)  # what a parser may raise
@@ -149,8 +148,7 @@ def _array(column: RawColumn) -> Feature:
         values = [value if type(value) is list else [value] for value in values]
     offsets = np.zeros(len(values) + 1, np.int64)
     lengths = np.array([len(value) for value in values])
-    if lengths.max(initial=0) > LONGEST_LIST:
-        raise ValueError(f"{lengths.max()} values, at most {LONGEST_LIST} are taken")
+
     np.cumsum(lengths, out=offsets[1:])
     codes = _codes(list(itertools.chain.from_iterable(values)), column)
     return Feature("array", column.size, codes, offsets)

@@ -27,7 +27,7 @@ from files.data_folder import (
     read_manifest,
 )
 from files.data_writer import Column, leave_one_out, write_dataset
-from files.features import LONGEST_LIST, load_features
+from files.features import load_features
 from files.item_vectors import load_vectors
 from files.sequences import (
     EVENT_DTYPE,
@@ -669,14 +669,12 @@ def test_vectors_are_read_as_they_were_written(tmp_path):
     assert not found.values[[0, 5]].any()
 
 
-LISTS = Column("array", [[1] * (LONGEST_LIST + (k == 6)) for k in range(NUM_ITEMS)])
 ONES, VECTORS = Column("sparse", [1] * NUM_ITEMS), np.ones((NUM_ITEMS, 6))
 
 
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
-        ({"item_features": {"tags": LISTS}}, DataError, "tags of item 7 is a list of 10,001 value"),
         (
             {"item_features": {"81": ONES}, "item_vectors": {"81": VECTORS}},
             DataError,
@@ -705,13 +703,6 @@ def test_what_could_not_be_read_again_is_refused_before_anything_is_written(
     with pytest.raises(error, match=message):
         write(folder, {"train": read(folder, "test")}, **options)
     assert {name: (folder / name).read_bytes() for name in names_in(folder)} == before
-
-
-def test_the_longest_list_that_is_written_can_be_read(folder):
-    tags = Column("array", [values[:LONGEST_LIST] for values in LISTS.values])
-    write(folder, {"train": read(folder)}, item_features={"tags": tags})
-    lengths = np.diff(load_features(folder, "item", NUM_ITEMS)["tags"].offsets)
-    assert lengths.tolist() == [0] + [LONGEST_LIST] * NUM_ITEMS
 
 
 def write_names(folder: Path, names: list[str]) -> Path:
