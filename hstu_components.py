@@ -44,7 +44,7 @@ class LocalEmbeddingModule(nn.Module):
 
 
 def init_embedding(embedding: nn.Embedding | nn.EmbeddingBag) -> None:
-    """Truncated normal as in the reference, std 0.02; the row of the unknown value is zero."""
+    """Normal, std 0.02, as in the reference; the row of the unknown value is zero."""
     nn.init.normal_(embedding.weight, std=INIT_STD)
     with torch.no_grad():
         embedding.weight[0] = 0
@@ -114,12 +114,8 @@ class VectorEncoder(nn.Linear):
 
 # Feature kind -> encoder(hidden_units, size, **statistics). A custom kind is one more entry here
 # and one in features.PARSERS.
-ENCODERS: dict[str, Callable[..., nn.Module]] = {
-    "sparse": SparseEncoder,
-    "array": ArrayEncoder,
-    "continual": ContinualEncoder,
-    "emb": VectorEncoder,
-}
+ENCODERS: dict[str, Callable[..., nn.Module]] = {"sparse": SparseEncoder, "array": ArrayEncoder}
+ENCODERS |= {"continual": ContinualEncoder, "emb": VectorEncoder}
 
 
 def encoder_arguments(

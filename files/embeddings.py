@@ -134,16 +134,12 @@ def warn_of_zeros(
     folder: Path, chunks: Iterable[np.ndarray], ids: np.ndarray
 ) -> Iterator[np.ndarray]:
     """The chunks as they come, (c, d) each; after the last a warning of the rows that are zero."""
-    row, num_zeros, examples = 0, 0, []
+    row, found = 0, []
     for chunk in chunks:
         zeros = np.flatnonzero(chunk[:, 0] == 0)  # few, and any(1) of all is slow
-        zeros = zeros[~chunk[zeros].any(1)]
-        num_zeros += len(zeros)
-        examples += ids[row + zeros[:3]].tolist()[: 3 - len(examples)]
+        found += ids[row + zeros[~chunk[zeros].any(1)]].tolist()
         yield chunk
         row += len(chunk)
-    if num_zeros:
-        log.warning(
-            "%s: %d vectors are zero, so that no query finds them, the first: %s",
-            folder, num_zeros, ", ".join(map(str, examples)),
-        )  # fmt: skip
+    if found:
+        text = f"{len(found)} vectors are zero, so that no query finds them, the first"
+        log.warning("%s: %s: %s", folder, text, ", ".join(map(str, found[:3])))

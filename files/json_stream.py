@@ -11,7 +11,7 @@ from typing import Any
 from files.atomic_io import DataError, reading
 
 BLOCK = 1 << 22  # characters
-LONGEST_PAIR = 1 << 26  # characters; a broken file is not read to its end as one pair
+
 
 _DECODER = json.JSONDecoder()
 _SPACE = re.compile(r"[ \t\n\r]*")
@@ -38,7 +38,7 @@ def read_pairs(path: Path) -> Iterator[tuple[str, Any]]:
             except ValueError as error:  # the pair goes on in the next block, or is broken
                 block = file.read(BLOCK)
                 text, at, position = text[at:] + block, 0, position + at
-                if not block or len(text) > LONGEST_PAIR:
+                if not block:
                     raise DataError(
                         f"{path}: after character {position}: {error}; truncated or not JSON"
                     ) from error

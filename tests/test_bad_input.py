@@ -35,7 +35,7 @@ from main import main
 
 SMALL = [
     "--device=cpu", "--num_workers=0", "--num_epochs=1", "--batch_size=6", "--maxlen=6",
-    "--warmup_steps=1", "--hidden_units=8", "--attention_dim=5", "--linear_dim=6", "--num_blocks=1",
+    "--warmup_steps=0", "--hidden_units=8", "--attention_dim=5", "--linear_dim=6", "--num_blocks=1",
 ]  # fmt: skip
 
 
@@ -301,9 +301,6 @@ ERRORS = {
             edit("item_feat_dict.json", lambda r: [r[k].pop("100") for k in r if k != "7"]),
         ),
         r"item_feat_dict\.json: item 7, feature 100 = \d: outside 0\.\.0, the cardinality in",
-    ),
-    "22 a list has 100,000 values": Fault(
-        feature("tags", str([1] * 100_000)), r"item 2, feature tags = \[.*: 100000 values, at most"
     ),
     "24 vectors would run code": Fault(
         write("creative_emb/82.pkl", EVIL), r"82\.pkl: refuses to load os\.system", EMB_82
