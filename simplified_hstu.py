@@ -32,13 +32,10 @@ from hstu_components import INIT_STD
 from ops.dropout import Dropout
 
 NORM_EPS = 1e-6  # the reference's
-# Time buckets grow by a factor of e ** 0.301 = 1.35 and not by two: the reference divides a natural
-# logarithm by log10(2). Kept, because the published results have it.
-BUCKET_LOG_WIDTH = 0.301
-NUM_TIME_BUCKETS = 129
-# Mean of each of rab's two parts at the start: attention begins as a mean of what was seen. Around
-# the reference's 0 it begins as a sum of random signs (docs/log.md).
-BIAS_START = 0.5
+# Time buckets grow by e ** 0.301 = 1.35 and not by two, as in the published results: the reference
+# divides a natural logarithm by log10(2).
+BUCKET_LOG_WIDTH, NUM_TIME_BUCKETS = 0.301, 129
+BIAS_START = 0.5  # of rab's two parts; around the reference's 0, chance decides (docs/log.md)
 
 
 def time_buckets(seconds: Tensor) -> Tensor:

@@ -110,20 +110,12 @@ def write_dataset(
         files.append("item_names.txt")
         with atomic_write(data_dir / "item_names.txt") as file:
             file.writelines((" ".join(name.splitlines()) + "\n").encode() for name in item_names)
-    manifest = Manifest(
-        len(item_ids),
-        len(user_ids),
-        num_action_types,
-        {split: "next" if split == "train" else "last" for split in splits} | dict(targets or {}),
-        digest_of_ids(indexer["i"]),
-        None if action_names is None else list(action_names),
-        {
-            i: digest_of_ids(column.meaning)
-            for columns in sides.values()
-            for i, column in columns.items()
-            if column.meaning is not None
-        },
-    )
+    counts = len(item_ids), len(user_ids), num_action_types
+    targets = {s: "next" if s == "train" else "last" for s in splits} | dict(targets or {})
+    columns = (sides["item"] | sides["user"]).items()
+    digests = {i: digest_of_ids(c.meaning) for i, c in columns if c.meaning is not None}
+    names = None if action_names is None else list(action_names)
+    manifest = Manifest(*counts, targets, digest_of_ids(indexer["i"]), names, digests)
     finish_folder(data_dir, manifest, files)
 
 
