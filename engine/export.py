@@ -103,13 +103,13 @@ def read_request(
     Raises:
         DataError: the data has no such type, or the model does not ask for one, or for the time.
     """
-    types = {"-1": -1, **manifest.action_types()}
+    types = manifest.action_types() | {"-1": -1}
     if time is not None and config.time_bias != "request":
         time_bias = f"--time_bias {config.time_bias}"
         raise DataError(f"--request_time: the model was trained with {time_bias}")
     if action not in types:
-        expected = f"expected {manifest.legal_actions()}, or -1"
-        raise DataError(f"--request_action {action}: no action of {data_dir}, {expected}")
+        known = ", ".join(types)
+        raise DataError(f"--request_action {action}: no action of {data_dir}, expected {known}")
     if types[action] >= 0 and not config.num_target_action_types:
         raise DataError("--request_action: the model was trained without --target_action")
     return Request(time, types[action])

@@ -45,12 +45,6 @@ class Manifest(NamedTuple):
         numbers = {str(number): number for number in range(self.num_action_types)}
         return names if names.keys() & numbers.keys() else names | numbers
 
-    def legal_actions(self) -> str:
-        """What `action_types` knows, for a message."""
-        if self.action_names:
-            return f"one of {', '.join(self.action_names)}"
-        return f"a type in 0..{self.num_action_types - 1}" if self.num_action_types else "no type"
-
 
 # ---------------------------------------------------------------------------------- reading files
 

@@ -311,9 +311,10 @@ def write_history(folder: Path, manifest: Manifest, events: np.ndarray) -> None:
 def read_events(args: argparse.Namespace, export: Export) -> np.ndarray:
     """(n,) EVENT_DTYPE, the file's events in the order of time; without times in their own."""
     known = {text: re_id for re_id, text in enumerate(export.item_ids) if re_id}
-    actions = {"": -1, **export.manifest.action_types()}
+    actions = export.manifest.action_types()
     items = f"one of the {len(known):,} items of {args.data_dir}: {examples(export.item_ids)}"
-    types = f"{export.manifest.legal_actions()}, or nothing"
+    types = f"one of {', '.join(actions)}, or nothing"
+    actions[""] = -1
     dates = "Unix seconds, not milliseconds, or an ISO date, or nothing"
     parts = []
     for rows in read_rows(args.events, (), None):

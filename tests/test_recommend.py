@@ -293,11 +293,11 @@ def test_actions_go_by_their_names(tmp_path, capsys):
     hoped = [answer("a,buy", f"--request_action={name}") for name in ("buy", "1", "see", "-1")]
     assert hoped[0] == hoped[1] and len(set(hoped)) == 3
     asked = [f"--events={tmp_path}/events.csv", "--request_action=sell"]
-    assert f"sell: no action of {tmp_path}/data, expected one of see, buy, or -1" in error_of(
+    assert f"sell: no action of {tmp_path}/data, expected see, buy, 0, 1, -1" in error_of(
         capsys, tmp_path, *asked
     )
     (tmp_path / "events.csv").write_text("item,action\na,sell\n")
-    assert "line 2: action is 'sell', expected one of see, buy, or nothing" in error_of(
+    assert "line 2: action is 'sell', expected one of see, buy, 0, 1, or nothing" in error_of(
         capsys, tmp_path, asked[0]
     )
 
@@ -532,9 +532,9 @@ def test_a_checkpoint_that_is_gone_or_was_trained_on_since_is_refused(copied, tm
     ("text", "message"),
     [
         ("item\n1003\n7\n", "line 3: item is '7', expected one of the 23 items of "),
-        ("item,action\n1003,3\n", "line 2: action is '3', expected a type in 0..2, or nothing"),
-        ("item,action\n1003,-1\n", "line 2: action is '-1', expected a type in 0..2, or nothing"),
-        ("item,action\n1003,like\n", "line 2: action is 'like', expected a type in 0..2"),
+        ("item,action\n1003,3\n", "line 2: action is '3', expected one of 0, 1, 2, or nothing"),
+        ("item,action\n1003,-1\n", "line 2: action is '-1', expected one of 0, 1, 2, or nothing"),
+        ("item,action\n1003,like\n", "line 2: action is 'like', expected one of 0, 1, 2"),
         (
             "item,timestamp\n1003,noon\n",
             "line 2: timestamp is 'noon', expected Unix seconds, not milli",
