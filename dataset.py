@@ -21,7 +21,7 @@ from files.atomic_io import DataError
 from files.data_folder import read_manifest
 from files.embeddings import load_emb, save_emb  # noqa: F401
 from files.features import PARSERS  # noqa: F401
-from files.sequences import EVENT_DTYPE, Sequences, Split, first_few
+from files.sequences import EVENT_DTYPE, Sequences, Split
 
 log = logging.getLogger("hstu")
 
@@ -237,7 +237,7 @@ class MyDataset(Dataset):
         rows, too_short = np.flatnonzero(lengths >= shortest), np.flatnonzero(lengths < shortest)
         if len(too_short):
             found = f"{len(too_short)} of {len(lengths)} sequences have fewer than {shortest}"
-            first = first_few(too_short)
+            first = ", ".join(map(str, too_short[:3]))
             log.warning("%s: %s events and are skipped, the first: %s", self.split, found, first)
         if not has_windows:
             return rows, np.zeros(len(rows), np.int64)

@@ -78,32 +78,28 @@ def open_split(data_dir: Path, split: str) -> tuple[np.ndarray, np.ndarray, np.n
     users_path = split_path(data_dir, split, "users")
     users = map_file(users_path, USER_DTYPE) if users_path.exists() else None
     path = split_path(data_dir, split, "data")
-    num_events, size = int(offsets[-1]) if len(offsets) else 0, file_size(path)
-    if not len(offsets) and size == 0 and split != "train":
+    num_events, data = int(offsets[-1]) if len(offsets) else 0, map_file(path, np.dtype("u1"))
+    if not len(offsets) and not len(data) and split != "train":
         offsets = np.zeros(1, OFFSET_DTYPE)
     for dtype in (EVENT_DTYPE, np.dtype("<i4"), np.dtype("<i8")):
-        if size == num_events * dtype.itemsize:
-            return map_file(path, dtype), offsets, users
+        if len(data) == num_events * dtype.itemsize:
+            return data.view(dtype), offsets, users
     raise _bad(
         path,
-        f"{size} bytes, but {split}_offsets.bin describes {num_events} events, {num_events * 16} "
-        "bytes of records (or 4 or 8 bytes per plain item id). One of the two is truncated or from "
-        "another run",
+        f"{len(data)} bytes, but {split}_offsets.bin describes {num_events} events, "
+        f"{num_events * 16} bytes of records (or 4 or 8 bytes per plain item id). One of the two "
+        "is truncated or from another run",
     )
 
 
 def map_file(path: Path, dtype: np.dtype) -> np.ndarray:
     """A read-only memory map of a whole file."""
-    size = file_size(path)
+    if not path.is_file():
+        raise _bad(path, "a folder" if path.is_dir() else "no such file")
+    size = path.stat().st_size
     if size % dtype.itemsize:
         raise _bad(path, f"{size} bytes is not a multiple of {dtype.itemsize}")
     return np.memmap(path, dtype, mode="r") if size else np.empty(0, dtype)
-
-
-def file_size(path: Path) -> int:
-    if not path.is_file():
-        raise _bad(path, "a folder" if path.is_dir() else "no such file")
-    return path.stat().st_size
 
 
 def check_split(
@@ -235,10 +231,8 @@ class Split:
             )  # fmt: skip
         counts = np.bincount(self.users) if self.users is not None else np.empty(0)
         if len(repeated := np.flatnonzero(counts > 1)):
-            log.warning(
-                "%s: users with several sequences: %d, the first: %s",
-                self.path("users"), len(repeated), first_few(repeated),
-            )  # fmt: skip
+            found = f"{len(repeated)}, the first: {', '.join(map(str, repeated[:3]))}"
+            log.warning("%s: users with several sequences: %s", self.path("users"), found)
 
     def _falls(self) -> np.ndarray:
         """Events that are older than the one before in their sequence."""
@@ -292,7 +286,3 @@ class Split:
             others, _ = gather_ranges(self.events, starts[some], firsts[some])
             np.subtract.at(counts, item_ids_of(others), 1)
         return counts
-
-
-def first_few(values: np.ndarray) -> str:
-    return ", ".join(map(str, values[:3]))
