@@ -54,7 +54,7 @@ class Batch(NamedTuple):
     """
 
     distinct_ids: Tensor  # (R,) int64 in 1..X, rising: the items of the batch, each once
-    item_index: Tensor  # (T,) int64, row of distinct_ids of the seen event
+    item_index: Tensor  # (T,) int64, row of distinct_ids of the input event
     target_index: Tensor  # (T,) int64, row of the event to be predicted; -1 none
     negative_index: Tensor | None  # (M,) int64, distinct rows; None: every row is a negative
     negative_log_q: Tensor | None  # (M,) float32 to subtract from the negatives' logits
@@ -64,7 +64,7 @@ class Batch(NamedTuple):
     target_action_types: Tensor  # (T,) int64, of the events to be predicted; -1 unknown
     target_timestamps: Tensor  # (T,) int64 seconds
     offsets: Tensor  # (B + 1,) int64, on the CPU: sequence b is rows offsets[b]:offsets[b + 1]
-    user_ids: Tensor  # (B,) int64 in 1..num_users
+    user_ids: Tensor  # (B,) int64 in 0..num_users; 0: unknown
     item_vectors: dict[str, tuple[Tensor, Tensor]]  # host vectors: (R, W) float32, (R,) bool
     seen_ids: Tensor | None  # (V,) int64, items of the whole histories; valid and test only
     seen_offsets: Tensor | None  # (B + 1,) int64 into seen_ids
@@ -231,7 +231,7 @@ class MyDataset(Dataset):
             log.warning("%s: no sequence to predict, so its results are left out", split)
 
     def _cut(self, has_windows: bool) -> tuple[np.ndarray, np.ndarray]:
-        """(V,) int64, of each index its sequence, and how many of its events come after it."""
+        """Per index: its sequence, and how many events of that follow the window; int64."""
         lengths = np.diff(self.sequences.offsets)
         shortest = 1 if self.target == "none" else 2
         rows, too_short = np.flatnonzero(lengths >= shortest), np.flatnonzero(lengths < shortest)

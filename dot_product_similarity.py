@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-# Scores as close as this are equal: products of other shapes round the same score otherwise.
+# Scores this close tie: one dot product is rounded differently in matrix products of other shapes.
 TIE = 1e-6
 # The rank of a target that is left out of the ranking: a miss at every cut-off.
 MISS = 1 << 62

@@ -21,7 +21,7 @@ from ops.sharded_table import ShardedEmbedding
 
 INIT_STD = 0.02  # of item table, positions and everything added to them: see docs/log.md
 L2_EPS = 1e-6
-# Up to this many rows a table is trained whole, which is faster for the 14,000 items of a batch.
+# Up to this many rows a table's gradient is dense: faster for batches of 14,000 distinct items.
 DENSE_ROWS = 20_000
 
 
@@ -82,7 +82,7 @@ def give_sparse_gradients(model: nn.Module) -> None:
 
 
 class ContinualEncoder(nn.Linear):
-    """A number, standardised with the training data's mean and std, times a learnt vector."""
+    """A number, standardised over all items (or users), times a learnt vector."""
 
     def __init__(self, hidden_units: int, size: int, mean: float, std: float):
         super().__init__(size, hidden_units, bias=False)
@@ -225,7 +225,7 @@ class LearnablePositionalEmbeddingInputFeaturesPreprocessor(nn.Module):
         `items`: (T, D) item tower outputs. `positions`: (T,) int64 in 0..N-1. `action_types`,
         `target_action_types`: (T,) int64, -1 unknown. `users`: (T, D) the users' vectors, or None.
         """
-        by_position = self.pos_emb.weight.index_select(0, positions)  # two threads sum its gradient
+        by_position = self.pos_emb.weight.index_select(0, positions)  # as in model.encode
         x = torch.add(by_position, items, alpha=self.scale)  # (T, D)
         if self.action_emb is not None:
             x = x + self.action_emb(action_types + 1)

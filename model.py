@@ -101,7 +101,7 @@ class HSTUConfig:
 
 
 class HSTUModel(nn.Module):
-    """HSTU as a two-tower model: the last event's output against the tower of each item.
+    """HSTU as a two-tower model: each event's output against the tower of each item.
 
     Args:
         config: shapes and switches.
@@ -204,7 +204,7 @@ class HSTUModel(nn.Module):
         if not self.config.user_features:
             return None
         users = self._encode_features(self.config.user_features, self.user_tables, user_ids, {})
-        users = users * (user_ids > 0)[:, None]  # of user 0 nothing is known, not numbers of 0
+        users = users * (user_ids > 0)[:, None]  # user 0 is unknown, not one of zeros
         num_events, lengths = int(lengths.sum()), lengths.to(users.device)
         return users.repeat_interleave(lengths, dim=0, output_size=num_events)  # (T, D)
 

@@ -32,7 +32,7 @@ from hstu_components import INIT_STD
 from ops.dropout import Dropout
 
 NORM_EPS = 1e-6  # the reference's
-# Time buckets grow by e ** 0.301 = 1.35 and not by two, as in the published results: the reference
+# Time buckets grow by e ** 0.301 = 1.35, as in the published results, and not by two: the reference
 # divides a natural logarithm by log10(2).
 BUCKET_LOG_WIDTH, NUM_TIME_BUCKETS = 0.301, 129
 BIAS_START = 0.5  # of rab's two parts; around the reference's 0, chance decides (docs/log.md)
@@ -133,7 +133,7 @@ def gated_attention(
 
 
 class Attention(NamedTuple):
-    """A form of the attention: functions with the arguments and results of the two above."""
+    """A form of the attention; what `prepare` returns is for its own `gated_attention` alone."""
 
     prepare: Callable[..., Any]
     gated_attention: Callable[..., Tensor]
@@ -219,7 +219,7 @@ class HSTU(nn.Module):
         sequences = self.attention.prepare(offsets, timestamps, times, self.num_heads)
         for block in self.blocks:
             if self.gradient_checkpointing and self.training:
-                # Reentrant: else tuned attention keeps its parts. Its input must need a gradient.
+                # Reentrant: else tuned attention keeps its cache. Then x must need a gradient.
                 x = checkpoint(block, x.requires_grad_(), sequences, use_reentrant=True)
             else:
                 x = block(x, sequences)  # (T, D)

@@ -20,7 +20,7 @@ from ops.sharded_table import ShardedEmbedding, keep_own_items, sharded_target_r
 class Ranking(NamedTuple):
     """Where the targets of a split's S sequences stand among all items, in the loader's order.
 
-    The sequences of a process follow those of the process before it.
+    Of several processes: those of the main process first, then of process 1, and so on.
     """
 
     ranks: Tensor  # (S,) int64 in 1..X, 1 is best; MISS: the target was left out

@@ -1,4 +1,4 @@
-"""Signals that end a run: each sets a number, which the run asks for where it can save."""
+"""Signals that end a run: at once, or in a training where it can next be saved."""
 
 from __future__ import annotations
 

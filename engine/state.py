@@ -60,7 +60,7 @@ class Progress:
 
 @dataclass
 class Run:
-    """The collaborators of a training."""
+    """The parts of a training."""
 
     model: HSTUModel
     training_step: TrainingStep

@@ -21,7 +21,7 @@ from ops.sharded_table import ShardedEmbedding, gather_table, own_rows
 from simplified_hstu import RelativeAttentionBias
 
 ADAM_BETAS = (0.9, 0.98)  # the reference's
-# Rate of rab's scalars, in --lr's. AdamW moves a weight by about its rate a step at most: enough
+# Factor on --lr for rab's scalars. AdamW moves a weight by about its rate a step at most: enough
 # for embeddings of 0.02, not for scalars that end at 4 or 5 (docs/log.md).
 BIAS_RATE = 10
 AUTOCAST_DTYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}

@@ -28,7 +28,7 @@ CHUNK_ROWS = 1 << 16
 
 
 class ShardedEmbedding(nn.Embedding):
-    """A table of which each of K processes has every K-th row: id i is row i // K of rank i % K.
+    """A table of which each of n processes has every n-th row: id i is row i // n of rank i % n.
 
     Popular items often have neighbouring ids, so processes get about as many lookups. All processes
     look up the same ids at the same time, and get the vectors of all of them; a process's gradient

@@ -207,17 +207,13 @@ def test_a_full_shared_memory_ends_the_run_with_one_line(tmp_path, data, capsys,
     )
 
 
-@pytest.mark.slow
-def test_without_a_temporary_folder_loaders_are_refused_with_one_line(
-    tmp_path, data, capsys, monkeypatch
-):
+def test_without_a_temporary_folder_loaders_are_refused_before_they_hang(data, monkeypatch):
     def refuse():
         raise FileNotFoundError(errno.ENOENT, "No usable temporary directory found in ['/tmp']")
 
     monkeypatch.setattr(setup.tempfile, "gettempdir", refuse)
-    folders = [f"--data_dir={data}", f"--output_dir={tmp_path}/o", f"--log_dir={tmp_path}/l"]
-    assert main([*folders, *SMALL, "--num_workers=1"]) == 1
-    assert "No usable temporary directory found" in capsys.readouterr().err
+    with pytest.raises(OSError, match="No usable temporary directory found"):
+        setup.make_loader(open_dataset(data, "train", 6), 4, 1, torch.device("cpu"), 1)
 
 
 def test_accumulated_batches_equal_one_large_batch(tmp_path, data):
