@@ -41,8 +41,10 @@ def environment(device: str) -> dict[str, object]:
     )
     cpus = [li for li in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in li]
     script = f"benchmarks/{Path(sys.argv[0]).name}"
+    # Of a folder outside, its name: where it lies is a matter of the machine.
+    arguments = [Path(a).name if Path(a).is_absolute() else a for a in sys.argv[1:]]
     return {
-        "command": shlex.join(["python", script, *sys.argv[1:]]),
+        "command": shlex.join(["python", script, *arguments]),
         "commit": commit.stdout.strip(),
         "device": device,
         "cpu": f"{len(cpus)} x {cpus[0].split(':')[1].strip()}",
