@@ -41,11 +41,11 @@ def load_model(
     """
     config, weights = read_model(path)
     check_data(path, data_dir, config, manifest)
+    check_meanings(path, data_dir, config, manifest)
     sides = config.item_features, config.user_features
     vectors = [name for name, spec in sides[0].items() if spec["kind"] == "emb"]
     plain = [[name for name in side if name not in vectors] or ["none"] for side in sides]
     features = read_features(data_dir, manifest, *plain, vectors, trust_pickle)
-    check_meanings(path, data_dir, config, manifest)
     for specs, loaded in zip(sides, features, strict=True):
         known = {name: (spec["kind"], spec["size"]) for name, spec in specs.items()}
         found = {name: (feature.kind, feature.size) for name, feature in loaded.items()}
