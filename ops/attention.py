@@ -28,9 +28,10 @@ CPU_SCORES, GPU_SCORES = 1 << 19, 1 << 26
 # group is padding in MovieLens' batches.
 SHORTEST = 0.7
 # Up to this many (query, key) pairs in a batch, time buckets are computed once and shared by all
-# blocks, a byte each; up to this many scores in a block are cached for the backward pass. Beyond,
-# both are computed again where they are used, so that memory grows with T.
-CACHED_BUCKETS, CACHED_SCORES = 1 << 26, 1 << 22
+# blocks, a byte each, or of few pairs the 8 that a lookup wants (3 % of a step with 8 blocks); up
+# to this many scores in a block are cached for the backward pass. Beyond, buckets and scores are
+# computed again where they are used, so that memory grows with T.
+CACHED_BUCKETS, CACHED_INT64_BUCKETS, CACHED_SCORES = 1 << 26, 1 << 22, 1 << 22
 # As in simplified_hstu.
 BUCKET_LOG_WIDTH = 0.301
 NUM_TIME_BUCKETS = 129
@@ -54,7 +55,7 @@ class Tile(NamedTuple):
 
     queries: slice
     times: tuple[Tensor, Tensor] | None  # (G, queries) and (G, keys) float64 seconds
-    cached_buckets: Tensor | None  # (G, queries * keys) uint8 in 0..128
+    cached_buckets: Tensor | None  # (G, queries * keys) uint8 or int64 in 0..128
 
     @property
     def keys(self) -> slice:
@@ -88,9 +89,11 @@ class Group(NamedTuple):
         padded = rows.new_zeros(math.prod(self.shape), rows.shape[1])
         return padded.index_copy_(0, self.places, rows)
 
-    def unpad(self, padded: Tensor) -> Tensor:
-        """(G * L, w) -> (events, w)."""
-        return padded if self.places is None else padded.index_select(0, self.places)
+    def unpad(self, padded: Tensor, out: Tensor | None = None) -> Tensor:
+        """(G * L, w) -> (events, w), which `out` may be the place for."""
+        if self.places is not None:
+            return torch.index_select(padded, 0, self.places, out=out)
+        return padded if out is None else out.copy_(padded)
 
 
 def prepare(
@@ -105,7 +108,10 @@ def prepare(
     num_scores = CPU_SCORES if device.type == "cpu" else GPU_SCORES
     bounds = _group_bounds(lengths.tolist(), num_scores // num_heads)
     shapes = [(b - a, int(lengths[a:b].max())) for a, b in bounds]
-    caches_buckets = sum(G * L**2 for G, L in shapes) <= CACHED_BUCKETS
+    num_pairs = sum(G * L**2 for G, L in shapes)
+    cache_dtype = torch.int64 if num_pairs <= CACHED_INT64_BUCKETS else torch.uint8
+    if num_pairs > CACHED_BUCKETS:
+        cache_dtype = None
     groups = []
     for (a, b), shape in zip(bounds, shapes, strict=True):
         events = slice(int(offsets[a]), int(offsets[b]))
@@ -114,7 +120,7 @@ def prepare(
             # float64 is exact up to 2^53, and faster to subtract than int64.
             pair = (t[events, None].double() for t in (query_times, key_times))
             times = [group.pad(t).view(shape) for t in pair]
-        groups.append(group._replace(tiles=_tiles(shape[1], times, caches_buckets)))
+        groups.append(group._replace(tiles=_tiles(shape[1], times, cache_dtype)))
     return groups
 
 
@@ -139,7 +145,7 @@ def _places(lengths: Tensor, longest: int, device: torch.device) -> Tensor | Non
     return (torch.arange(len(shifts)) + shifts).to(device, non_blocking=True)
 
 
-def _tiles(length: int, times: list[Tensor] | None, caches_buckets: bool) -> list[Tile]:
+def _tiles(length: int, times: list[Tensor] | None, cache_dtype: torch.dtype | None) -> list[Tile]:
     """`times`: (G, L) of the queries and of the keys."""
     size = -(-length // -(-length // TILE))  # tiles of equal size, if possible
     tiles = []
@@ -148,8 +154,8 @@ def _tiles(length: int, times: list[Tensor] | None, caches_buckets: bool) -> lis
         tile = Tile(queries, None, None)
         if times is not None:
             tile = tile._replace(times=(times[0][:, queries], times[1][:, tile.keys]))
-        if times is not None and caches_buckets:
-            tile = tile._replace(cached_buckets=tile.time_buckets().to(torch.uint8))
+        if times is not None and cache_dtype is not None:
+            tile = tile._replace(cached_buckets=tile.time_buckets().to(cache_dtype))
         tiles.append(tile)
     return tiles
 
@@ -190,7 +196,8 @@ class _GatedAttention(torch.autograd.Function):
         with torch.autocast(x.device.type, enabled=False), torch.inference_mode():
             for group in groups:
                 heads = group.shape[0], num_heads
-                projected = _by_head(group.pad(x[group.events]) @ weight.T, heads)
+                padded = group.pad(x[group.events])  # (G * L, D)
+                projected = _by_head(padded @ weight.T, heads)
                 activated = F.silu(projected)
                 u, v, q, k = activated.split(widths, -1)  # (G * H, L, .)
                 shares = v / maxlen  # before the sum, which may overflow in float16
@@ -204,29 +211,30 @@ class _GatedAttention(torch.autograd.Function):
                     _by_event(attended, heads), out.shape[1:], None, None, NORM_EPS
                 )  # (G * L, H * dv), (G * L, 1)
                 # rstd / N: the backward pass starts from the gradient of N A V.
-                ctx.cached.append((projected, activated, normed, rstd / maxlen))
-                out[group.events] = group.unpad(_by_event(u, heads) * normed)
-        ctx.save_for_backward(x, weight, position_weight, time_weight)
+                ctx.cached.append((padded, projected, activated, normed, rstd / maxlen))
+                group.unpad(_by_event(u, heads) * normed, out[group.events])
+        ctx.save_for_backward(weight, position_weight, time_weight)
         ctx.groups, ctx.widths, ctx.maxlen = groups, widths, maxlen
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_out):
-        x, weight, position_weight, time_weight = ctx.saved_tensors
-        biases = _position_table(x, position_weight, ctx.maxlen), time_weight
-        num_heads = len(weight) // sum(ctx.widths)
-        x_grad, weight_grad = torch.empty_like(x), torch.zeros_like(weight.T, dtype=_sum_dtype(x))
+        weight, position_weight, time_weight = ctx.saved_tensors
+        biases = _position_table(weight, position_weight, ctx.maxlen), time_weight
+        num_heads, sum_dtype = len(weight) // sum(ctx.widths), _sum_dtype(weight)
+        x_grad = weight.new_empty(len(grad_out), weight.shape[1])
+        weight_grad = torch.zeros_like(weight.T, dtype=sum_dtype)
         position_grad = time_grad = None
         if position_weight is not None:
-            position_grad = x.new_zeros(TILE, len(biases[0]), dtype=_sum_dtype(x))
+            position_grad = weight.new_zeros(TILE, len(biases[0]), dtype=sum_dtype)
         if time_weight is not None:
             most = max(group.shape[0] for group in ctx.groups)
-            time_grad = x.new_zeros(most, NUM_TIME_BUCKETS, dtype=_sum_dtype(x))
+            time_grad = weight.new_zeros(most, NUM_TIME_BUCKETS, dtype=sum_dtype)
         with torch.inference_mode():
             for group in reversed(ctx.groups):
                 heads = group.shape[0], num_heads
-                projected, activated, normed, rstd = ctx.cached.pop()
+                padded, projected, activated, normed, rstd = ctx.cached.pop()
                 u, *vqk = activated.split(ctx.widths, -1)  # (G * H, L, .)
                 grad = torch.empty_like(activated)
                 u_grad, *vqk_grads = grad.split(ctx.widths, -1)
@@ -238,9 +246,9 @@ class _GatedAttention(torch.autograd.Function):
                     biases, (position_grad, time_grad),
                 )  # fmt: skip
                 grad = torch.ops.aten.silu_backward(grad, projected)
-                grad = group.unpad(_by_event(grad, heads))  # (events, H * sum of widths)
-                torch.mm(grad, weight, out=x_grad[group.events])
-                weight_grad += x[group.events].T @ grad  # faster than its transpose
+                grad = _by_event(grad, heads)  # (G * L, H * sum of widths), zero in the padding
+                group.unpad(grad @ weight, x_grad[group.events])
+                weight_grad += padded.T @ grad  # faster than its transpose
         if position_grad is not None:
             position_grad = position_grad.sum(0)[: ctx.maxlen].flip(0)
         if time_grad is not None:
