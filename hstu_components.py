@@ -21,6 +21,7 @@ from ops.sharded_table import ShardedEmbedding
 
 INIT_STD = 0.02  # of item table, positions and everything added to them: see docs/log.md
 L2_EPS = 1e-6
+SUM_BLOCK = 128  # events that a matrix product adds up
 # Up to this many rows a table's gradient is dense: faster for batches of 14,000 distinct items.
 DENSE_ROWS = 20_000
 
@@ -234,6 +235,36 @@ class LearnablePositionalEmbeddingInputFeaturesPreprocessor(nn.Module):
         if users is not None:
             x = x + users
         return self.dropout(x)
+
+
+class HistoryResidual(nn.Module):
+    """Adds a history's items to its query, for logs in which users come back to what they had.
+
+        q = x / |x| + 2 / sqrt(n) (v_1 + ... + v_n) + 2 v_n
+
+    where v_j is the unit vector of the j-th of the n events so far. So a query is near the items of
+    its history, above all the frequent and the newest ones, from the first training step on; HSTU
+    alone hardly learns that where items are many and events few. Not in the paper; docs/log.md has
+    what else was tried.
+    """
+
+    def forward(self, x: Tensor, items: Tensor, positions: Tensor) -> Tensor:
+        """`x`, `items`: encoder and item tower outputs, (T, D). `positions`: (T,) int64 from 0."""
+        v, first = F.normalize(items.float(), dim=1), torch.arange(len(items)).to(positions)
+        first = first - positions  # (T,), of each event's sequence
+        # float64, or the sums over the events before a sequence would leave their error in it.
+        sums = running_sums(v.double())  # (T, D)
+        sums = (sums - (sums - v).index_select(0, first)).float()
+        counts = positions[:, None] + 1  # n
+        return F.normalize(x.float(), dim=1) + 2 * counts.rsqrt() * sums + 2 * v
+
+
+def running_sums(x: Tensor) -> Tensor:
+    """As x.cumsum(0), of (T, D), which on CUDA torch does not call deterministic."""
+    blocks = F.pad(x, (0, 0, 0, -len(x) % SUM_BLOCK)).unflatten(0, (-1, SUM_BLOCK))
+    within = x.new_ones(SUM_BLOCK, SUM_BLOCK).tril() @ blocks  # (blocks, SUM_BLOCK, D)
+    before = x.new_ones(len(blocks), len(blocks)).tril(-1) @ within[:, -1]  # (blocks, D)
+    return (within + before[:, None]).flatten(0, 1)[: len(x)]
 
 
 class L2NormEmbeddingPostprocessor(nn.Module):

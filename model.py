@@ -17,6 +17,7 @@ from dot_product_similarity import DotProductSimilarity
 from hstu_components import (
     ENCODERS,
     FeatureTables,
+    HistoryResidual,
     L2NormEmbeddingPostprocessor,
     LearnablePositionalEmbeddingInputFeaturesPreprocessor,
     LocalEmbeddingModule,
@@ -98,6 +99,7 @@ class HSTUConfig:
     action_names: list[str] | None = None  # of the action types; None: not known
     feature_digests: dict[str, str] | None = None  # of what features' numbers mean; None: not known
     removes_seen: bool = True  # rankings leave out what a user has seen; so its export does
+    history_residual: bool = False  # the history's items are added to the query
 
 
 class HSTUModel(nn.Module):
@@ -147,6 +149,7 @@ class HSTUModel(nn.Module):
             has_position_bias=config.position_bias,
             attention=self.kernels.attention,
         )
+        self.history_residual = HistoryResidual() if config.history_residual else None
         self.output_postprocessor = L2NormEmbeddingPostprocessor()
         self.similarity = DotProductSimilarity()
 
@@ -193,11 +196,13 @@ class HSTUModel(nn.Module):
         starts = batch.offsets[:-1].repeat_interleave(lengths)
         positions = (torch.arange(len(starts)) - starts).to(rows.device, non_blocking=True)
         # Not rows[...]: its gradient is summed by several threads in any order.
-        x = rows.index_select(0, batch.item_index)  # (T, D)
+        items = rows.index_select(0, batch.item_index)  # (T, D)
         users = self._users(batch.user_ids, lengths)
         actions = batch.action_types, batch.target_action_types
-        x = self.input_preprocessor(x, positions, *actions, users)  # (T, D)
+        x = self.input_preprocessor(items, positions, *actions, users)  # (T, D)
         x = self.hstu(x, batch.offsets, batch.timestamps, batch.target_timestamps)  # (T, D)
+        if self.history_residual is not None:
+            x = self.history_residual(x, items, positions)  # (T, D)
         return self.output_postprocessor(x)  # (T, D)
 
     def _users(self, user_ids: Tensor, lengths: Tensor) -> Tensor | None:

@@ -12,6 +12,7 @@ DATA = {
     "--action is_follow is_like long_view is_click --item_features {source}/items.csv.gz "
     "--user_features {source}/users.csv.gz --sparse author_id --continual video_duration "
     "--drop counts play_* *_cnt *_num comment_stay_duration",
+    "retailrocket": "prepare_table.py {source}/interactions.csv.gz {data} --action action",
 }
 IDS_AND_TIMES = "--item_features none --user_features none --no-actions --mm_emb_id"
 IDS = f"{IDS_AND_TIMES} --time_bias=off"
@@ -56,6 +57,12 @@ SETTINGS = {
     "kuairand-users": ("kuairand", f"--time_bias=off {KUAIRAND}"),
     "kuairand-time": ("kuairand", KUAIRAND),
     "kuairand-target-action": ("kuairand", f"{KUAIRAND} --target_action"),
+    "retailrocket-default": ("retailrocket", "--num_epochs=12"),
+    "retailrocket-no-residual": ("retailrocket", "--num_epochs=12 --history_residual=off"),
+    "retailrocket-wide": (
+        "retailrocket",
+        "--num_epochs=12 --hidden_units=128 --attention_dim=128 --linear_dim=128",
+    ),
 }
 # The defaults, and the same inputs and shape with other flags of optimisation.
 SETTINGS |= {

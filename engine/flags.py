@@ -66,6 +66,11 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     text = "time a query has: that of the event to predict, of the last seen event, or none"
     model("--time_bias", choices=["request", "event", "off"], default="request", help=text)
     model("--position_bias", **on_off, default=True, help="attention bias by distance")
+    text = (
+        "add the items of the history to the query; auto: where more than "
+        f"{MOST_REPEATS:.0%} of the validation targets are among them"
+    ).replace("%", "%%")
+    model("--history_residual", choices=["auto", "on", "off"], default="auto", help=text)
 
     loss = parser.add_argument_group("loss").add_argument
     loss("--infonce_temp", type=positive, default=0.1, help="temperature, above 0")

@@ -119,22 +119,28 @@ def make_config(
         item_ids_digest=manifest.item_ids_digest,
         action_names=manifest.action_names,
         feature_digests=manifest.feature_digests,
-        removes_seen=removes_seen(args.remove_seen, datasets.get("valid")),
+        **repeats(args.remove_seen, args.history_residual, datasets.get("valid")),
         **{name: getattr(args, name) for name in same},
     )
 
 
-def removes_seen(choice: str, valid: MyDataset | None) -> bool:
-    """Whether rankings leave out what a user has seen, as --remove_seen says."""
-    if choice != "auto" or valid is None or valid.target == "none":
-        return choice != "off"
-    share = valid.sequences.repeat_share()
-    if share > MOST_REPEATS:
+def repeats(remove_seen: str, history_residual: str, valid: MyDataset | None) -> dict[str, bool]:
+    """What --remove_seen and --history_residual, of which "auto" follows the data, come to."""
+    are_many = False
+    if "auto" in (remove_seen, history_residual) and valid and valid.target != "none":
+        share = valid.sequences.repeat_share()
+        are_many = share > MOST_REPEATS
+    if are_many:
+        chosen = {"--remove_seen is off": remove_seen, "--history_residual is on": history_residual}
+        what = " and ".join(text for text, choice in chosen.items() if choice == "auto")
         log.info(
-            "--remove_seen is off: %.1f %% of the validation targets are items that their users "
-            "had before", 100 * share,
+            "%s: %.1f %% of the validation targets are items that their users had before",
+            what, 100 * share,
         )  # fmt: skip
-    return share <= MOST_REPEATS
+    return {
+        "removes_seen": not are_many if remove_seen == "auto" else remove_seen == "on",
+        "history_residual": are_many if history_residual == "auto" else history_residual == "on",
+    }
 
 
 def shards_items(args: argparse.Namespace, train_set: MyDataset) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from hstu_components import Dropout
+from hstu_components import Dropout, HistoryResidual, running_sums
 
 
 def test_dropout_drops_its_share_and_keeps_the_mean():
@@ -41,3 +41,23 @@ def test_dropout_passes_gradients_where_it_keeps():
 def test_dropout_is_off_in_evaluation():
     x = torch.randn(5, 7)
     assert torch.equal(Dropout(0.5).eval()(x), x)
+
+
+@pytest.mark.parametrize("length", [0, 1, 127, 128, 300])
+def test_running_sums_are_the_sums_so_far(length):
+    x = torch.randn(length, 3, dtype=torch.float64)
+    torch.testing.assert_close(running_sums(x), x.cumsum(0))
+
+
+def test_history_residual_adds_the_items_of_the_own_history_and_the_newest():
+    torch.manual_seed(0)
+    lengths = [1, 5, 200]
+    x, items = torch.randn(206, 7), 3 * torch.randn(206, 7)
+    positions = torch.cat([torch.arange(n) for n in lengths])
+    unit = [row / row.norm() for row in items]
+    expected = []
+    for t, n in enumerate((positions + 1).tolist()):
+        history = unit[t - n + 1 : t + 1]
+        expected.append(x[t] / x[t].norm() + 2 * sum(history) / n**0.5 + 2 * unit[t])
+    found = HistoryResidual()(x, items, positions)
+    torch.testing.assert_close(found, torch.stack(expected), rtol=1e-5, atol=1e-5)

@@ -93,6 +93,7 @@ TRAINING_FLAGS = {
     "dropout_rate": ([], ["--dropout_rate=0"]),
     "time_bias": ([], ["--time_bias=event"]),
     "position_bias": ([], ["--no-position_bias"]),
+    "history_residual": (["--history_residual=on"], ["--history_residual=off"]),
     "infonce_temp": ([], ["--infonce_temp=0.5"]),
     "negatives": (["--negatives=batch"], ["--negatives=mixed"]),
     "num_negatives": (
@@ -384,7 +385,9 @@ def test_targets_that_were_seen_are_told_apart_and_missed_where_seen_items_are_l
 
 
 @pytest.mark.parametrize(("share", "is_off"), [(0.05, False), (0.06, True)])
-def test_seen_items_stay_where_many_validation_targets_are_repeats(tmp_path, capsys, share, is_off):
+def test_seen_items_stay_and_are_added_to_the_query_where_many_validation_targets_are_repeats(
+    tmp_path, capsys, share, is_off
+):
     items = np.arange(1, 401).reshape(100, 4)
     items[: round(100 * share), 2] = items[: round(100 * share), 1]  # the last of valid
     events = np.zeros(400, EVENT_DTYPE)
@@ -393,8 +396,11 @@ def test_seen_items_stay_where_many_validation_targets_are_repeats(tmp_path, cap
     ids = {"item_ids": range(400), "user_ids": range(100), "num_action_types": 1}
     write_dataset(tmp_path / "data", splits, **ids)
     auto = run(tmp_path, tmp_path / "data")
-    assert ("--remove_seen is off: 6.0 % of the validation" in capsys.readouterr().out) == is_off
-    chosen = run(tmp_path, tmp_path / "data", "--remove_seen", "off" if is_off else "on", name="c")
+    line = "--remove_seen is off and --history_residual is on: 6.0 % of the validation"
+    assert (line in capsys.readouterr().out) == is_off
+    flags = ("--remove_seen=off", "--history_residual=on")
+    flags = flags if is_off else ("--remove_seen=on", "--history_residual=off")
+    chosen = run(tmp_path, tmp_path / "data", *flags, name="c")
     assert are_equal(metrics(auto), metrics(chosen))
     best = [f"--state_dict_path={auto}/model_best.pt", f"--output_dir={auto}"]
     assert main(["--inference_only", "--device=cpu", f"--data_dir={tmp_path}/data", *best]) == 0
@@ -569,7 +575,7 @@ def test_resume_from_a_named_state(tmp_path, data):
 
 
 def test_a_state_of_another_folder_is_refused_and_goes_on_once_it_is_copied(tmp_path, data, capsys):
-    flags = ["--lr=3", "--warmup_steps=0"]
+    flags = ["--lr=3", "--warmup_steps=0", "--history_residual=off"]
     whole = run(tmp_path, data, *flags, "--save_every_steps=5")
     assert metrics(whole)["best_epoch"] == 1  # and remains so
     other = tmp_path / "o"
@@ -980,9 +986,11 @@ def test_the_page_of_charts_names_only_curves_that_are_there(tmp_path, data):
 def test_the_first_ten_losses_are_the_golden_ones(tmp_path, data):
     """They change only with the model, the loss, the data or the order of random draws.
 
-    Without Muon, which tests/test_optimizer.py compares with torch's.
+    Without Muon, which tests/test_optimizer.py compares with torch's, and without the residual
+    that this data's repeats turn on.
     """
-    output_dir = run(tmp_path, data, "--log_every=1", "--num_epochs=4", "--no-muon")
+    flags = "--log_every=1", "--num_epochs=4", "--no-muon", "--history_residual=off"
+    output_dir = run(tmp_path, data, *flags)
     losses = [loss for _, loss in scalars(output_dir, "Loss/train")][:10]
     # 1e-3: another CPU sums in another order.
     assert losses == pytest.approx(GOLDEN, rel=1e-3)
