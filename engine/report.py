@@ -8,6 +8,7 @@ import shlex
 import torch
 from torch.utils.data import DataLoader
 
+from engine.baselines import baseline_metrics, log_baselines
 from engine.evaluation import evaluate
 from engine.export import exported_ids
 from engine.run_log import RunLog, summary
@@ -26,7 +27,8 @@ def test_best(run: Run, loader: DataLoader | None, precision: str) -> None:
     """Write metrics.json, unless it is there: the best epoch's metrics on valid and on test.
 
     Of the test's targets also apart: `test_cold`, without a training event; `test_new` and
-    `test_repeat`, which their users had not or had before.
+    `test_repeat`, which their users had not or had before; and `test_baselines`, rankings that need
+    no model.
     """
     path, progress = run.output_dir / "metrics.json", run.progress
     if path.exists():
@@ -42,6 +44,9 @@ def test_best(run: Run, loader: DataLoader | None, precision: str) -> None:
             "test_repeat": ranking.metrics_of(ranking.is_repeat),
         }
     if is_main_process():
+        if loader is not None:
+            splits = run.datasets["train"].sequences, run.datasets["test"].sequences
+            result["test_baselines"] = baseline_metrics(*splits, run.model.config.removes_seen)
         write_json(path, {name: value for name, value in result.items() if value != {}})
 
 
@@ -66,6 +71,7 @@ def report(run: Run, data_dir: str, log_dir: str, reason: str) -> None:
             "  repeat %s: %d targets that their users had before%s",
             summary(repeats), repeats["targets"], remark,
         )  # fmt: skip
+    log_baselines(result.get("test_baselines", {}))
     log.info("  wrote  %s, model_epoch_*.pt, %s", best, path)
     data_dir, output, logs, best = map(shlex.quote, (data_dir, str(output_dir), log_dir, str(best)))
     folders = f"--data_dir {data_dir} --output_dir {output}"
