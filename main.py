@@ -1,4 +1,4 @@
-"""Train HSTU or export a trained model: flags in, then the training loop from top to bottom.
+"""Train HSTU, test or export a trained model: flags in, then the training loop from top to bottom.
 
 A model of your own: `sys.exit(main(model_class=MyModel))`. A metric of your own is one more entry
 in METRICS, a feature type one in dataset.PARSERS and one in hstu_components.ENCODERS.
@@ -25,7 +25,7 @@ from engine.evaluation import evaluate
 from engine.export import infer
 from engine.flags import FREE_FLAGS, get_args
 from engine.metrics import METRICS  # noqa: F401
-from engine.report import project_items, report, test_best
+from engine.report import evaluate_checkpoint, project_items, report, test_best
 from engine.run_log import RunLog, progress_bar
 from engine.setup import make_loader, set_up_process
 from engine.signals import Stopped, stop_signal
@@ -40,7 +40,7 @@ log = logging.getLogger("hstu")
 
 
 def main(argv: list[str] | None = None, model_class: type[HSTUModel] = HSTUModel) -> int:
-    """Train or export as the command line says; the exit code.
+    """Train, evaluate or export as the command line says; the exit code.
 
     Of several processes, the first one to fail says why; the main process says everything else.
     """
@@ -51,7 +51,12 @@ def main(argv: list[str] | None = None, model_class: type[HSTUModel] = HSTUModel
         with stop_signal, log_to_stdout():
             args = get_args(argv)
             set_up_process(args)
-            infer(args, model_class) if args.inference_only else train(args, model_class)
+            if args.inference_only:
+                infer(args, model_class)
+            elif args.evaluate:
+                evaluate_checkpoint(args, model_class)
+            else:
+                train(args, model_class)
     except Stopped as stop:
         if is_main_process():
             print(stop)

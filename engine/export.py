@@ -16,7 +16,7 @@ from torch import Tensor
 from dataset import MyDataset, Negatives, Request
 from engine.run_log import progress_bar
 from engine.setup import make_loader, vectors_on_host
-from engine.trained_model import load_model
+from engine.trained_model import leaves_out_seen, load_model
 from files import data_folder
 from files.atomic_io import DataError, sha256_of
 from files.checkpoint import differences
@@ -63,8 +63,7 @@ def infer(args: argparse.Namespace, model_class: type[HSTUModel] = HSTUModel) ->
         catalogue = candidates_of(args.candidates, args.data_dir, model, args.mm_emb_device, trust)
     else:
         catalogue = all_items(args.data_dir, model, trust)
-    is_as_trained = args.remove_seen == "auto"
-    removes_seen = model.config.removes_seen if is_as_trained else args.remove_seen == "on"
+    removes_seen = leaves_out_seen(args.remove_seen, model.config)
     origin = {
         "checkpoint": path.name,
         "checkpoint_sha256": sha256_of(path),

@@ -18,8 +18,8 @@ MODEL_VECTORS_UP_TO = 1 << 30
 FREE_FLAGS = {
     "data_dir", "output_dir", "log_dir", "num_workers", "shard_items", "device", "kernels",
     "resume", "overwrite", "mm_emb_device", "candidates", "save_every_steps", "log_every",
-    "projector", "inference_only", "state_dict_path", "trust_pickle", "top_k", "whole_history",
-    "request_time", "request_action", "debug",
+    "projector", "inference_only", "evaluate", "state_dict_path", "trust_pickle", "top_k",
+    "whole_history", "request_time", "request_action", "debug",
 }  # fmt: skip
 DEFAULT_MM_EMB_ID = ["81"]
 _MOST_MB, _MOST_ITEMS = MODEL_VECTORS_UP_TO >> 20, f"{ALL_NEGATIVES_UP_TO:,}"
@@ -29,7 +29,7 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     """The flags; the only place with defaults. docs/flags.md says more about each."""
     parser = argparse.ArgumentParser(
         usage="python main.py [--flag value ...]; --help tells them all",  # two screens otherwise
-        description="Train HSTU on user-event sequences, or export embeddings.",
+        description="Train HSTU on user-event sequences, or test or export a trained model.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     on_off, switch = {"action": argparse.BooleanOptionalAction}, {"action": "store_true"}
@@ -122,7 +122,9 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
 
     export = parser.add_argument_group("export").add_argument
     export("--inference_only", **switch, help="export embeddings instead of training")
-    export("--state_dict_path", metavar="PATH", help="model_*.pt file to export")
+    text = "rank a split, test if none is named, with a trained model instead of training"
+    export("--evaluate", nargs="?", const="test", choices=["valid", "test"], help=text)
+    export("--state_dict_path", metavar="PATH", help="model_*.pt file to export or evaluate")
     export("--candidates", metavar="DIR", help="candidate folder to export instead of all items")
     export("--top_k", type=at_least(1), default=10, help="items exported per test user")
     export("--whole_history", **switch, help="queries for what follows a test user's last event")
@@ -132,17 +134,26 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     text = "action hoped for, by name or number, where the target is unknown; -1: unknown"
     export("--request_action", default="-1", metavar="TYPE", help=text)
     args = parser.parse_args(argv)
-    if args.inference_only and not args.state_dict_path:
-        parser.error("--inference_only needs --state_dict_path: a model_*.pt file of a training")
-    asks = args.whole_history or args.request_time is not None or args.request_action != "-1"
-    if not args.inference_only and (args.state_dict_path or args.candidates or asks):
-        for_export = "--state_dict_path, --candidates, --whole_history and --request_*"
-        parser.error(f"{for_export} are for --inference_only")
+    refuse_other_use(parser, args)
     if args.num_heads * args.linear_dim == 1:
         parser.error("--linear_dim 1 with one head: a LayerNorm over one number is always 0")
     if args.overwrite and args.resume != "none":
         parser.error("--overwrite is for --resume none")
     return args
+
+
+def refuse_other_use(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """Refuse flags that are for another of training, --evaluate and --inference_only."""
+    if args.inference_only and args.evaluate:
+        parser.error("--inference_only exports and --evaluate ranks a split; choose one of the two")
+    if (args.inference_only or args.evaluate) and not args.state_dict_path:
+        name = "--inference_only" if args.inference_only else "--evaluate"
+        parser.error(f"{name} needs --state_dict_path: a model_*.pt file of a training")
+    if args.state_dict_path and not (args.inference_only or args.evaluate):
+        parser.error("--state_dict_path is for --inference_only and --evaluate")
+    asks = args.whole_history or args.request_time is not None or args.request_action != "-1"
+    if not args.inference_only and (args.candidates or asks):
+        parser.error("--candidates, --whole_history and --request_* are for --inference_only")
 
 
 def device_name(text: str) -> str:

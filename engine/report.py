@@ -1,20 +1,30 @@
-"""The end of a training: the best epoch tested once, and what there is now."""
+"""What a model is worth on a split: the best epoch at the end of a training, or any checkpoint."""
 
 from __future__ import annotations
 
+import argparse
 import logging
 import shlex
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
 
 import torch
+from torch import Tensor
 from torch.utils.data import DataLoader
 
+from dataset import MyDataset
 from engine.baselines import baseline_metrics, log_baselines
-from engine.evaluation import evaluate
+from engine.evaluation import Ranking, evaluate
 from engine.export import exported_ids
 from engine.run_log import RunLog, summary
+from engine.setup import make_loader
 from engine.state import Run, load_best
-from files.atomic_io import read_json, write_json
-from files.data_folder import read_item_names
+from engine.trained_model import leaves_out_seen, load_model
+from engine.training_setup import count_negatives
+from files.atomic_io import DataError, read_json, sha256_of, write_json
+from files.data_folder import read_item_names, read_manifest
+from model import HSTUModel
 from ops.collectives import is_main_process
 
 log = logging.getLogger("hstu")
@@ -37,17 +47,77 @@ def test_best(run: Run, loader: DataLoader | None, precision: str) -> None:
     if loader is not None:
         load_best(run)
         ranking = evaluate(run.model, loader, precision=precision)
-        result |= {
-            "test": ranking.metrics(),
-            "test_cold": ranking.metrics_of(run.item_counts[ranking.target_ids] == 0),
-            "test_new": ranking.metrics_of(~ranking.is_repeat),
-            "test_repeat": ranking.metrics_of(ranking.is_repeat),
-        }
+        result |= split_metrics("test", ranking, run.item_counts)
     if is_main_process():
         if loader is not None:
             splits = run.datasets["train"].sequences, run.datasets["test"].sequences
             result["test_baselines"] = baseline_metrics(*splits, run.model.config.removes_seen)
         write_json(path, {name: value for name, value in result.items() if value != {}})
+
+
+def split_metrics(split: str, ranking: Ranking, item_counts: Tensor) -> dict[str, dict]:
+    """Metrics of the targets of a split, and of the kinds of targets that there are, apart."""
+    kinds = {
+        f"{split}_cold": item_counts[ranking.target_ids] == 0,
+        f"{split}_new": ~ranking.is_repeat,
+        f"{split}_repeat": ranking.is_repeat,
+    }
+    found = {split: ranking.metrics()} | {n: ranking.metrics_of(w) for n, w in kinds.items()}
+    return {name: metrics for name, metrics in found.items() if metrics}
+
+
+def evaluate_checkpoint(args: argparse.Namespace, model_class: type[HSTUModel] = HSTUModel) -> None:
+    """Rank the split that --evaluate names; log and write what the end of a training does.
+
+    The loss is that with the negatives that the flags say.
+
+    Raises:
+        DataError: checkpoint, data and flags do not fit, or no target of the split is known.
+    """
+    path, split, trust = Path(args.state_dict_path), args.evaluate, args.trust_pickle
+    manifest = read_manifest(args.data_dir, trust=trust)
+    names = ("device", "mm_emb_device", "kernels", "trust_pickle")
+    options = {name: getattr(args, name) for name in names}
+    model = load_model(path, args.data_dir, manifest, model_class=model_class, **options)
+    negatives, item_counts = count_negatives(args, manifest, bool(model.config.item_features))
+    sides = [s for s in ("train", split) if s in manifest.targets]
+    options = model.config.maxlen, negatives
+    of = {s: MyDataset(args.data_dir, s, *options, trust_pickle=trust) for s in sides}
+    if split not in of or of[split].target == "none" or not len(of[split]):
+        raise DataError(f"{args.data_dir}: no {split} split with known targets there; name another")
+    device = next(model.parameters()).device
+    loader = make_loader(of[split], args.batch_size, args.seed, device, args.num_workers)
+    removes_seen = leaves_out_seen(args.remove_seen, model.config)
+    ranking = evaluate(model, loader, removes_seen, args.precision)
+    result = {
+        "checkpoint": path.name,
+        "checkpoint_sha256": sha256_of(path),
+        "removes_seen": removes_seen,
+        **split_metrics(split, ranking, torch.from_numpy(item_counts)),
+    }
+    splits = of["train"].sequences, of[split].sequences
+    result[f"{split}_baselines"] = baseline_metrics(*splits, removes_seen)
+    log.info("%s on %d targets of %s", path, len(ranking.ranks), args.data_dir)
+    log_split(result, split, removes_seen)
+    output = Path(args.output_dir) / f"metrics_{path.stem}_{split}.json"
+    output.parent.mkdir(parents=True, exist_ok=True)
+    write_json(output, result)
+    log.info("  wrote  %s", output)
+
+
+def log_split(result: Mapping[str, Any], split: str, removes_seen: bool) -> None:
+    """A line for each part of what `split_metrics` and `baseline_metrics` gave."""
+    log.info("  %-6s %s", split, summary(result[split]))
+    if cold := result.get(f"{split}_cold"):
+        log.info("  cold   %s: %d targets without a training event", summary(cold), cold["targets"])
+    if (new := result.get(f"{split}_new")) and (repeats := result.get(f"{split}_repeat")):
+        remark = "; left out of the ranking, a miss each (--remove_seen off)" * removes_seen
+        log.info("  new    %s: %d targets that their users had not", summary(new), new["targets"])
+        log.info(
+            "  repeat %s: %d targets that their users had before%s",
+            summary(repeats), repeats["targets"], remark,
+        )  # fmt: skip
+    log_baselines(result.get(f"{split}_baselines", {}))
 
 
 def report(run: Run, data_dir: str, log_dir: str, reason: str) -> None:
@@ -59,19 +129,10 @@ def report(run: Run, data_dir: str, log_dir: str, reason: str) -> None:
     best, path = output_dir / "model_best.pt", output_dir / "metrics.json"
     result = read_json(path)
     log.info("finished: %d epochs, best epoch %d%s", progress.epoch, result["best_epoch"], reason)
-    for split in ("valid", "test"):
-        if result.get(split):
-            log.info("  %-6s %s", split, summary(result[split]))
-    if cold := result.get("test_cold"):
-        log.info("  cold   %s: %d targets without a training event", summary(cold), cold["targets"])
-    if (new := result.get("test_new")) and (repeats := result.get("test_repeat")):
-        remark = "; left out of the ranking, a miss each (--remove_seen off)" * removes_seen
-        log.info("  new    %s: %d targets that their users had not", summary(new), new["targets"])
-        log.info(
-            "  repeat %s: %d targets that their users had before%s",
-            summary(repeats), repeats["targets"], remark,
-        )  # fmt: skip
-    log_baselines(result.get("test_baselines", {}))
+    if result.get("valid"):
+        log.info("  valid  %s", summary(result["valid"]))
+    if result.get("test"):
+        log_split(result, "test", removes_seen)
     log.info("  wrote  %s, model_epoch_*.pt, %s", best, path)
     data_dir, output, logs, best = map(shlex.quote, (data_dir, str(output_dir), log_dir, str(best)))
     folders = f"--data_dir {data_dir} --output_dir {output}"

@@ -50,8 +50,9 @@ def set_up_process(args: argparse.Namespace) -> None:
     join(args.device.startswith("cuda") and torch.cuda.is_available())
     if not is_main_process():
         log.setLevel(logging.ERROR)
-    if world_size() > 1 and args.inference_only:
-        raise DataError("--inference_only exports in one process: start python, not torchrun")
+    if world_size() > 1 and (args.inference_only or args.evaluate):
+        name = "--inference_only" if args.inference_only else "--evaluate"
+        raise DataError(f"{name} runs in one process: start python, not torchrun")
     if world_size() > 1 and ":" in args.device:
         raise DataError(f"--device {args.device}: each process takes its own; write --device cuda")
     if os.path.realpath(args.output_dir) == os.path.realpath(args.data_dir):

@@ -57,6 +57,11 @@ def load_model(
     return model
 
 
+def leaves_out_seen(choice: str, config: HSTUConfig) -> bool:
+    """Whether seen items are left out, as --remove_seen says; "auto": as in the training."""
+    return config.removes_seen if choice == "auto" else choice == "on"
+
+
 def read_model(path: str | Path) -> tuple[HSTUConfig, Mapping[str, Tensor]]:
     """The config and the weights in a checkpoint."""
     content = load_checkpoint(path)

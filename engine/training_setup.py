@@ -73,6 +73,17 @@ def open_datasets(
     args: argparse.Namespace, manifest: Manifest, item_features: Mapping[str, Feature]
 ) -> tuple[dict[str, MyDataset], np.ndarray]:
     """The splits there are, with the negatives asked for; and each item's events in training."""
+    negatives, item_counts = count_negatives(args, manifest, bool(item_features))
+    host_vectors = vectors_on_host(item_features, args.mm_emb_device)
+    options = {"has_windows": args.windows, "trust_pickle": args.trust_pickle}
+    options |= {"maxlen": args.maxlen, "negatives": negatives, "host_vectors": host_vectors}
+    return {s: MyDataset(args.data_dir, s, **options) for s in manifest.targets}, item_counts
+
+
+def count_negatives(
+    args: argparse.Namespace, manifest: Manifest, has_item_features: bool
+) -> tuple[Negatives, np.ndarray]:
+    """The negatives that the flags say, and (X + 1,) each item's events in training."""
     kind = args.negatives
     if kind == "auto":
         kind = "all" if manifest.num_items <= ALL_NEGATIVES_UP_TO else "mixed"
@@ -81,12 +92,9 @@ def open_datasets(
     target_counts = train.count_targets(item_counts, None if args.windows else args.maxlen)
     negatives = Negatives(
         manifest.num_items, kind, args.num_negatives, target_counts, args.logq,
-        only_trained=bool(item_features),
+        only_trained=has_item_features,
     )  # fmt: skip
-    host_vectors = vectors_on_host(item_features, args.mm_emb_device)
-    options = {"has_windows": args.windows, "trust_pickle": args.trust_pickle}
-    options |= {"maxlen": args.maxlen, "negatives": negatives, "host_vectors": host_vectors}
-    return {s: MyDataset(args.data_dir, s, **options) for s in manifest.targets}, item_counts
+    return negatives, item_counts
 
 
 def eval_loader(args: argparse.Namespace, run: Run, split: str) -> DataLoader | None:

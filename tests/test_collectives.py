@@ -530,7 +530,7 @@ def test_processes_of_torchrun_say_once_why_they_end(long_data, tmp_path):
     )  # fmt: skip
     assert done.returncode == 1
     errors = [line for line in done.stderr.splitlines() if line.startswith("error:")]
-    assert errors == ["error: --inference_only exports in one process: start python, not torchrun"]
+    assert errors == ["error: --inference_only runs in one process: start python, not torchrun"]
 
 
 @pytest.mark.parametrize("found", [{}, {"WORLD_SIZE": "2"}])
