@@ -41,7 +41,7 @@ class Fetched(NamedTuple):
     """What MyDataset hands to its collate_fn."""
 
     sequences: Sequences  # of all processes: their targets are negatives of each
-    seen: Sequences | None  # whole histories without the target, for valid and test; own ones
+    seen: Sequences | None  # whole histories without the target; None in training; own ones
     seed: tuple[int, ...]
     own: np.ndarray | None = None  # (B,) bool, True: a sequence of this process; None: all are
 
@@ -66,7 +66,7 @@ class Batch(NamedTuple):
     offsets: Tensor  # (B + 1,) int64, on the CPU: sequence b is rows offsets[b]:offsets[b + 1]
     user_ids: Tensor  # (B,) int64 in 0..num_users; 0: unknown
     item_vectors: dict[str, tuple[Tensor, Tensor]]  # host vectors: (R, W) float32, (R,) bool
-    seen_ids: Tensor | None  # (V,) int64, items of the whole histories; valid and test only
+    seen_ids: Tensor | None  # (V,) int64, items of the whole histories; None in training
     seen_offsets: Tensor | None  # (B + 1,) int64 into seen_ids
 
     def to(self, device: torch.device | str) -> Batch:
@@ -253,11 +253,19 @@ class MyDataset(Dataset):
     def __len__(self) -> int:
         return len(self._rows)
 
+    def select(self, indices: np.ndarray) -> None:
+        """Keep these indices alone, as 0, 1, ..."""
+        self._rows, self._num_after = self._rows[indices], self._num_after[indices]
+
+    @property
+    def user_ids(self) -> np.ndarray:
+        """(S,) the user of each index, in 1..num_users."""
+        users = self.sequences.users
+        return self._rows + 1 if users is None else users[self._rows]
+
     def indices_of(self, user_id: int) -> np.ndarray:
         """Which sequences are the user's; none if they are too short."""
-        users = self.sequences.users
-        owners = self._rows + 1 if users is None else users[self._rows]
-        return np.flatnonzero(owners == user_id)
+        return np.flatnonzero(self.user_ids == user_id)
 
     def __getitem__(self, index: int) -> Fetched:
         return self.__getitems__([index])
@@ -273,7 +281,7 @@ class MyDataset(Dataset):
         rows, starts, ends = rows[order], starts[order], ends[order]
         own = share_of(len(rows), draw.rank, draw.world_size) if draw.world_size > 1 else None
         sequences, seen = self.sequences.read(rows, starts, ends), None
-        if self.split != "train":
+        if self.split != "train" or not has_target:
             rows = rows if own is None else rows[own]
             seen = self.sequences.read(rows, offsets[rows], offsets[rows + 1] - has_target)
         return Fetched(sequences, seen, draw.seed, own)

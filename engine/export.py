@@ -1,21 +1,21 @@
-"""Exports a trained model: item embeddings, the test users' queries and their top items."""
+"""Exports a trained model: item embeddings, users' queries and their top items."""
 
 from __future__ import annotations
 
 import argparse
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import chain
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from dataset import MyDataset, Negatives, Request
-from engine.run_log import progress_bar
 from engine.setup import make_loader, vectors_on_host
+from engine.top_items import Catalogue, newest_histories, recommend
 from engine.trained_model import leaves_out_seen, load_model
 from files import data_folder
 from files.atomic_io import DataError, sha256_of
@@ -24,25 +24,16 @@ from files.data_folder import Candidates, Manifest, read_manifest
 from files.embeddings import load_emb, publish
 from files.features import Feature, load_features
 from files.item_vectors import find_vectors, is_by_re_id, load_vectors
-from hstu_components import FeatureTables, gather_lists
+from files.recommendations import TopItems, table_suffix, write_lines, write_table
+from hstu_components import FeatureTables
 from model import HSTUConfig, HSTUModel
 
 log = logging.getLogger("hstu")
 
 
-class Catalogue(NamedTuple):
-    """What is exported and ranked: all items, or a candidate set; n rows."""
-
-    item_ids: Tensor  # (n,) int64, 0: not in the data
-    tables: FeatureTables | None  # where the rows' features are; None: the model's own
-    table_rows: Tensor  # (n,) int64
-    ids: np.ndarray  # (n,) uint64, as they are exported
-    id_kind: str  # "original", "re-id" or "retrieval"
-
-
 @torch.no_grad()
 def infer(args: argparse.Namespace, model_class: type[HSTUModel] = HSTUModel) -> None:
-    """Export the items' embeddings, and the test users' queries and top-k items.
+    """Export the items' embeddings, and the queries and top-k items of users.
 
     Raises:
         DataError: checkpoint, data and flags do not fit.
@@ -54,7 +45,8 @@ def infer(args: argparse.Namespace, model_class: type[HSTUModel] = HSTUModel) ->
     model = load_model(path, args.data_dir, manifest, model_class=model_class, **options)
     asked = args.request_time, args.request_action
     request = read_request(args.data_dir, *asked, model.config, manifest)
-    if manifest.targets.get("test") == "last" and not args.whole_history and request != Request():
+    sees_all = args.whole_history or args.export_users == "all"
+    if manifest.targets.get("test") == "last" and not sees_all and request != Request():
         raise DataError(
             f"--request_time and --request_action: {args.data_dir}'s test split has its targets' "
             "times and actions; ask for what comes next with --whole_history"
@@ -73,25 +65,94 @@ def infer(args: argparse.Namespace, model_class: type[HSTUModel] = HSTUModel) ->
     }
     folder, users_folder = output_dir / "item_embeddings", output_dir / "user_embeddings"
     shape, arrays = (len(catalogue.ids), model.config.hidden_units), {"id.u64bin": catalogue.ids}
-    publish(folder, shape, embed(model, catalogue), arrays, origin, users_folder)
-    if "test" not in manifest.targets:
-        return
+    names = item_names(args.data_dir, catalogue, trust)
+    tables = {"item_ids.txt": lambda file: write_lines(file, names)}
+    publish(folder, shape, embed(model, catalogue), arrays, origin, users_folder, tables=tables)
+    datasets = open_users(args, manifest, model.config.maxlen, request)
+    if datasets:
+        items = torch.from_numpy(load_emb(folder / "embedding.fbin"))  # a map, not a copy
+        origin |= {"whole_history": sees_all, "export_users": args.export_users}
+        origin |= {"request_time": request.time, "request_action": request.action}
+        export_users(args, manifest, model, catalogue, items, names, datasets, origin)
+
+
+def item_names(data_dir: str | Path, catalogue: Catalogue, trust_pickle: bool) -> np.ndarray:
+    """(n,) what the log calls the catalogue's rows; of a candidate set its retrieval ids."""
+    if catalogue.id_kind == "retrieval":
+        return catalogue.ids.view(np.int64)
+    return data_folder.log_ids(data_dir, "i", len(catalogue.ids), trust=trust_pickle)[1:]
+
+
+def open_users(
+    args: argparse.Namespace, manifest: Manifest, maxlen: int, request: Request
+) -> list[MyDataset]:
+    """The histories that --export_users asks for; says whom they leave out."""
     negatives = Negatives(manifest.num_items, "batch")  # the fewest: they are not used
-    options = {"whole_history": args.whole_history, "request": request, "trust_pickle": trust}
-    dataset = MyDataset(args.data_dir, "test", model.config.maxlen, negatives, **options)
-    if not len(dataset):
-        return
-    device = catalogue.item_ids.device
-    items = torch.from_numpy(load_emb(folder / "embedding.fbin")).to(device)  # a map, not a copy
-    loader = make_loader(dataset, args.batch_size, args.seed, device, args.num_workers)
-    ranking = args.top_k, removes_seen
-    queries, users, top_rows = recommend(model, loader, items, catalogue, *ranking)
-    user_ids, kind = exported_ids(args.data_dir, "u", manifest.num_users, trust)
-    top_ids = np.where(top_rows < 0, -1, catalogue.ids.view(np.int64)[top_rows])
-    arrays = {"topk.u64bin": top_ids, "id.u64bin": user_ids[users]}
-    origin |= {"user_ids": kind, "whole_history": args.whole_history}
-    origin |= {"request_time": request.time, "request_action": request.action}
-    publish(users_folder, queries.shape, [queries], arrays, origin)
+    options = {"request": request, "trust_pickle": args.trust_pickle}
+    if args.export_users == "all":
+        datasets = newest_histories(args.data_dir, manifest.targets, maxlen, negatives, **options)
+        why = "without an event in any split"
+    else:
+        options["whole_history"] = args.whole_history
+        splits = manifest.targets.keys() & {"test"}
+        datasets = [MyDataset(args.data_dir, s, maxlen, negatives, **options) for s in splits]
+        why = "not in the test split (--export_users all has all users with an event)"
+    num_found = len(np.unique(np.concatenate([[0], *(d.user_ids for d in datasets)]))) - 1
+    if num_found < manifest.num_users:
+        log.info(
+            "users: %d of %d; left out are %d %s", num_found, manifest.num_users,
+            manifest.num_users - num_found, why,
+        )  # fmt: skip
+    return [dataset for dataset in datasets if len(dataset)]
+
+
+def export_users(
+    args: argparse.Namespace,
+    manifest: Manifest,
+    model: HSTUModel,
+    catalogue: Catalogue,
+    items: Tensor,
+    names: np.ndarray,
+    datasets: Sequence[MyDataset],
+    origin: Mapping[str, Any],
+) -> None:
+    """Write the users' queries as they come, then their top items, which are few numbers each.
+
+    `items`: (n, D) embeddings of the catalogue. `names`: (n,) of `item_names`.
+    """
+    device, count, k = catalogue.item_ids.device, sum(map(len, datasets)), args.top_k
+    options = args.batch_size, args.seed, device, args.num_workers
+    batches = chain.from_iterable(make_loader(dataset, *options) for dataset in datasets)
+    best = recommend(
+        model, batches, items.to(device), catalogue.item_ids, k, origin["removes_seen"]
+    )
+    ids, kind = exported_ids(args.data_dir, "u", manifest.num_users, args.trust_pickle)
+    user_names = data_folder.log_ids(args.data_dir, "u", len(ids) - 1, trust=args.trust_pickle)
+    arrays = {"topk.u64bin": np.empty((count, k), np.int64), "id.u64bin": np.empty(count, "<u8")}
+    top = TopItems(
+        np.empty(count, user_names.dtype), names, np.empty((count, k), np.int32),
+        np.empty((count, k), np.float32),
+    )  # fmt: skip
+
+    def queries() -> Iterator[np.ndarray]:
+        start = 0
+        for users, found, scores, rows in best:
+            part = slice(start, start := start + len(users))
+            arrays["id.u64bin"][part], top.user_ids[part] = ids[users], user_names[users]
+            arrays["topk.u64bin"][part] = np.where(rows < 0, -1, catalogue.ids.view(np.int64)[rows])
+            top.rows[part], top.scores[part] = rows, scores
+            yield found
+
+    folder, suffix = Path(args.output_dir) / "user_embeddings", table_suffix()
+    tables = {
+        "user_ids.txt": lambda file: write_lines(file, top.user_ids),
+        f"recommendations{suffix}": lambda file: write_table(file, suffix, top),
+    }
+    origin = {**origin, "user_ids": kind}
+    shape = count, model.config.hidden_units
+    publish(folder, shape, queries(), arrays, origin, tables=tables)
+    other = {".csv": ".parquet", ".parquet": ".csv"}[suffix]
+    (folder / f"recommendations{other}").unlink(missing_ok=True)  # of an earlier export
 
 
 def read_request(
@@ -192,30 +253,3 @@ def exported_ids(
         what = {"i": "items", "u": "users"}[side]
         log.info("%s: not all ids of %s are numbers below 2^63, so re-ids are exported", path, what)
     return np.arange(count + 1, dtype=np.uint64), "re-id"
-
-
-def recommend(
-    model: HSTUModel,
-    loader: torch.utils.data.DataLoader,
-    items: Tensor,
-    catalogue: Catalogue,
-    top_k: int,
-    removes_seen: bool,
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The users' queries (S, D), user re-ids (S,), and rows of their top-k items (S, k).
-
-    `items`: (n, D) embeddings of the catalogue.
-    """
-    # The catalogue's rows ordered by item, and where each item's begin: candidates may share one.
-    counts = torch.bincount(catalogue.item_ids, minlength=model.config.num_items + 1)
-    order, bounds = catalogue.item_ids.argsort(), F.pad(counts.cumsum(0), (1, 0))
-    queries, users, rows, seen = [], [], [], None
-    for batch in progress_bar(loader, desc="users"):
-        batch = batch.to(items.device)
-        queries.append(model.predict(batch))
-        if removes_seen:
-            seen_rows, offsets = gather_lists(order, bounds, batch.seen_ids)
-            seen = seen_rows, offsets[batch.seen_offsets]
-        rows.append(model.kernels.top_k(queries[-1], items, top_k, seen)[1])
-        users.append(batch.user_ids)
-    return tuple(torch.cat(parts).cpu().numpy() for parts in (queries, users, rows))

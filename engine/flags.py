@@ -19,7 +19,7 @@ FREE_FLAGS = {
     "data_dir", "output_dir", "log_dir", "num_workers", "shard_items", "device", "kernels",
     "resume", "overwrite", "mm_emb_device", "candidates", "save_every_steps", "log_every",
     "projector", "inference_only", "evaluate", "state_dict_path", "trust_pickle", "top_k",
-    "whole_history", "request_time", "request_action", "debug",
+    "export_users", "whole_history", "request_time", "request_action", "debug",
 }  # fmt: skip
 DEFAULT_MM_EMB_ID = ["81"]
 _MOST_MB, _MOST_ITEMS = MODEL_VECTORS_UP_TO >> 20, f"{ALL_NEGATIVES_UP_TO:,}"
@@ -126,7 +126,9 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     export("--evaluate", nargs="?", const="test", choices=["valid", "test"], help=text)
     export("--state_dict_path", metavar="PATH", help="model_*.pt file to export or evaluate")
     export("--candidates", metavar="DIR", help="candidate folder to export instead of all items")
-    export("--top_k", type=at_least(1), default=10, help="items exported per test user")
+    text = "whose queries and top items: the test split's, or of all that have an event in any"
+    export("--export_users", choices=["test", "all"], default="test", help=text)
+    export("--top_k", type=at_least(1), default=10, help="items exported per user")
     export("--whole_history", **switch, help="queries for what follows a test user's last event")
     export(
         "--request_time", type=unix_seconds, metavar="SECONDS", help="Unix time of unknown targets"
@@ -152,8 +154,10 @@ def refuse_other_use(parser: argparse.ArgumentParser, args: argparse.Namespace) 
     if args.state_dict_path and not (args.inference_only or args.evaluate):
         parser.error("--state_dict_path is for --inference_only and --evaluate")
     asks = args.whole_history or args.request_time is not None or args.request_action != "-1"
-    if not args.inference_only and (args.candidates or asks):
-        parser.error("--candidates, --whole_history and --request_* are for --inference_only")
+    exports = args.candidates or asks or args.export_users != "test"
+    if not args.inference_only and exports:
+        names = "--candidates, --export_users, --whole_history and --request_*"
+        parser.error(f"{names} are for --inference_only")
 
 
 def device_name(text: str) -> str:

@@ -182,6 +182,22 @@ def original_ids(
     return originals if len(np.unique(originals[1:])) == count else None
 
 
+def log_ids(data_dir: str | Path, side: str, count: int, *, trust: bool = False) -> np.ndarray:
+    """(count + 1,) ids as the log has them, by re-id: int64 if all are, else text (object).
+
+    Row 0 is unused. `side` as of `original_ids`; without an indexer.pkl the re-ids.
+    """
+    ids = original_ids(data_dir, side, count, trust=trust)
+    if ids is not None:
+        return ids.astype(np.int64)
+    if not (Path(data_dir) / "indexer.pkl").exists():
+        return np.arange(count + 1)
+    re_ids = read_indexer(data_dir, trust=trust)[side]
+    texts = np.full(count + 1, "", object)
+    texts[list(re_ids.values())] = list(map(str, re_ids))
+    return texts
+
+
 def digest_of_ids(ids: Iterable[Any]) -> str:
     """What tells whether the numbers 1, 2, ... mean the same: SHA-256 of what they stand for."""
     digest = hashlib.sha256()

@@ -7,14 +7,22 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterable, Iterator, Mapping
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 
-from files.atomic_io import DataError, atomic_write, sweep_temporaries, write_hashed, write_json
+from files.atomic_io import (
+    DataError,
+    atomic_write,
+    file_entry,
+    sweep_temporaries,
+    write_hashed,
+    write_json,
+)
 
 log = logging.getLogger("hstu")
 
@@ -89,6 +97,7 @@ def publish(
     arrays: Mapping[str, np.ndarray],
     origin: Mapping[str, Any],
     *followers: Path,
+    tables: Mapping[str, Callable[[IO[bytes]], None]] | None = None,
 ) -> None:
     """Write an export's files, and last the manifest that names their sizes and hashes.
 
@@ -96,9 +105,11 @@ def publish(
         folder: made if it is not there.
         shape: (n, d) of the embeddings.
         embeddings: their rows in order, (c, d) at a time; two chunks at most are in memory.
-        arrays: the other files, (n, ...) each, `id.u64bin` among them.
+        arrays: the other matrices, (n, ...) each, `id.u64bin` among them. They and `tables` are
+            written after the embeddings, and may be filled while those come.
         origin: goes into the manifest.
         followers: folders of exports that go with the old files, and not with these.
+        tables: file name -> what writes the file's content.
 
     Raises:
         DataError: no index takes these vectors; the export that was there is as it was.
@@ -115,6 +126,12 @@ def publish(
         for name, (size, rows) in contents.items():
             file = complete.enter_context(atomic_write(folder / name))
             files[name] = write_hashed(file, emb_pieces(folder / name, size, rows))
+        for name, write in (tables or {}).items():
+            file = complete.enter_context(atomic_write(folder / name))
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())  # a full disk shows before anything is renamed
+            files[name] = file_entry(file.name)
         for old in (folder, *followers):
             (old / "manifest.json").unlink(missing_ok=True)
     n, d = shape

@@ -26,6 +26,7 @@ from dataset import MyDataset, Negatives, load_emb
 from dot_product_similarity import DotProductSimilarity
 from engine.export import read_request
 from engine.flags import at_least, unix_seconds
+from engine.top_items import newest_histories
 from engine.trained_model import load_model
 from files.atomic_io import DataError, exit_code, read_json
 from files.data_folder import (
@@ -91,7 +92,7 @@ def get_args(argv: list[str] | None) -> argparse.Namespace:
         description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
     flag = parser.add_argument
-    flag("--user", metavar="ID", help="recommend to this user of the test split")
+    flag("--user", metavar="ID", help="recommend to this user of the export")
     flag(
         "--events",
         type=Path,
@@ -223,15 +224,26 @@ def ask_export(args: argparse.Namespace, export: Export) -> Question:
         DataError: the user is not in the test split, or twice, or the exports do not fit.
     """
     user = re_id_of(args.user, export.user_ids, args, "user")
-    dataset = MyDataset(args.data_dir, "test", whole_history=True, trust_pickle=args.trust_pickle)
-    indices = dataset.indices_of(user)
-    if len(indices) != 1:
+    is_there = (args.output_dir / "user_embeddings" / "manifest.json").exists()
+    if not is_there and "test" not in export.manifest.targets:
+        found = ", ".join(export.manifest.targets)
         raise DataError(
-            f"--user {args.user}: {len(indices)} sequences in the test split of {args.data_dir}, "
-            "expected one (with fewer than 3 events a user is in train alone); give the history "
-            "with --events"
+            f"{args.data_dir}: no test split there, only {found}; export with --export_users all"
         )
     origin, queries, ids = read_folder(args, "user_embeddings")
+    is_of_all = origin.get("export_users") == "all"
+    trust = {"trust_pickle": args.trust_pickle}
+    if is_of_all:
+        datasets = newest_histories(args.data_dir, export.manifest.targets, **trust)
+    else:
+        datasets = [MyDataset(args.data_dir, "test", whole_history=True, **trust)]
+    histories = [dataset[int(i)] for dataset in datasets for i in dataset.indices_of(user)]
+    if len(histories) != 1:
+        raise DataError(
+            f"--user {args.user}: {len(histories)} sequences in the test split of {args.data_dir}, "
+            "expected one (with fewer than 3 events a user is in train alone); export with "
+            "--export_users all, or give the history with --events"
+        )
     name = args.user if origin.get("user_ids") == "original" else str(user)
     rows = np.flatnonzero(ids.astype(str) == name)
     is_of_items = origin["checkpoint_sha256"] == export.checkpoint_sha256
@@ -245,8 +257,8 @@ def ask_export(args: argparse.Namespace, export: Export) -> Question:
             f"{args.output_dir / 'user_embeddings'}: not of the export in item_embeddings, or of "
             f"other data than {args.data_dir}; export again: {export_command(args)}"
         )
-    events = dataset[int(indices[0])].seen.events
-    if origin.get("whole_history") or export.manifest.targets["test"] == "none":
+    events = histories[0].seen.events
+    if is_of_all or origin.get("whole_history") or export.manifest.targets["test"] == "none":
         return Question(queries[rows], events, None)
     return Question(queries[rows], events[:-1], int(events["item_id"][-1]))
 

@@ -19,8 +19,9 @@ from test_model import make_model
 
 import model as model_module
 from dataset import MyDataset, load_emb
-from engine.export import Catalogue, candidates_of, embed, recommend
+from engine.export import candidates_of, embed
 from engine.setup import make_loader
+from engine.top_items import Catalogue, recommend
 from files.atomic_io import DataError, file_entry
 from files.embeddings import publish
 from files.item_vectors import load_vectors
@@ -229,8 +230,8 @@ def test_of_an_item_that_is_two_candidates_both_are_seen(tiny, tmp_path):
         seen_ids=torch.tensor([7, 5, 2, 5, 7]), seen_offsets=torch.tensor([0, 2, 4, 5])
     )
     items = torch.from_numpy(np.concatenate(list(embed(model, found))))
-    _, _, rows = recommend(model, [batch], items, found, 5, removes_seen=True)
-    assert [set(top.tolist()) - {-1} for top in rows] == [{0, 2, 4}, {1, 2, 3, 4}, {0, 2, 4}]
+    (best,) = recommend(model, [batch], items, found.item_ids, 5, removes_seen=True)
+    assert [set(top.tolist()) - {-1} for top in best.rows] == [{0, 2, 4}, {1, 2, 3, 4}, {0, 2, 4}]
 
 
 @pytest.mark.parametrize("item_ids", [[7, 0, 3], range(NUM_ITEMS, 0, -1)])
