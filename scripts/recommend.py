@@ -8,12 +8,9 @@ from __future__ import annotations
 
 import argparse
 import shlex
-import shutil
 import signal
 import sys
-import tempfile
-import unicodedata
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,30 +18,25 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import numpy as np
 import torch
+from event_table import Histories, examples, read_histories
+from screen import say, show_table
 
-from dataset import MyDataset, Negatives, load_emb
+from dataset import MyDataset, load_emb
 from dot_product_similarity import DotProductSimilarity
 from engine.export import read_request
 from engine.flags import at_least, unix_seconds
-from engine.top_items import newest_histories
+from engine.recommender import recommend_histories
+from engine.top_items import Best, newest_histories
 from engine.trained_model import load_model
-from files.atomic_io import DataError, exit_code, read_json
-from files.data_folder import (
-    Manifest,
-    check_re_ids,
-    fingerprint,
-    read_indexer,
-    read_item_names,
-    read_manifest,
-)
-from files.data_writer import finish_folder, write_split
-from files.sequences import EVENT_DTYPE, USER_DTYPE, Sequences
+from files.atomic_io import DataError, atomic_write, exit_code, read_json
+from files.data_folder import Manifest, fingerprint, log_ids, read_item_names, read_manifest
+from files.recommendations import TopItems, write_table
+from files.sequences import Sequences
 from model import HSTUModel
-from table_source import Rows, date, parsed, read_rows, time_of
+from table_source import date
 
 NUM_RECENT = 5  # events shown
-COLUMNS = {"item", "action", "timestamp"}
-LATEST = 1e11  # the year 5138 in seconds; a time beyond it is in milliseconds
+COMPARED = 1000  # items whose embeddings must be those of the export
 
 
 class Export(NamedTuple):
@@ -79,12 +71,12 @@ def answer(args: argparse.Namespace, model_class: type[HSTUModel]) -> None:
     export = open_export(args)
     if args.item is not None:
         show_neighbours(args, export)
+    elif args.write is not None:
+        write_all(args, export, model_class)
+    elif args.events is not None:
+        show_best(args, export, ask_model(args, export, model_class))
     else:
-        if args.events is None:
-            question = ask_export(args, export)
-        else:
-            question = ask_model(args, export, model_class)
-        show_best(args, export, question)
+        show_best(args, export, ask_export(args, export))
 
 
 def get_args(argv: list[str] | None) -> argparse.Namespace:
@@ -99,6 +91,13 @@ def get_args(argv: list[str] | None) -> argparse.Namespace:
         metavar="FILE",
         help="recommend for this history, a table with the columns item and, if known, action and "
         "timestamp; with the features of --user, if there is one",
+    )
+    flag(
+        "--write",
+        type=table_file,
+        metavar="FILE",
+        help="with --events of many users, a table with the column user too: write their top items "
+        "to this .csv or .parquet",
     )
     flag("--item", metavar="ID", help="show the items nearest to this one")
     flag("--data_dir", type=Path, default="./data", help="folder of train_data.bin and the rest")
@@ -132,9 +131,18 @@ def get_args(argv: list[str] | None) -> argparse.Namespace:
     has_history = args.user is not None or args.events is not None
     if has_history == (args.item is not None):
         parser.error("name a --user, a file of --events, or an --item and none of the others")
+    if args.write is not None and (args.events is None or args.user is not None):
+        parser.error("--write is for --events, whose column user names the users")
     if args.events is None and (args.request_time is not None or args.request_action != "-1"):
         parser.error("--request_time and --request_action are of --events; --user has the export's")
     return args
+
+
+def table_file(text: str) -> Path:
+    """An argparse type: a file to write, .csv or .parquet."""
+    if Path(text).suffix not in (".csv", ".parquet"):
+        raise argparse.ArgumentTypeError(f"{text!r} ends neither in .csv nor in .parquet")
+    return Path(text)
 
 
 # ----------------------------------------------------------------------------------- what there is
@@ -191,13 +199,9 @@ def export_command(args: argparse.Namespace) -> str:
 
 def original_texts(args: argparse.Namespace, manifest: Manifest) -> tuple[list[str], list[str]]:
     """The original ids of items and of users, by re-id; without an indexer.pkl the re-ids."""
-    counts, path = {"i": manifest.num_items, "u": manifest.num_users}, args.data_dir / "indexer.pkl"
-    if not path.exists():
-        return tuple([str(re_id) for re_id in range(count + 1)] for count in counts.values())
-    indexer = read_indexer(args.data_dir, trust=args.trust_pickle)
-    for side, count in counts.items():
-        check_re_ids(path, side, indexer[side], count)
-    return tuple(["", *map(str, sorted(indexer[side], key=indexer[side].get))] for side in counts)
+    counts, trust = {"i": manifest.num_items, "u": manifest.num_users}, args.trust_pickle
+    ids = [log_ids(args.data_dir, side, count, trust=trust) for side, count in counts.items()]
+    return tuple(["", *map(str, side[1:].tolist())] for side in ids)
 
 
 def re_id_of(text: str, known: Sequence[str], args: argparse.Namespace, what: str) -> int:
@@ -208,10 +212,6 @@ def re_id_of(text: str, known: Sequence[str], args: argparse.Namespace, what: st
             f"{len(known) - 1:,}: {examples(known)}"
         )
     return known.index(text, 1)
-
-
-def examples(known: Sequence[str]) -> str:
-    return ", ".join(known[1:4]) + ", ..." * (len(known) > 4)
 
 
 # ------------------------------------------------------------------------------------- the question
@@ -263,9 +263,8 @@ def ask_export(args: argparse.Namespace, export: Export) -> Question:
     return Question(queries[rows], events[:-1], int(events["item_id"][-1]))
 
 
-@torch.no_grad()
 def ask_model(args: argparse.Namespace, export: Export, model_class: type[HSTUModel]) -> Question:
-    """The model's query for the history in a file, which becomes a test split of one user.
+    """The model's query for the one history in a file.
 
     Raises:
         DataError: the file is refused, or the checkpoint is not the one that was exported.
@@ -273,25 +272,79 @@ def ask_model(args: argparse.Namespace, export: Export, model_class: type[HSTUMo
     user = 0  # row 0 of the features: none are known
     if args.user is not None:
         user = re_id_of(args.user, export.user_ids, args, "user")
-    events = read_events(args, export)
+    histories = histories_of(args, export)
+    if histories.users != [""]:
+        raise DataError(
+            f"{args.events}: histories of {len(histories.users)} users; name a file for their "
+            "recommendations with --write"
+        )
+    (best,) = recommend_to(args, export, histories, np.array([user]), model_class)
+    return Question(torch.from_numpy(best.queries), histories.events, None)
+
+
+def write_all(args: argparse.Namespace, export: Export, model_class: type[HSTUModel]) -> None:
+    """Write the top items of all users in a table of histories; say what was left out.
+
+    Raises:
+        DataError: as of `ask_model`.
+    """
+    histories = histories_of(args, export)
+    if histories.users == [""]:
+        raise DataError(
+            f"{args.events}: no column user, but --write is for histories of many users"
+        )
+    re_ids = {text: k for k, text in enumerate(export.user_ids) if k}
+    users = np.array([re_ids.get(text, 0) for text in histories.users])
+    found = [
+        best._replace(queries=None)  # which would be most of the memory
+        for best in recommend_to(args, export, histories, users, model_class)
+    ]
+    rows = np.concatenate([best.rows for best in found])
+    scores = np.concatenate([best.scores for best in found])
+    names = np.array(histories.users, object), np.array(export.item_ids[1:], object)
+    with atomic_write(args.write) as file:
+        write_table(file, args.write.suffix, TopItems(*names, rows, scores))
+    if histories.num_unknown:
+        say(
+            f"left out: {histories.num_unknown:,} events of items that {args.data_dir} does not "
+            f"have, and {histories.num_left_out:,} users who have no others"
+        )
+    say(f"wrote {args.write}: {len(users):,} users, the best {rows.shape[1]} items each")
+
+
+def histories_of(args: argparse.Namespace, export: Export) -> Histories:
+    types = export.manifest.action_types()
+    return read_histories(args.events, export.item_ids, types, args.data_dir)
+
+
+def recommend_to(
+    args: argparse.Namespace,
+    export: Export,
+    histories: Histories,
+    users: np.ndarray,
+    model_class: type[HSTUModel],
+) -> Iterator[Best]:
+    """The best of the exported items for each history, in batches.
+
+    Raises:
+        DataError: the checkpoint is not the one that was exported.
+    """
     model = load_exported_model(args, export, model_class)
-    request = read_request(
-        args.data_dir, args.request_time, args.request_action, model.config, export.manifest
-    )
-    with tempfile.TemporaryDirectory() as folder:
-        write_history(Path(folder), export.manifest, events)
-        negatives = Negatives(export.manifest.num_items, "batch")
-        dataset = MyDataset(folder, "test", model.config.maxlen, negatives, request=request)
-        batch = dataset.collate_fn(dataset[0])
-    batch = batch._replace(user_ids=torch.full_like(batch.user_ids, user))
-    exported = export.embeddings[batch.distinct_ids - 1]
+    asked = args.request_time, args.request_action
+    request = read_request(args.data_dir, *asked, model.config, export.manifest)
+    some = np.unique(histories.events["item_id"])[:COMPARED].astype(np.int64)
+    with torch.no_grad():
+        embeddings = model.item_embeddings(torch.from_numpy(some))
     # Another device rounds in the fifth decimal; another model differs in the first.
-    if not torch.allclose(model.item_embeddings(batch.distinct_ids), exported, atol=0.01):
+    if not torch.allclose(embeddings, export.embeddings[some - 1], atol=0.01):
         raise DataError(
             f"{args.output_dir / export.checkpoint}: has changed since it was exported; export "
             f"again: {export_command(args)}"
         )
-    return Question(model.predict(batch), events, None)
+    removes_seen = export.removes_seen if args.remove_seen is None else args.remove_seen
+    sequences = Sequences(histories.events, histories.offsets, users)
+    options = min(args.top_k, len(export.embeddings)), removes_seen, request
+    return recommend_histories(model, export.manifest, sequences, export.embeddings, *options)
 
 
 def load_exported_model(
@@ -310,64 +363,6 @@ def load_exported_model(
         trust_pickle=args.trust_pickle,
         model_class=model_class,
     )
-
-
-def write_history(folder: Path, manifest: Manifest, events: np.ndarray) -> None:
-    """A data folder whose test split is this history, all of it known."""
-    history = Sequences(events, np.array([0, len(events)]), np.ones(1, USER_DTYPE))
-    targets = {"train": "next", "test": "none"}
-    files = [name for split in targets for name in write_split(folder, split, [history])]
-    finish_folder(folder, manifest._replace(targets=targets), files)
-
-
-def read_events(args: argparse.Namespace, export: Export) -> np.ndarray:
-    """(n,) EVENT_DTYPE, the file's events in the order of time; without times in their own."""
-    known = {text: re_id for re_id, text in enumerate(export.item_ids) if re_id}
-    actions = export.manifest.action_types()
-    items = f"one of the {len(known):,} items of {args.data_dir}: {examples(export.item_ids)}"
-    types = f"one of {', '.join(actions)}, or nothing"
-    actions[""] = -1
-    dates = "Unix seconds, not milliseconds, or an ISO date, or nothing"
-    parts = []
-    for rows in read_rows(args.events, (), None):
-        check_columns(rows)
-        part = np.empty(len(rows.records), EVENT_DTYPE)
-        part["item_id"] = parsed(rows, "item", lambda text: member(known, text), items)
-        part["action_type"] = parsed(rows, "action", lambda text: member(actions, text), types)
-        part["timestamp"] = parsed(rows, "timestamp", seconds, dates)
-        parts.append(part)
-    if not parts:
-        raise DataError(f"{args.events}: no events in it, expected a row per event")
-    events = np.concatenate(parts)
-    times = events["timestamp"]
-    if times.any() and not times.all():
-        raise DataError(
-            f"{args.events}: event {times.argmin() + 1} has no timestamp, but others have one; "
-            "tell all of them, or none and the oldest event first"
-        )
-    return events[times.argsort(kind="stable")]
-
-
-def check_columns(rows: Rows) -> None:
-    for line, record in zip(rows.lines, rows.records, strict=True):
-        if "item" not in record or record.keys() - COLUMNS:
-            raise DataError(
-                f"{rows.path}: line {line} has the columns {', '.join(record)}; expected item and, "
-                "if known, action and timestamp, named in the first line or as JSON keys"
-            )
-
-
-def member(known: dict[str, int], text: str) -> int:
-    if text not in known:
-        raise ValueError(text)
-    return known[text]
-
-
-def seconds(text: str) -> int:
-    value = time_of(text or "0")
-    if not 0 <= value < LATEST:
-        raise ValueError(text)
-    return int(value)
 
 
 # --------------------------------------------------------------------------------------- the answer
@@ -429,38 +424,6 @@ def event_row(export: Export, event: Any) -> list[str]:
 def label(export: Export, re_id: int) -> list[str]:
     """Original id and name of an item."""
     return [export.item_ids[re_id], export.item_names[re_id]]
-
-
-def show_table(rows: Iterable[list[str]]) -> None:
-    """Rows in columns, numbers to the right and names, the last, to the left; no empty columns."""
-    rows = list(rows)
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    for *cells, name in rows:
-        padded = (cell.rjust(w) for cell, w in zip(cells, widths, strict=False) if w)
-        say(f"  {'  '.join(padded)}  {name}".rstrip())
-
-
-def say(text: str) -> None:
-    """Print a line, in a terminal no longer than that is wide."""
-    # Names are other people's text: no control character of theirs reaches the terminal.
-    text = "".join(letter if letter.isprintable() else " " for letter in text)
-    if sys.stdout.isatty():
-        text = cut(text, shutil.get_terminal_size().columns)
-    print(text)
-
-
-def cut(text: str, width: int) -> str:
-    """The text in so many columns, of which a Chinese letter takes two and an accent none."""
-    columns = np.cumsum([columns_of(letter) for letter in text])
-    if not len(text) or columns[-1] <= width:
-        return text
-    return text[: int((columns < width).sum())] + "…"
-
-
-def columns_of(letter: str) -> int:
-    if unicodedata.combining(letter):
-        return 0
-    return 2 if unicodedata.east_asian_width(letter) in "WF" else 1
 
 
 if __name__ == "__main__":

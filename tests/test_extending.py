@@ -54,6 +54,16 @@ def test_the_notebook_trains_and_ranks(tmp_path, monkeypatch):
     assert scope["rows"].shape == (10, 5)
 
 
+def test_a_notebook_gets_recommendations_in_the_ids_of_the_log(flags, tmp_path, monkeypatch):
+    assert main([*flags, f"--output_dir={tmp_path}/outputs"]) == 0
+    monkeypatch.chdir(tmp_path)
+    scope: dict = {}
+    exec(example("Recommendations in Python"), scope)
+    assert scope["item_ids"].shape == scope["scores"].shape == (2, 5)
+    assert set(scope["item_ids"].ravel()) <= {1000 + 3 * k for k in range(NUM_ITEMS)}
+    assert scope["vectors"].shape == (2, 64)
+
+
 def test_a_feature_type_trains(flags, tmp_path):
     exec(example("A feature type"), {})
     write_tiny(tmp_path / "hours", opened=Column("hour", [k % 24 for k in range(NUM_ITEMS)]))

@@ -18,6 +18,8 @@ import pytest
 import recommend
 import torch
 from conftest import NUM_ITEMS, NUM_USERS, open_dataset, write_tiny
+from pyarrow import parquet
+from screen import cut
 
 import main as main_module
 from dataset import load_emb
@@ -318,6 +320,64 @@ def test_events_may_come_in_any_order_and_as_json_lines_or_dates(trained, tmp_pa
         assert rows_of(screen(capsys, trained, f"--events={path}")) == expected
 
 
+def write_users(path: Path, folder: Path, users: list[int]) -> Path:
+    """The histories of test users in one table, their events mixed up, and some unknown items."""
+    rows = []
+    for user in users:
+        for item, kind, time in history_of(folder, user)[0].tolist():
+            kind = kind if kind >= 0 else ""
+            rows.append([f"user-{user - 1}", 1000 + 3 * (item - 1), kind, time])
+    rows += [["user-0", 7, "", 5], ["stranger", 8, "", 5]]
+    np.random.default_rng(0).shuffle(rows)
+    with open(path, "w", newline="") as file:
+        csv.writer(file).writerows([["user", "item", "action", "timestamp"], *rows])
+    return path
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".parquet"])
+def test_a_table_of_users_gives_each_what_a_file_of_their_own_does(
+    trained, tmp_path, capsys, suffix
+):
+    users, target = [3, 1, 9, 2], tmp_path / f"out{suffix}"
+    path = write_users(tmp_path / "events.csv", trained, users)
+    text = screen(capsys, trained, f"--events={path}", f"--write={target}", "--top_k=4")
+    assert "left out: 2 events of items that" in text and ", and 1 users who have no" in text
+    assert f"wrote {target}: 4 users, the best 4 items each" in text
+    rows = parquet.read_table(target).to_pylist() if suffix == ".parquet" else None
+    if rows is None:
+        with open(target, newline="") as file:
+            rows = list(csv.DictReader(file))
+    assert {row["user"] for row in rows} == {f"user-{user - 1}" for user in users}
+    for user in users:
+        alone = write_events(tmp_path / "one.csv", history_of(trained, user)[0])
+        flags = [f"--events={alone}", f"--user=user-{user - 1}", "--top_k=4"]
+        expected = rows_of(screen(capsys, trained, *flags))[1]
+        found = [row for row in rows if row["user"] == f"user-{user - 1}"]
+        assert [row["item"] for row in found] == [row.item for row in expected]
+        assert [int(row["rank"]) for row in found] == [1, 2, 3, 4]
+        for row, other in zip(found, expected, strict=True):  # a batch may round otherwise
+            assert float(row["score"]) == pytest.approx(float(other.cosine), abs=2e-4)
+
+
+@pytest.mark.parametrize(
+    ("text", "write", "message"),
+    [
+        ("user,item\na,1003\n", False, "histories of 1 users; name a file for their recomm"),
+        ("item\n1003\n", True, "no column user, but --write is for histories of many users"),
+        ("user,item\n,1003\n", True, "line 2: user is '', expected a user"),
+        ("user,action\na,1\n", True, "line 2 has the columns user, action; expected item"),
+        ("user,item\na,7\n", True, "none of its items is one of the 23 items of "),
+    ],
+)
+def test_a_table_of_users_and_a_file_to_write_go_together(
+    trained, tmp_path, capsys, text, write, message
+):
+    path, target = tmp_path / "events.csv", tmp_path / "out.csv"
+    path.write_text(text)
+    assert message in error_of(capsys, trained, f"--events={path}", *[f"--write={target}"] * write)
+    assert not target.exists()
+
+
 def test_items_alone_are_a_history(films, tmp_path, capsys):
     (tmp_path / "events.csv").write_text('item\n"seven, samurai"\n03\ntt2\n')
     text = screen(capsys, films, f"--events={tmp_path / 'events.csv'}")
@@ -387,7 +447,7 @@ def test_no_control_character_of_a_title_reaches_the_screen(films, capsys):
     ],
 )
 def test_a_line_is_cut_to_the_columns_it_takes(text, width, expected):
-    assert recommend.cut(text, width) == expected
+    assert cut(text, width) == expected
 
 
 def test_only_a_terminal_cuts_lines(trained, capsys, monkeypatch):
@@ -417,7 +477,9 @@ def test_a_pipe_that_cannot_spell_a_title_gets_question_marks(films):
     "flags",
     [[], ["--user=1", "--item=1"], ["--item=1", "--events=e"], ["--user=1", "--request_time=5"],
      ["--user=1", "--request_action=1"],
-     ["--user=1", "--top_k=0"], ["--events=e", "--request_time=1700000000000"]],
+     ["--events=e", "--write=e.txt"], ["--user=1", "--write=e.csv"],
+     ["--events=e", "--user=1", "--write=e.csv"], ["--user=1", "--top_k=0"],
+     ["--events=e", "--request_time=1700000000000"]],
 )  # fmt: skip
 def test_flags_that_make_no_question_are_refused(flags, capsys):
     with pytest.raises(SystemExit) as stop:

@@ -1,0 +1,119 @@
+"""Histories in a table, of one user or of many, in the ids of the log."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from files.atomic_io import DataError
+from files.sequences import EVENT_DTYPE
+from table_source import Rows, Texts, parsed, read_rows, texts_of, time_of
+
+COLUMNS = {"user", "item", "action", "timestamp"}
+LATEST = 1e11  # the year 5138 in seconds; a time beyond it is in milliseconds
+
+
+class Histories(NamedTuple):
+    """The events of S users, each user's in the order of time, or without times of the table."""
+
+    users: list[str]  # (S,) as the table has them; [""] without a column of them
+    events: np.ndarray  # (E,) EVENT_DTYPE
+    offsets: np.ndarray  # (S + 1,) int64
+    num_unknown: int  # events of unknown items, which are left out
+    num_left_out: int  # users who have no others
+
+
+def read_histories(
+    path: Path, item_ids: Sequence[str], action_types: Mapping[str, int], data_dir: Path
+) -> Histories:
+    """The table's histories. Unknown items are left out where it has users, and else refused.
+
+    `item_ids`: (X + 1,) of the data by re-id. `action_types`: numbers by name.
+
+    Raises:
+        DataError: a line is refused, or no event is left.
+    """
+    known = {text: re_id for re_id, text in enumerate(item_ids) if re_id}
+    items = f"one of the {len(known):,} items of {data_dir}: {examples(item_ids)}"
+    types = f"one of {', '.join(action_types)}, or nothing"
+    dates = "Unix seconds, not milliseconds, or an ISO date, or nothing"
+    actions, users, parts, has_users = {**action_types, "": -1}, Texts(), [], False
+    for rows in read_rows(path, (), None):
+        has_users = has_users or "user" in rows.records[0]
+        check_columns(rows, {"item", "user"} if has_users else {"item"})
+        part = np.empty(len(rows.records), EVENT_DTYPE)
+        if has_users:
+            users.extend(parsed(rows, "user", named, "a user"))
+            part["item_id"] = [known.get(text, 0) for text in texts_of(rows, "item")]
+        else:
+            part["item_id"] = parsed(rows, "item", lambda text: member(known, text), items)
+        part["action_type"] = parsed(rows, "action", lambda text: member(actions, text), types)
+        part["timestamp"] = parsed(rows, "timestamp", seconds, dates)
+        parts.append(part)
+    if not parts:
+        raise DataError(f"{path}: no events in it, expected a row per event")
+    events = np.concatenate(parts)
+    check_times(path, events["timestamp"])
+    codes = users.codes if has_users else np.zeros(len(events), np.int32)
+    found = grouped(events, codes, users.texts if has_users else [""])
+    if not len(found.events):
+        raise DataError(f"{path}: none of its items is {items}")
+    return found
+
+
+def grouped(events: np.ndarray, codes: np.ndarray, users: Sequence[str]) -> Histories:
+    """Events of known items by user, in the order in which the users come."""
+    is_known = events["item_id"] > 0
+    num_unknown = len(events) - int(is_known.sum())
+    events, codes = events[is_known], codes[is_known]
+    order = np.lexsort((events["timestamp"], codes))  # stable
+    counts = np.bincount(codes, minlength=len(users))
+    left = np.flatnonzero(counts)
+    offsets = np.append(0, counts[left].cumsum())
+    num_left_out = len(users) - len(left)
+    names = [users[code] for code in left.tolist()]
+    return Histories(names, events[order], offsets, num_unknown, num_left_out)
+
+
+def check_columns(rows: Rows, needed: set[str]) -> None:
+    for line, record in zip(rows.lines, rows.records, strict=True):
+        if needed - record.keys() or record.keys() - COLUMNS:
+            raise DataError(
+                f"{rows.path}: line {line} has the columns {', '.join(record)}; expected item and, "
+                "if known, action and timestamp, named in the first line or as JSON keys; and user "
+                "for histories of many users"
+            )
+
+
+def check_times(path: Path, times: np.ndarray) -> None:
+    if times.any() and not times.all():
+        raise DataError(
+            f"{path}: event {times.argmin() + 1} has no timestamp, but others have one; "
+            "tell all of them, or none and the oldest event first"
+        )
+
+
+def examples(known: Sequence[str]) -> str:
+    return ", ".join(known[1:4]) + ", ..." * (len(known) > 4)
+
+
+def member(known: Mapping[str, int], text: str) -> int:
+    if text not in known:
+        raise ValueError(text)
+    return known[text]
+
+
+def named(text: str) -> str:
+    if not text:
+        raise ValueError("missing")
+    return text
+
+
+def seconds(text: str) -> int:
+    value = time_of(text or "0")
+    if not 0 <= value < LATEST:
+        raise ValueError(text)
+    return int(value)
