@@ -59,6 +59,12 @@ def tiny(tmp_path: Path) -> Path:
     return write_tiny(tmp_path / "data")
 
 
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of `tiny`, for tests that only read it."""
+    return write_tiny(tmp_path_factory.mktemp("tiny") / "data")
+
+
 def open_dataset(
     data_dir: Path,
     split: str,

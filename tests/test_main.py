@@ -40,11 +40,6 @@ SMALL = [
 ]  # fmt: skip
 
 
-@pytest.fixture(scope="module")
-def data(tmp_path_factory) -> Path:
-    return write_tiny(tmp_path_factory.mktemp("tiny") / "data")
-
-
 def run(tmp_path: Path, data: Path, *flags: str, name: str = "run") -> Path:
     """Train into tmp_path/name; later flags win."""
     output_dir = tmp_path / name
