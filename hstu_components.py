@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from ops.dropout import Dropout
+from ops.rows import take_rows
 from ops.sharded_table import ShardedEmbedding
 
 INIT_STD = 0.02  # of item table, positions and everything added to them: see docs/log.md
@@ -220,13 +221,15 @@ class LearnablePositionalEmbeddingInputFeaturesPreprocessor(nn.Module):
         action_types: Tensor,
         target_action_types: Tensor,
         users: Tensor | None,
+        position_order: tuple[Tensor, Tensor] | None = None,
     ) -> Tensor:
         """Inputs of the encoder, (T, D).
 
         `items`: (T, D) item tower outputs. `positions`: (T,) int64 in 0..N-1. `action_types`,
         `target_action_types`: (T,) int64, -1 unknown. `users`: (T, D) the users' vectors, or None.
+        `position_order`: of `positions`, for `ops.rows.take_rows`.
         """
-        by_position = self.pos_emb.weight.index_select(0, positions)  # as in model.encode
+        by_position = take_rows(self.pos_emb.weight, positions, position_order)
         x = torch.add(by_position, items, alpha=self.scale)  # (T, D)
         if self.action_emb is not None:
             x = x + self.action_emb(action_types + 1)
@@ -250,11 +253,12 @@ class HistoryResidual(nn.Module):
 
     def forward(self, x: Tensor, items: Tensor, positions: Tensor) -> Tensor:
         """`x`, `items`: encoder and item tower outputs, (T, D). `positions`: (T,) int64 from 0."""
-        v, first = F.normalize(items.float(), dim=1), torch.arange(len(items)).to(positions)
-        first = first - positions  # (T,), of each event's sequence
+        v, event = F.normalize(items.float(), dim=1), torch.arange(len(items)).to(positions)
+        first = event - positions  # (T,), of each event's sequence; rises
+        order = event, torch.searchsorted(first, F.pad(event + 1, (1, 0)))
         # float64, or the sums over the events before a sequence would leave their error in it.
         sums = running_sums(v.double())  # (T, D)
-        sums = (sums - (sums - v).index_select(0, first)).float()
+        sums = (sums - take_rows(sums - v, first, order)).float()
         counts = positions[:, None] + 1  # n
         return F.normalize(x.float(), dim=1) + 2 * counts.rsqrt() * sums + 2 * v
 

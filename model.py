@@ -23,6 +23,7 @@ from hstu_components import (
     LocalEmbeddingModule,
     module_key,
 )
+from ops.rows import take_rows
 from simplified_hstu import DEFINITION, HSTU, Attention
 
 # Items embedded at once when a whole catalogue is: 16 MB of 1024-wide vectors. With 16 times as
@@ -192,26 +193,22 @@ class HSTUModel(nn.Module):
         """
         if rows is None:
             rows = self._rows(batch)  # (R, D)
-        lengths = batch.offsets.diff()
-        starts = batch.offsets[:-1].repeat_interleave(lengths)
-        positions = (torch.arange(len(starts)) - starts).to(rows.device, non_blocking=True)
-        # Not rows[...]: its gradient is summed by several threads in any order.
-        items = rows.index_select(0, batch.item_index)  # (T, D)
-        users = self._users(batch.user_ids, lengths)
-        actions = batch.action_types, batch.target_action_types
-        x = self.input_preprocessor(items, positions, *actions, users)  # (T, D)
+        items = take_rows(rows, batch.item_index, batch.orders.get("items"))  # (T, D)
+        actions, users = (batch.action_types, batch.target_action_types), self._users(batch)
+        order = batch.orders.get("positions")
+        x = self.input_preprocessor(items, batch.positions, *actions, users, order)  # (T, D)
         x = self.hstu(x, batch.offsets, batch.timestamps, batch.target_timestamps)  # (T, D)
         if self.history_residual is not None:
-            x = self.history_residual(x, items, positions)  # (T, D)
+            x = self.history_residual(x, items, batch.positions)  # (T, D)
         return self.output_postprocessor(x)  # (T, D)
 
-    def _users(self, user_ids: Tensor, lengths: Tensor) -> Tensor | None:
+    def _users(self, batch: Any) -> Tensor | None:
         if not self.config.user_features:
             return None
-        users = self._encode_features(self.config.user_features, self.user_tables, user_ids, {})
-        users = users * (user_ids > 0)[:, None]  # user 0 is unknown, not one of zeros
-        num_events, lengths = int(lengths.sum()), lengths.to(users.device)
-        return users.repeat_interleave(lengths, dim=0, output_size=num_events)  # (T, D)
+        ids = batch.user_ids
+        users = self._encode_features(self.config.user_features, self.user_tables, ids, {})
+        users = users * (ids > 0)[:, None]  # user 0 is unknown, not one of zeros
+        return take_rows(users, batch.sequence_index, batch.orders.get("sequences"))  # (T, D)
 
     def predict(self, batch: Any) -> Tensor:
         """The query for each sequence's next event: (B, D) float32 of length 1."""

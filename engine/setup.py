@@ -162,7 +162,7 @@ def collate_with_room(collate_fn: Callable[[Any], Any], fetched: Any) -> Any:
     """
     batch, worker = collate_fn(fetched), get_worker_info()
     if worker is not None and os.path.isdir(SHARED_MEMORY):
-        fields = [*batch, *chain.from_iterable((batch.item_vectors or {}).values())]
+        fields = [*batch, *chain.from_iterable((batch.item_vectors | batch.orders).values())]
         needed = sum(field.nbytes for field in fields if isinstance(field, torch.Tensor))
         disk = os.statvfs(SHARED_MEMORY)
         if disk.f_bavail * disk.f_frsize < needed * worker.num_workers:

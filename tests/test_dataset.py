@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import count_items, open_dataset
+from conftest import are_equal, count_items, open_dataset
 from numpy.testing import assert_array_equal
 from torch.utils.data import DataLoader
 
@@ -255,10 +255,7 @@ def test_plain_item_ids_have_no_time_and_no_actions(tmp_path, dtype):
 
 def assert_equal_batches(left: Batch, right: Batch) -> None:
     for name, a, b in zip(Batch._fields, left, right, strict=True):
-        if isinstance(a, torch.Tensor):
-            assert torch.equal(a, b) and a.dtype == b.dtype, name
-        else:
-            assert a == b, name
+        assert are_equal(a, b), name
 
 
 def test_moving_a_batch_leaves_its_offsets_on_the_cpu(folder):
@@ -268,6 +265,30 @@ def test_moving_a_batch_leaves_its_offsets_on_the_cpu(folder):
     places = {name: tensor.device.type for name, tensor in tensors.items()}
     assert places.pop("offsets") == places.pop("num_targets") == "cpu"
     assert set(places.values()) == {"meta"}
+    assert {tensor.device.type for pair in moved.orders.values() for tensor in pair} == {"meta"}
+
+
+def test_each_event_has_its_place_in_its_sequence(folder):
+    batch = make_batch(open_dataset(folder, "train", maxlen=5), range(7))
+    lengths = batch.offsets.diff().tolist()
+    assert batch.positions.tolist() == [place for n in lengths for place in range(n)]
+    assert batch.sequence_index.tolist() == [b for b, n in enumerate(lengths) for _ in range(n)]
+    assert torch.equal(batch.device_offsets, batch.offsets)
+
+
+@pytest.mark.parametrize("negatives", ["all", "mixed"])
+def test_orders_have_the_places_of_each_row_in_rising_order(folder, negatives):
+    """By row, as a loop over the rows finds them."""
+    batch = make_batch(open_dataset(folder, "train", 5, negatives, 3), range(7))
+    sizes = {"items": len(batch.distinct_ids), "positions": 5, "sequences": 7}
+    indices = {"items": batch.item_index, "positions": batch.positions}
+    indices["sequences"] = batch.sequence_index
+    assert batch.orders.keys() == sizes.keys()
+    for name, (places, bounds) in batch.orders.items():
+        expected = [(indices[name] == row).nonzero()[:, 0].tolist() for row in range(sizes[name])]
+        found = [part.tolist() for part in places.tensor_split(bounds[1:-1])]
+        assert found == expected and bounds[-1] == len(places)
+    assert make_batch(open_dataset(folder, "valid"), [0, 1]).orders == {}
 
 
 # ------------------------------------------------------------------------------------- short, empty

@@ -112,8 +112,10 @@ def test_every_parameter_tensor_gets_a_gradient(tiny, negatives):
 def test_a_user_that_is_not_known_adds_nothing(tiny):
     model = make_model(tiny)
     assert any(spec["kind"] == "continual" for spec in model.config.user_features.values())
-    users = model._users(torch.tensor([0, 3]), torch.tensor([2, 1]))
-    assert not users[:2].any() and users[2].any()
+    batch = make_batch(tiny, [0, 1])
+    users = model._users(batch._replace(user_ids=torch.tensor([0, 3])))
+    start = int(batch.offsets[1])
+    assert not users[:start].any() and users[start:].any()
 
 
 @pytest.mark.parametrize("history_residual", [False, True])
