@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from ops.dropout import Dropout
-from ops.rows import take_rows
+from ops.rows import take_rows, take_table_rows
 from ops.sharded_table import ShardedEmbedding
 
 INIT_STD = 0.02  # of item table, positions and everything added to them: see docs/log.md
@@ -40,9 +40,12 @@ class LocalEmbeddingModule(nn.Module):
             self.item_emb = nn.Embedding(num_items + 1, hidden_units, padding_idx=0)
             init_embedding(self.item_emb)
 
-    def forward(self, item_ids: Tensor) -> Tensor:
-        """(...,) int64 in 0..X -> (..., D)."""
-        return self.item_emb(item_ids)
+    def forward(self, item_ids: Tensor, are_distinct: bool = False) -> Tensor:
+        """(n,) int64 in 0..X -> (n, D); `are_distinct` as in `ops.rows.take_table_rows`."""
+        table = self.item_emb
+        if isinstance(table, ShardedEmbedding):
+            return table(item_ids)
+        return take_table_rows(table.weight, item_ids, table.sparse, are_distinct)
 
 
 def init_embedding(embedding: nn.Embedding | nn.EmbeddingBag) -> None:
@@ -59,6 +62,10 @@ class SparseEncoder(nn.Embedding):
         super().__init__(size + 1, hidden_units, padding_idx=0)
         init_embedding(self)
 
+    def forward(self, values: Tensor) -> Tensor:
+        """(n,) int64 -> (n, D)."""
+        return take_table_rows(self.weight, values, self.sparse)
+
 
 class ArrayEncoder(nn.EmbeddingBag):
     """The mean of the vectors of a list's values 1..size; zero for an empty list."""
@@ -67,6 +74,19 @@ class ArrayEncoder(nn.EmbeddingBag):
         options = {"mode": "mean", "padding_idx": 0, "include_last_offset": True}
         super().__init__(size + 1, hidden_units, **options)
         init_embedding(self)
+
+    def forward(self, values: Tensor, bags: Tensor) -> Tensor:
+        """Flat int64 values and where each list begins, (n + 1,) int64 -> (n, D).
+
+        0 is padding. On a GPU all lists are padded to one length.
+        """
+        if not self.sparse or values.device.type == "cpu":
+            return super().forward(values, bags)
+        # The sparse gradient of nn.EmbeddingBag waits for the number of values.
+        vectors = take_table_rows(self.weight, values, is_sparse=True)
+        lists = vectors.view(len(bags) - 1, -1, self.embedding_dim)  # (n, longest, D)
+        counts = (values > 0).view(lists.shape[:2]).sum(1, keepdim=True)
+        return lists.sum(1) / counts.clamp(min=1)
 
 
 def give_sparse_gradients(model: nn.Module) -> None:
@@ -154,6 +174,11 @@ class FeatureTables(nn.Module):
     def __init__(self, features: Mapping[str, Any], on_host: Collection[str] = ()):
         super().__init__()
         self._host = {name: features[name] for name in on_host}
+        self._longest = {
+            name: int(np.diff(feature.offsets).max(initial=0))
+            for name, feature in features.items()
+            if feature.offsets is not None
+        }
         for feature_id, feature in features.items():
             if feature_id in self._host:
                 continue
@@ -166,7 +191,7 @@ class FeatureTables(nn.Module):
         """What the feature's encoder takes, for (n,) int64 rows.
 
         (values (n, ...),), or for vectors that may be missing (values (n, W), present (n,)), or for
-        lists (flat values, offsets (n + 1,)).
+        lists (flat values, offsets (n + 1,)), on a GPU with zeros up to the longest of all lists.
         """
         if feature_id in self._host:
             feature, host_rows = self._host[feature_id], rows.cpu().numpy()
@@ -174,8 +199,10 @@ class FeatureTables(nn.Module):
             return tuple(torch.from_numpy(array).to(rows.device) for array in pair)
         names = (f"{module_key(feature_id)}_{field}" for field in ("values", "offsets", "present"))
         values, offsets, present = (getattr(self, name) for name in names)
-        if offsets is not None:
+        if offsets is not None and values.device.type == "cpu":
             return gather_lists(values, offsets, rows)
+        if offsets is not None:
+            return pad_lists(values, offsets, rows, self._longest[feature_id])
         if present is not None:
             return values[rows], present[rows]
         return (values[rows],)
@@ -187,6 +214,17 @@ def gather_lists(values: Tensor, offsets: Tensor, rows: Tensor) -> tuple[Tensor,
     bags = F.pad(lengths.cumsum(0), (1, 0))  # (n + 1,)
     shift = (offsets[rows] - bags[:-1]).repeat_interleave(lengths)
     return values[torch.arange(len(shift), device=rows.device) + shift], bags
+
+
+def pad_lists(values: Tensor, offsets: Tensor, rows: Tensor, longest: int) -> tuple[Tensor, Tensor]:
+    """As `gather_lists`, but with zeros after each list up to length `longest`.
+
+    So the host knows the number of values, and does not wait for the device to count them.
+    """
+    starts, ends = offsets[rows, None], offsets[rows + 1, None]  # (n, 1)
+    places = starts + torch.arange(longest, device=rows.device)  # (n, longest)
+    padded = values[places.clamp(max=len(values) - 1)].masked_fill_(places >= ends, 0)
+    return padded.flatten(), torch.arange(len(rows) + 1, device=rows.device) * longest
 
 
 class LearnablePositionalEmbeddingInputFeaturesPreprocessor(nn.Module):

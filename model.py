@@ -180,7 +180,8 @@ class HSTUModel(nn.Module):
         return queries, self._loss(batch, queries, rows, batch.target_index[last])
 
     def _rows(self, batch: Any) -> Tensor:
-        return self.item_tower(batch.distinct_ids, vectors=batch.item_vectors)  # (R, D)
+        vectors = batch.item_vectors
+        return self.item_tower(batch.distinct_ids, vectors=vectors, are_distinct=True)  # (R, D)
 
     def _loss(self, batch: Any, queries: Tensor, rows: Tensor, target_index: Tensor) -> Tensor:
         negatives = batch.negative_index, batch.negative_log_q
@@ -220,6 +221,7 @@ class HSTUModel(nn.Module):
         tables: FeatureTables | None = None,
         table_rows: Tensor | None = None,
         vectors: Mapping[str, tuple[Tensor, Tensor]] | None = None,
+        are_distinct: bool = False,
     ) -> Tensor:
         """(n, D): id embedding plus every item feature, each at width D.
 
@@ -229,9 +231,10 @@ class HSTUModel(nn.Module):
                 the tables of a candidate set, and rows of them, (n,) int64.
             vectors: feature id -> (n, W) and (n,) bool as VectorEncoder takes them, instead of a
                 lookup.
+            are_distinct: the ids rise, and none is 0, as in a batch's `distinct_ids`.
         """
         tables, rows = tables or self.item_tables, item_ids if table_rows is None else table_rows
-        x = self.embedding_module(item_ids)  # (n, D)
+        x = self.embedding_module(item_ids, are_distinct)  # (n, D)
         if not self.config.item_features:
             return x
         return x + self._encode_features(self.config.item_features, tables, rows, vectors or {})

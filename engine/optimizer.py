@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ops.collectives import all_reduce
+from ops.rows import merge_rows
 
 MUON_MOMENTUM = 0.95
 # Coefficients of the polynomial that takes singular values to about 1, and its iterations (Jordan).
@@ -62,7 +63,7 @@ def _step_rows(
         state["step"] = table.new_zeros(())
         state["last_step"] = table.new_zeros(len(table))
         state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(table), torch.zeros_like(table)
-    grad = grad.coalesce()  # each row once, rising; repeated ones are summed
+    grad = merge_rows(grad)
     rows, g = grad.indices()[0], grad.values()  # (R,), (R, D)
     beta1, beta2 = group["betas"]
     state["step"] += 1
@@ -78,8 +79,10 @@ def _step_rows(
     m.mul_(beta1**missed).lerp_(g, 1 - beta1)
     v.mul_(beta2 ** (missed + 1)).addcmul_(g, g, value=1 - beta2)
     update.addcdiv_(m, v.sqrt().add_(eps)).mul_(root_c2 / c1)
-    table.index_add_(0, rows, update, alpha=-group["lr"])
-    state["last_step"].index_fill_(0, rows, step)
+    # Not index_add_, whose atomic additions have no order, nor index_fill_, which waits for `step`.
+    update = table.index_select(0, rows).add_(update, alpha=-group["lr"])
+    table.index_copy_(0, rows, update)
+    state["last_step"].index_copy_(0, rows, step.expand(len(rows)))
     state["exp_avg"].index_copy_(0, rows, m)
     state["exp_avg_sq"].index_copy_(0, rows, v)
 
@@ -143,8 +146,8 @@ def clip_gradients(
 ) -> Tensor:
     """As torch.nn.utils.clip_grad_norm_, for sparse gradients and sharded tables too; the norm.
 
-    Sparse gradients get coalesced. `limit`: of the norm; 0 leaves gradients as they are. `shards`:
-    those of `parameters` of which other processes have other rows; all rows count.
+    Sparse gradients get merged by row. `limit`: of the norm; 0 leaves gradients as they are.
+    `shards`: those of `parameters` of which other processes have other rows; all rows count.
     """
     values, shard_values, shards = [], [], set(shards)
     for parameter in parameters:
@@ -152,7 +155,7 @@ def clip_gradients(
         if grad is None:
             continue
         if grad.is_sparse:
-            parameter.grad = grad.coalesce()
+            parameter.grad = merge_rows(grad)
             grad = parameter.grad.values()
         (shard_values if parameter in shards else values).append(grad)
     norm = nn.utils.get_total_norm(values)

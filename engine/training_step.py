@@ -73,9 +73,9 @@ class TrainingStep:
     def __call__(self, batches: Sequence[Any], epoch: int, step: int) -> dict[str, Tensor | float]:
         """Train on one or several dataset.Batch (of all processes) as if they were one.
 
-        Only the negatives stay apart: each batch has its own. The host waits for a GPU where there
-        are an fp16 scaler, sparse gradients or list features. `batches`: on the CPU. `epoch`,
-        `step`: which this is, from 1. Returns TensorBoard tags and values.
+        Only the negatives stay apart: each batch has its own. The host waits for a GPU only for an
+        fp16 scaler, and where several processes sum sparse gradients. `batches`: on the CPU.
+        `epoch`, `step`: which this is, from 1. Returns TensorBoard tags and values.
 
         Raises:
             DataError: on the CPU, loss or gradient are not finite; the weights are those of the

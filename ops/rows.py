@@ -12,6 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from ops.collectives import sparse_rows
+
 Order = tuple[Tensor, Tensor]
 
 
@@ -22,8 +24,8 @@ def take_rows(rows: Tensor, index: Tensor, order: Order | None = None) -> Tensor
         rows: float.
         index: (n,) int64 in 0..R-1.
         order: what `sum_rows` needs for the gradient, int64: (n,) the places of `index`, those of
-            row 0 first; and (R + 1,) where those of each row begin. None: gradients are not needed,
-            or may be summed in any order.
+            row 0 first; and (R + 1,) where those of each row begin, or fewer where the last rows
+            are not taken. None: gradients are not needed, or may be summed in any order.
     """
     if order is None:
         return rows.index_select(0, index)
@@ -40,9 +42,74 @@ class _TakeRows(torch.autograd.Function):
     @staticmethod
     def forward(ctx, rows, index, places, bounds):
         ctx.save_for_backward(places, bounds)
+        ctx.num_rows = len(rows)
         return rows.index_select(0, index)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
-        return sum_rows(grad.contiguous(), ctx.saved_tensors), None, None, None
+        sums = sum_rows(grad.contiguous(), ctx.saved_tensors)
+        if len(sums) < ctx.num_rows:
+            sums = F.pad(sums, (0, 0, 0, ctx.num_rows - len(sums)))
+        return sums, None, None, None
+
+
+def take_table_rows(
+    table: Tensor, ids: Tensor, is_sparse: bool, are_distinct: bool = False
+) -> Tensor:
+    """(X + 1, D) -> (n, D): table[ids], where row 0 gets no gradient.
+
+    As F.embedding, but nothing waits for the device.
+
+    Args:
+        table: float; row 0 is padding, and zero.
+        ids: (n,) int64 in 0..X.
+        is_sparse: the gradient is a sparse tensor of these rows.
+        are_distinct: the ids rise, and none is 0; so the gradient needs no sort.
+    """
+    if not (is_sparse or are_distinct):
+        return F.embedding(ids, table, padding_idx=0)
+    return _TakeTableRows.apply(table, ids, is_sparse, are_distinct)
+
+
+class _TakeTableRows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, table, ids, is_sparse, are_distinct):
+        ctx.save_for_backward(ids)
+        ctx.num_rows, ctx.is_sparse, ctx.are_distinct = len(table), is_sparse, are_distinct
+        return table.index_select(0, ids)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        (ids,) = ctx.saved_tensors
+        if not ctx.are_distinct:
+            grad = grad * (ids > 0)[:, None]
+        if ctx.is_sparse:
+            return sparse_rows(ids, grad, ctx.num_rows, ctx.are_distinct), None, None, None
+        rows = torch.arange(ctx.num_rows + 1, device=ids.device)
+        order = rows[: len(ids)], torch.searchsorted(ids, rows)
+        return sum_rows(grad.contiguous(), order), None, None, None
+
+
+def merge_rows(grad: Tensor) -> Tensor:
+    """A table's sparse gradient, (X + 1, D), with the values of each row summed: coalesced.
+
+    As Tensor.coalesce. On a GPU nothing waits for the number of distinct rows: as many are kept as
+    there were, and those left over are zeros of row 0, the padding.
+    """
+    if grad.is_coalesced() or grad.device.type == "cpu":
+        return grad.coalesce()
+    return _merge_rows_without_wait(grad)
+
+
+def _merge_rows_without_wait(grad: Tensor) -> Tensor:
+    rows, places = grad._indices()[0].sort(stable=True)
+    is_first = torch.cat([rows.new_ones(1), rows.diff().clamp(max=1)])
+    group = is_first.cumsum(0) - 1  # (n,) rising: which of the distinct rows
+    firsts = torch.searchsorted(group, torch.arange(len(rows), device=rows.device))
+    distinct = F.pad(rows, (0, 1))[firsts]  # (n,), n is the place of the 0 for those left over
+    values = grad._values().index_select(0, places)
+    # Not sum_rows: a row may be most of them, and this splits it over threads.
+    sums = torch.ops.aten.embedding_dense_backward(values, group, len(rows), -1, False)
+    return sparse_rows(distinct, sums, len(grad), is_coalesced=True)

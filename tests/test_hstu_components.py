@@ -5,7 +5,14 @@ from __future__ import annotations
 import pytest
 import torch
 
-from hstu_components import Dropout, HistoryResidual, running_sums
+from hstu_components import (
+    ArrayEncoder,
+    Dropout,
+    HistoryResidual,
+    gather_lists,
+    pad_lists,
+    running_sums,
+)
 
 
 def test_dropout_drops_its_share_and_keeps_the_mean():
@@ -61,3 +68,15 @@ def test_history_residual_adds_the_items_of_the_own_history_and_the_newest():
         expected.append(x[t] / x[t].norm() + 2 * sum(history) / n**0.5 + 2 * unit[t])
     found = HistoryResidual()(x, items, positions)
     torch.testing.assert_close(found, torch.stack(expected), rtol=1e-5, atol=1e-5)
+
+
+def test_lists_padded_for_a_gpu_have_the_values_and_the_mean_of_gathered_ones():
+    values, offsets = torch.tensor([4, 1, 2, 5, 3]), torch.tensor([0, 0, 1, 1, 4, 5])
+    rows = torch.tensor([3, 0, 1, 4, 3])
+    flat, bags = gather_lists(values, offsets, rows)
+    padded, padded_bags = pad_lists(values, offsets, rows, longest=3)
+    assert padded.view(5, 3).tolist() == [[1, 2, 5], [0, 0, 0], [4, 0, 0], [3, 0, 0], [1, 2, 5]]
+    assert padded[padded > 0].tolist() == flat.tolist()
+    encoder = ArrayEncoder(7, 5)
+    torch.testing.assert_close(encoder(padded, padded_bags), encoder(flat, bags))
+    assert pad_lists(values[:0], offsets * 0, rows, longest=0)[0].tolist() == []

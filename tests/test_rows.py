@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
+import torch.nn.functional as F
 
-from ops.rows import sum_rows, take_rows
+from ops.collectives import sparse_rows
+from ops.rows import _merge_rows_without_wait, sum_rows, take_rows, take_table_rows
 
 R, D = 7, 3
 INDEX = torch.tensor([5, 0, 5, 2, 2, 5, 6])
@@ -34,3 +37,36 @@ def test_a_rows_values_are_summed_in_the_order_given():
 def test_no_values_at_all_sum_to_zeros():
     empty = torch.empty(0, dtype=torch.int64), torch.zeros(R + 1, dtype=torch.int64)
     assert torch.equal(sum_rows(torch.empty(0, D), empty), torch.zeros(R, D))
+
+
+def test_an_order_of_fewer_rows_leaves_the_last_ones_without_gradient():
+    rows = torch.randn(R + 2, D).requires_grad_()
+    (grad,) = torch.autograd.grad(take_rows(rows, INDEX, ORDER).sum(), rows)
+    assert torch.equal(
+        grad, rows.detach().new_zeros(R + 2, D).index_add(0, INDEX, torch.ones(7, D))
+    )
+
+
+@pytest.mark.parametrize("is_sparse", [False, True])
+@pytest.mark.parametrize("are_distinct", [False, True])
+def test_a_tables_gradient_is_that_of_an_embedding(is_sparse, are_distinct):
+    """Whose padding row, 0, has none."""
+    ids = torch.tensor([1, 3, 4, 6]) if are_distinct else torch.tensor([3, 0, 3, 6])
+    table, weights = torch.randn(R, D).requires_grad_(), torch.randn(4, D)
+    expected = (F.embedding(ids, table, padding_idx=0) * weights).sum()
+    found = (take_table_rows(table, ids, is_sparse, are_distinct) * weights).sum()
+    assert torch.equal(found, expected)
+    grads = [torch.autograd.grad(loss, table)[0] for loss in (found, expected)]
+    assert grads[0].is_sparse == is_sparse
+    torch.testing.assert_close(grads[0].to_dense(), grads[1])
+    assert not is_sparse or grads[0].is_coalesced() == are_distinct
+
+
+def test_a_gradient_merged_without_a_wait_is_the_coalesced_one():
+    """The form of a GPU: what is left over are zeros of row 0."""
+    grad = sparse_rows(torch.tensor([5, 0, 2, 5, 5]), torch.randn(5, D), R)
+    expected = grad.coalesce()
+    merged = _merge_rows_without_wait(grad)
+    assert merged.is_coalesced() and merged.indices().tolist() == [[0, 2, 5, 0, 0]]
+    torch.testing.assert_close(merged.values()[:3], expected.values())
+    assert not merged.values()[3:].any()
