@@ -71,10 +71,10 @@ class Batch(NamedTuple):
     item_vectors: dict[str, tuple[Tensor, Tensor]]  # host vectors: (R, W) float32, (R,) bool
     seen_ids: Tensor | None  # (V,) int64, items of the whole histories; None in training
     seen_offsets: Tensor | None  # (B + 1,) int64 into seen_ids
-    # Training only: in which order gradients are summed, (places, bounds) as ops.rows.take_rows
-    # says, of "items" (by item_index), "positions" and "sequences". Whoever replaces an index has
-    # to replace its order.
-    orders: dict[str, tuple[Tensor, Tensor]]
+    # Of training only: the order in which gradients are summed, (places, bounds) as ops.rows wants
+    # it, of "items" (by item_index), "positions" and "sequences"; and of "loss" the fields of
+    # ops.infonce.LossRows. Whoever replaces an index empties it: {} is right as well, but slower.
+    orders: dict[str, tuple[Tensor, ...]]
 
     def to(self, device: torch.device | str) -> Batch:
         """On `device`, but for the fields on the CPU; asynchronous from pinned memory."""
@@ -341,10 +341,12 @@ class MyDataset(Dataset):
         orders = self._orders(arrays) if self.split == "train" else {}
         return Batch(**tensors, item_vectors=vectors, orders=orders)
 
-    def _orders(self, arrays: Mapping[str, np.ndarray]) -> dict[str, tuple[Tensor, Tensor]]:
+    def _orders(self, arrays: Mapping[str, np.ndarray]) -> dict[str, tuple[Tensor, ...]]:
         """`Batch.orders` of its other fields."""
+        num_rows = len(arrays["distinct_ids"])
         orders = {
-            "items": _order_of_rows(arrays["item_index"], len(arrays["distinct_ids"])),
+            "items": _order_of_rows(arrays["item_index"], num_rows),
+            "loss": _loss_rows(arrays["target_index"], arrays["negative_index"], num_rows),
             "positions": _order_of_rows(arrays["positions"], self.maxlen),
             "sequences": (np.arange(len(arrays["positions"])), arrays["offsets"]),
         }
@@ -357,6 +359,19 @@ def _order_of_rows(index: np.ndarray, num_rows: int) -> tuple[np.ndarray, np.nda
     keys = index.astype(np.uint16) if num_rows <= 1 << 16 else index
     counts = np.bincount(index, minlength=num_rows)
     return np.argsort(keys, kind="stable"), np.concatenate([[0], counts.cumsum()])
+
+
+def _loss_rows(
+    target_index: np.ndarray, negative_index: np.ndarray | None, num_rows: int
+) -> tuple[np.ndarray, ...]:
+    """The fields of ops.infonce.LossRows, as its `index_rows` has them, and the order."""
+    negative_index = np.arange(num_rows) if negative_index is None else negative_index
+    columns = np.full(num_rows, len(negative_index))
+    columns[negative_index] = np.arange(len(negative_index))
+    positives, has_target = np.maximum(target_index, 0), target_index >= 0
+    weights = (has_target / max(1, has_target.sum())).astype(np.float32)
+    index = np.concatenate([positives, negative_index])
+    return index, columns[positives], weights, *_order_of_rows(index, num_rows)
 
 
 def _places(offsets: np.ndarray) -> dict[str, np.ndarray]:

@@ -80,10 +80,10 @@ class ArrayEncoder(nn.EmbeddingBag):
 
         0 is padding. On a GPU all lists are padded to one length.
         """
-        if not self.sparse or values.device.type == "cpu":
+        if values.device.type == "cpu":
             return super().forward(values, bags)
-        # The sparse gradient of nn.EmbeddingBag waits for the number of values.
-        vectors = take_table_rows(self.weight, values, is_sparse=True)
+        # The gradient of nn.EmbeddingBag has no order there, and a sparse one waits.
+        vectors = take_table_rows(self.weight, values, self.sparse)
         lists = vectors.view(len(bags) - 1, -1, self.embedding_dim)  # (n, longest, D)
         counts = (values > 0).view(lists.shape[:2]).sum(1, keepdim=True)
         return lists.sum(1) / counts.clamp(min=1)

@@ -38,8 +38,12 @@ def infonce_loss(
     negative_index: Tensor | None,
     negative_log_q: Tensor | None,
     temperature: float,
+    loss_rows: Any = None,
 ) -> Tensor:
-    """InfoNCE as it is defined; arguments as `HSTUModel.compute_infonce_loss`, rows of length 1."""
+    """InfoNCE as it is defined; arguments as `HSTUModel.compute_infonce_loss`, rows of length 1.
+
+    `loss_rows`: for a tuned form.
+    """
     if negative_index is None:
         negative_index = torch.arange(len(rows), device=rows.device)
     weights = (target_index >= 0).to(queries.dtype)  # (T,)
@@ -170,7 +174,7 @@ class HSTUModel(nn.Module):
         """
         rows = self._rows(batch)  # (R, D)
         queries = self.encode(batch, rows)  # (T, D)
-        return self._loss(batch, queries, rows, batch.target_index)
+        return self._loss(batch, queries, rows, batch.target_index, batch.orders.get("loss"))
 
     def predict_with_loss(self, batch: Any) -> tuple[Tensor, Tensor]:
         """`predict`, (B, D), and the InfoNCE of each sequence's last target, scalar."""
@@ -183,9 +187,16 @@ class HSTUModel(nn.Module):
         vectors = batch.item_vectors
         return self.item_tower(batch.distinct_ids, vectors=vectors, are_distinct=True)  # (R, D)
 
-    def _loss(self, batch: Any, queries: Tensor, rows: Tensor, target_index: Tensor) -> Tensor:
+    def _loss(
+        self,
+        batch: Any,
+        queries: Tensor,
+        rows: Tensor,
+        target_index: Tensor,
+        loss_rows: tuple[Tensor, ...] | None = None,
+    ) -> Tensor:
         negatives = batch.negative_index, batch.negative_log_q
-        return self.compute_infonce_loss(queries, rows, target_index, *negatives)
+        return self.compute_infonce_loss(queries, rows, target_index, *negatives, loss_rows)
 
     def encode(self, batch: Any, rows: Tensor | None = None) -> Tensor:
         """The query that follows each event: (T, D) float32 of length 1.
@@ -270,6 +281,7 @@ class HSTUModel(nn.Module):
         target_index: Tensor,
         negative_index: Tensor | None,
         negative_log_q: Tensor | None = None,
+        loss_rows: tuple[Tensor, ...] | None = None,
     ) -> Tensor:
         """Mean of -log(e^pos / (e^pos + sum of e^neg)), logits are cosines / temperature; scalar.
 
@@ -280,10 +292,12 @@ class HSTUModel(nn.Module):
             negative_index: (M,) int64 distinct rows shared by all queries; a query's own positive
                 among them is left out. None: all rows.
             negative_log_q: (M,) float32 subtracted from the negatives' logits, or None.
+            loss_rows: the fields of ops.infonce.LossRows of these indices, if they are known.
 
         Float32 under autocast too, and zero where no event has a target.
         """
         with torch.autocast(queries.device.type, enabled=False):
             rows = self.output_postprocessor(rows)
             indices = target_index, negative_index, negative_log_q
-            return self.kernels.infonce_loss(queries, rows, *indices, self.config.infonce_temp)
+            options = self.config.infonce_temp, loss_rows
+            return self.kernels.infonce_loss(queries, rows, *indices, *options)

@@ -6,19 +6,32 @@ Only the logits of a chunk exist at a time: in the CPU's cache, or in few kernel
 from __future__ import annotations
 
 from functools import partial
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ops.rows import take_rows
+
 # Logits of a chunk, in floats: on the CPU 4 MB a thread, so that the passes over a chunk stay in
-# the cache; on a GPU 256 MB in few kernels.
+# the cache; on a GPU 256 MB, and as many for their softmax, in few kernels.
 THREAD_LOGITS, GPU_LOGITS = 1 << 20, 1 << 26
 # With fewer queries per thread in a chunk, threads share its products as BLAS likes.
 THREAD_QUERIES = 64
 # Up to here exponentials do not overflow, nor do sums of millions of them. A cosine is at most 1,
 # so only temperatures below 1 / 60 need their largest logit subtracted first.
 SAFE_LOGIT = 60.0
+
+
+class LossRows(NamedTuple):
+    """The rows that a loss takes, and how: what follows from its indices alone."""
+
+    index: Tensor  # (T + M,) int64, row of each query's positive (0: none), then of each negative
+    own_column: Tensor  # (T,) int64, which of the negatives is the query's positive; M: none
+    weights: Tensor  # (T,) float, each query's share of the mean; 0 without a target
+    places: Tensor | None = None  # these two: order of `index` as in ops.rows.take_rows; None: any
+    bounds: Tensor | None = None
 
 
 def infonce_loss(
@@ -28,92 +41,147 @@ def infonce_loss(
     negative_index: Tensor | None,
     negative_log_q: Tensor | None,
     temperature: float,
+    loss_rows: LossRows | None = None,
 ) -> Tensor:
-    """As `model.infonce_loss`."""
-    indices = target_index, negative_index, negative_log_q
-    return _InfoNCE.apply(queries, rows, *indices, temperature, torch.is_grad_enabled())
+    """As `model.infonce_loss`; `loss_rows`: of these indices, where they are known already."""
+    if loss_rows is None:
+        loss_rows = index_rows(target_index, negative_index, len(rows), queries.dtype)
+    index, own_column, weights, *order = loss_rows
+    used = take_rows(rows, index, order if order[0] is not None else None)  # (T + M, D)
+    options = weights, negative_log_q, temperature, torch.is_grad_enabled()
+    return _InfoNCE.apply(queries, used, own_column, *options)
+
+
+def index_rows(
+    target_index: Tensor,
+    negative_index: Tensor | None,
+    num_rows: int,
+    dtype: torch.dtype = torch.float32,
+) -> LossRows:
+    """LossRows without an order; arguments as in `infonce_loss`, `num_rows`: R."""
+    rows = torch.arange(num_rows, device=target_index.device)
+    negative_index = rows if negative_index is None else negative_index
+    M = len(negative_index)
+    columns = torch.full_like(rows, M).index_copy_(0, negative_index, rows[:M])
+    positives = target_index.clamp(min=0)
+    weights = (target_index >= 0).to(dtype)
+    weights /= weights.sum().clamp(min=1)
+    return LossRows(torch.cat([positives, negative_index]), columns[positives], weights)
 
 
 class _InfoNCE(torch.autograd.Function):
     """The loss, and its gradients in the forward pass: as it is a scalar, they only get scaled."""
 
     @staticmethod
-    def forward(ctx, queries, rows, target_index, negative_index, log_q, temperature, needs_grad):
-        negatives = rows if negative_index is None else rows.index_select(0, negative_index)
-        M, num_queries = len(negatives), len(queries)
-        size, parts = _chunk_shape(queries, M + 1)
-        padding = -num_queries % parts  # queries without a target
-        queries = F.pad(queries, (0, 0, 0, padding))
-        target_index = F.pad(target_index, (0, padding), value=-1)
-        positives = target_index.clamp(min=0)
-        weights = (target_index >= 0).to(queries.dtype)
-        weights /= weights.sum().clamp(min=1)  # (T,), each query's share of the mean
-        own_column = positives  # (T,)
-        if negative_index is not None:
-            own_column = _column_of_each_row(rows, negative_index)[positives]
-        q, positive = queries / temperature, rows.index_select(0, positives)  # (T, D)
-        positive_logit = (q * positive).sum(1)  # (T,)
-        is_safe = 1 / temperature <= SAFE_LOGIT
-        peak, total = torch.zeros_like(positive_logit), torch.empty_like(positive_logit)  # (T,)
-        # A query's logits: M negatives, then its positive, whose vector is zero in the products.
-        negatives = F.pad(negatives, (0, 0, 0, 1)).expand(parts, -1, -1)  # (parts, M + 1, D)
-        query_grad, negative_grad = torch.empty_like(queries), queries.new_zeros(negatives.shape)
-        by_thread = partial(Tensor.unflatten, dim=0, sizes=(parts, -1))  # (c, .) -> (parts, c', .)
-        buffer = queries.new_empty(min(size, len(queries)), M + 1)
-        for start in range(0, len(queries), size):
-            part = slice(start, start + size)
-            logits = buffer[: len(q[part])]  # (c, M + 1)
-            torch.bmm(by_thread(q[part]), negatives.mT, out=by_thread(logits))
-            if log_q is not None:
-                logits[:, :M] -= log_q
-            logits.scatter_(1, own_column[part, None], -torch.inf)
-            logits[:, M] = positive_logit[part]
-            if not is_safe:
-                torch.amax(logits, 1, out=peak[part])
-                logits -= peak[part, None]
-            exps = logits.exp_()
-            torch.sum(exps, 1, out=total[part])
-            if needs_grad:
-                torch.bmm(by_thread(exps), negatives, out=by_thread(query_grad[part]))
-                shares = q[part] * (weights[part] / total[part])[:, None]
-                negative_grad.baddbmm_(by_thread(exps).mT, by_thread(shares))
-        loss = weights @ (total.log() + peak - positive_logit)
-        if not needs_grad:
-            return loss
-        scale = weights / total  # (T,), exps * scale: gradient of the logits
-        positive_grad = torch.exp(positive_logit - peak) * scale - weights  # (T,), of its logit
-        query_grad.mul_(scale[:, None]).addcmul_(positive_grad[:, None], positive).div_(temperature)
-        row_grad = torch.zeros_like(rows).index_add_(0, positives, positive_grad[:, None] * q)
-        negative_grad = negative_grad.sum(0)[:M]  # over the threads
-        if negative_index is None:
-            row_grad += negative_grad
-        else:
-            row_grad.index_add_(0, negative_index, negative_grad)
-        ctx.save_for_backward(query_grad[:num_queries], row_grad)
+    def forward(ctx, queries, used, own_column, weights, log_q, temperature, needs_grad):
+        form = _by_threads if queries.device.type == "cpu" else _in_few_kernels
+        loss, *grads = form(queries, used, own_column, weights, log_q, temperature, needs_grad)
+        ctx.save_for_backward(*grads)
         return loss
 
     @staticmethod
     def backward(ctx, grad):
-        query_grad, row_grad = ctx.saved_tensors
-        return query_grad * grad, row_grad * grad, None, None, None, None, None
+        return *torch._foreach_mul(ctx.saved_tensors, grad), None, None, None, None, None
 
 
-def _chunk_shape(queries: Tensor, width: int) -> tuple[int, int]:
+def _in_few_kernels(
+    queries: Tensor,
+    used: Tensor,
+    own_column: Tensor,
+    weights: Tensor,
+    log_q: Tensor | None,
+    temperature: float,
+    needs_grad: bool,
+) -> tuple[Tensor, ...]:
+    """Loss, and gradients of queries (T, D) and of used rows (T + M, D), for a GPU."""
+    T, M = len(queries), len(used) - len(queries)
+    positives, negatives = used.split([T, M])
+    scale = (weights / temperature)[:, None]  # (T, 1)
+    shares, losses = queries * scale, []  # (T, D)
+    query_grad, used_grad = torch.empty_like(queries), torch.empty_like(used)
+    size = max(1, GPU_LOGITS // (M + 1))
+    for start in range(0, T, size):
+        part, is_first = slice(start, min(start + size, T)), start == 0
+        # M negatives, then the positive.
+        logits = queries.new_empty(part.stop - start, M + 1)
+        product = logits[None, :, :M]
+        product.baddbmm_(queries[None, part], negatives.T[None], beta=0, alpha=1 / temperature)
+        if log_q is not None:
+            product -= log_q
+        logits.scatter_(1, own_column[part, None], -torch.inf)
+        cosines = (queries[part] * positives[part]).sum(1)
+        torch.div(cosines, temperature, out=logits[:, M])
+        log_p = logits.log_softmax(1)
+        losses.append(weights[part] @ log_p[:, M])
+        if not needs_grad:
+            continue
+        p = log_p.exp_()
+        p[:, M] -= 1  # p times scale: gradient of the cosines
+        torch.mm(p[:, :M], negatives, out=query_grad[part])
+        query_grad[part].addcmul_(p[:, M:], positives[part])
+        torch.mul(p[:, M:], shares[part], out=used_grad[part])
+        used_grad[T:].addmm_(p[:, :M].T, shares[part], beta=0 if is_first else 1)
+    return -sum(losses[1:], losses[0]), query_grad.mul_(scale), used_grad
+
+
+def _by_threads(
+    queries: Tensor,
+    used: Tensor,
+    own_column: Tensor,
+    weights: Tensor,
+    log_q: Tensor | None,
+    temperature: float,
+    needs_grad: bool,
+) -> tuple[Tensor, ...]:
+    """As `_in_few_kernels`, for the CPU: without gradients, only the loss."""
+    T, M = len(queries), len(used) - len(queries)
+    size, parts = _chunk_shape(T, M + 1)
+    padding = -T % parts  # queries without a target
+    q = F.pad(queries / temperature, (0, 0, 0, padding))
+    positive = F.pad(used[:T], (0, 0, 0, padding))
+    own_column, weights = (F.pad(x, (0, padding)) for x in (own_column, weights))
+    positive_logit = (q * positive).sum(1)  # (T,)
+    is_safe = 1 / temperature <= SAFE_LOGIT
+    peak, total = torch.zeros_like(positive_logit), torch.empty_like(positive_logit)  # (T,)
+    # A query's logits: M negatives, then its positive, whose vector is zero in the products.
+    negatives = F.pad(used[T:], (0, 0, 0, 1)).expand(parts, -1, -1)  # (parts, M + 1, D)
+    query_grad, negative_grad = torch.empty_like(q), queries.new_zeros(negatives.shape)
+    by_thread = partial(Tensor.unflatten, dim=0, sizes=(parts, -1))  # (c, .) -> (parts, c', .)
+    buffer = queries.new_empty(min(size, len(q)), M + 1)
+    for start in range(0, len(q), size):
+        part = slice(start, start + size)
+        logits = buffer[: len(q[part])]  # (c, M + 1)
+        torch.bmm(by_thread(q[part]), negatives.mT, out=by_thread(logits))
+        if log_q is not None:
+            logits[:, :M] -= log_q
+        logits.scatter_(1, own_column[part, None], -torch.inf)
+        logits[:, M] = positive_logit[part]
+        if not is_safe:
+            torch.amax(logits, 1, out=peak[part])
+            logits -= peak[part, None]
+        exps = logits.exp_()
+        torch.sum(exps, 1, out=total[part])
+        if needs_grad:
+            torch.bmm(by_thread(exps), negatives, out=by_thread(query_grad[part]))
+            shares = q[part] * (weights[part] / total[part])[:, None]
+            negative_grad.baddbmm_(by_thread(exps).mT, by_thread(shares))
+    loss = weights @ (total.log() + peak - positive_logit)
+    if not needs_grad:
+        return (loss,)
+    scale = weights / total  # (T,), exps * scale: gradient of the logits
+    positive_grad = (torch.exp(positive_logit - peak) * scale - weights)[:, None]  # of its logit
+    query_grad.mul_(scale[:, None]).addcmul_(positive_grad, positive).div_(temperature)
+    used_grad = torch.cat([(positive_grad * q)[:T], negative_grad.sum(0)[:M]])
+    return loss, query_grad[:T], used_grad
+
+
+def _chunk_shape(num_queries: int, width: int) -> tuple[int, int]:
     """Queries in a chunk, and the number of equal parts that it is cut into, one for each thread.
 
-    So on the CPU all products of a thread are of the same queries, and their logits stay in its own
-    cache; BLAS would divide each product in its own way.
+    So all products of a thread are of the same queries, and their logits stay in its own cache;
+    BLAS would divide each product in its own way.
     """
-    if queries.device.type != "cpu":
-        return max(1, GPU_LOGITS // width), 1
     threads, size = torch.get_num_threads(), THREAD_LOGITS // width
-    if min(size, len(queries) // threads) < THREAD_QUERIES:
+    if min(size, num_queries // threads) < THREAD_QUERIES:
         return max(1, threads * THREAD_LOGITS // width), 1
     return threads * size, threads
-
-
-def _column_of_each_row(rows: Tensor, negative_index: Tensor) -> Tensor:
-    """(R,) int64: each row's column among the M negatives; M, one too many, if it is not there."""
-    M = len(negative_index)
-    columns = torch.full((len(rows),), M, device=rows.device)
-    return columns.index_copy_(0, negative_index, torch.arange(M, device=rows.device))

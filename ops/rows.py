@@ -15,6 +15,7 @@ from torch.autograd.function import once_differentiable
 from ops.collectives import sparse_rows
 
 Order = tuple[Tensor, Tensor]
+SMALL_TABLE = 64  # rows of which the gradient on a GPU is a matrix product: of action types, say
 
 
 def take_rows(rows: Tensor, index: Tensor, order: Order | None = None) -> Tensor:
@@ -59,7 +60,7 @@ def take_table_rows(
 ) -> Tensor:
     """(X + 1, D) -> (n, D): table[ids], where row 0 gets no gradient.
 
-    As F.embedding, but nothing waits for the device.
+    As F.embedding, but on a GPU nothing waits for the device, and sums have an order.
 
     Args:
         table: float; row 0 is padding, and zero.
@@ -67,7 +68,7 @@ def take_table_rows(
         is_sparse: the gradient is a sparse tensor of these rows.
         are_distinct: the ids rise, and none is 0; so the gradient needs no sort.
     """
-    if not (is_sparse or are_distinct):
+    if table.device.type == "cpu" and not (is_sparse or are_distinct):
         return F.embedding(ids, table, padding_idx=0)
     return _TakeTableRows.apply(table, ids, is_sparse, are_distinct)
 
@@ -86,10 +87,17 @@ class _TakeTableRows(torch.autograd.Function):
         if not ctx.are_distinct:
             grad = grad * (ids > 0)[:, None]
         if ctx.is_sparse:
-            return sparse_rows(ids, grad, ctx.num_rows, ctx.are_distinct), None, None, None
+            table_grad = sparse_rows(ids, grad, ctx.num_rows, ctx.are_distinct)
+            return table_grad, None, None, None
         rows = torch.arange(ctx.num_rows + 1, device=ids.device)
-        order = rows[: len(ids)], torch.searchsorted(ids, rows)
-        return sum_rows(grad.contiguous(), order), None, None, None
+        if ctx.are_distinct:
+            order = rows[: len(ids)], torch.searchsorted(ids, rows)
+            table_grad = sum_rows(grad.contiguous(), order)
+        elif ctx.num_rows <= SMALL_TABLE:  # in few kernels, however often a row is taken
+            table_grad = (ids == rows[:-1, None]).to(grad.dtype) @ grad
+        else:
+            table_grad = _sum_unsorted(grad, ids, ctx.num_rows)
+        return table_grad, None, None, None
 
 
 def merge_rows(grad: Tensor) -> Tensor:
@@ -110,6 +118,20 @@ def _merge_rows_without_wait(grad: Tensor) -> Tensor:
     firsts = torch.searchsorted(group, torch.arange(len(rows), device=rows.device))
     distinct = F.pad(rows, (0, 1))[firsts]  # (n,), n is the place of the 0 for those left over
     values = grad._values().index_select(0, places)
-    # Not sum_rows: a row may be most of them, and this splits it over threads.
-    sums = torch.ops.aten.embedding_dense_backward(values, group, len(rows), -1, False)
+    sums = _sum_unsorted(values, group, len(rows))
     return sparse_rows(distinct, sums, len(grad), is_coalesced=True)
+
+
+def _sum_unsorted(values: Tensor, ids: Tensor, num_rows: int) -> Tensor:
+    """(n, D) -> (num_rows, D): the sum of each row's values, `ids` (n,), in the same order always.
+
+    A row that is most of them is split over threads, unlike in `sum_rows`.
+    """
+    was_on, warns = (
+        torch.are_deterministic_algorithms_enabled(),
+        torch.is_deterministic_algorithms_warn_only_enabled(),
+    )
+    torch.use_deterministic_algorithms(True)  # or on CUDA it adds up atomically
+    sums = torch.ops.aten.embedding_dense_backward(values, ids, num_rows, -1, False)
+    torch.use_deterministic_algorithms(was_on, warn_only=warns)
+    return sums

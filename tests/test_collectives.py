@@ -142,7 +142,8 @@ def gradients(
             queries, torch.where(is_own, rows, rows.detach()), *rest
         )
     if wrong == "negatives of each process":
-        batch = batch._replace(negative_index=batch.target_index.unique(), negative_log_q=None)
+        own_targets = batch.target_index.unique()
+        batch = batch._replace(negative_index=own_targets, negative_log_q=None, orders={})
     found = {}
 
     def record() -> None:

@@ -30,6 +30,7 @@ from files.data_writer import write_dataset
 from files.embeddings import emb_pieces
 from files.features import Feature
 from files.sequences import EVENT_DTYPE, Sequences, open_split
+from ops.infonce import index_rows
 
 NUM_ITEMS, NUM_USERS, NUM_ACTIONS, MAXLEN = 23, 11, 3, 4
 LENGTHS = [3, 9, 2, 5, 6, 2, 4]
@@ -283,12 +284,22 @@ def test_orders_have_the_places_of_each_row_in_rising_order(folder, negatives):
     sizes = {"items": len(batch.distinct_ids), "positions": 5, "sequences": 7}
     indices = {"items": batch.item_index, "positions": batch.positions}
     indices["sequences"] = batch.sequence_index
+    indices["loss"], *_ = batch.orders["loss"]
+    sizes["loss"] = sizes["items"]
     assert batch.orders.keys() == sizes.keys()
-    for name, (places, bounds) in batch.orders.items():
+    for name, (*_, places, bounds) in batch.orders.items():
         expected = [(indices[name] == row).nonzero()[:, 0].tolist() for row in range(sizes[name])]
         found = [part.tolist() for part in places.tensor_split(bounds[1:-1])]
         assert found == expected and bounds[-1] == len(places)
     assert make_batch(open_dataset(folder, "valid"), [0, 1]).orders == {}
+
+
+@pytest.mark.parametrize("negatives", ["all", "batch", "uniform", "mixed"])
+def test_what_the_loss_takes_is_what_it_would_work_out_itself(folder, negatives):
+    batch = make_batch(open_dataset(folder, "train", 5, negatives, 3), range(7))
+    indices = batch.target_index, batch.negative_index, len(batch.distinct_ids)
+    expected = index_rows(*indices)[:3]
+    assert are_equal(batch.orders["loss"][:3], expected)
 
 
 # ------------------------------------------------------------------------------------- short, empty

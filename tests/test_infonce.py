@@ -38,6 +38,19 @@ def chunk(request, monkeypatch):
     monkeypatch.setattr(infonce, "THREAD_QUERIES", queries)
 
 
+@pytest.fixture(params=["gpu", "gpu chunks"])
+def gpu_form(request, monkeypatch):
+    """What a GPU computes, on the CPU; at once or seven queries at a time."""
+    monkeypatch.setattr(infonce, "_by_threads", infonce._in_few_kernels)
+    if request.param == "gpu chunks":
+        monkeypatch.setattr(infonce, "GPU_LOGITS", 7 * 39)
+
+
+@pytest.mark.parametrize("case", ["all items", "some items", "logQ"])
+def test_the_form_of_a_gpu_equals_the_definition(case, gpu_form):
+    test_value_and_gradients_equal_the_definition(case, None)
+
+
 @pytest.mark.parametrize("case", ["all items", "some items", "logQ"])
 def test_value_and_gradients_equal_the_definition(case, chunk):
     queries, rows, *rest = loss_case(case)

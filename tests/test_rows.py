@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 import torch.nn.functional as F
 
+import ops.rows as rows_module
 from ops.collectives import sparse_rows
-from ops.rows import _merge_rows_without_wait, sum_rows, take_rows, take_table_rows
+from ops.rows import SMALL_TABLE, sum_rows, take_rows, take_table_rows
 
 R, D = 7, 3
 INDEX = torch.tensor([5, 0, 5, 2, 2, 5, 6])
@@ -62,11 +65,26 @@ def test_a_tables_gradient_is_that_of_an_embedding(is_sparse, are_distinct):
     assert not is_sparse or grads[0].is_coalesced() == are_distinct
 
 
+@pytest.mark.parametrize("num_rows", [SMALL_TABLE, SMALL_TABLE + 1])
+def test_the_forms_of_a_gpu_give_a_tables_gradient(num_rows):
+    """By a product for a small table, by sums that split a frequent row for others."""
+    ids = torch.randint(0, num_rows, (301,)).masked_fill_(torch.rand(301) < 0.5, 3)
+    table, grad = torch.randn(num_rows, D), torch.randn(301, D)
+    context = SimpleNamespace(
+        saved_tensors=(ids,), num_rows=num_rows, is_sparse=False, are_distinct=False
+    )
+    found, *_ = rows_module._TakeTableRows.backward(context, grad)
+    table.requires_grad_()
+    (expected,) = torch.autograd.grad(F.embedding(ids, table, padding_idx=0), table, grad)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    assert not torch.are_deterministic_algorithms_enabled()
+
+
 def test_a_gradient_merged_without_a_wait_is_the_coalesced_one():
     """The form of a GPU: what is left over are zeros of row 0."""
     grad = sparse_rows(torch.tensor([5, 0, 2, 5, 5]), torch.randn(5, D), R)
     expected = grad.coalesce()
-    merged = _merge_rows_without_wait(grad)
+    merged = rows_module._merge_rows_without_wait(grad)
     assert merged.is_coalesced() and merged.indices().tolist() == [[0, 2, 5, 0, 0]]
     torch.testing.assert_close(merged.values()[:3], expected.values())
     assert not merged.values()[3:].any()
