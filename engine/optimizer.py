@@ -93,36 +93,69 @@ class MuonAdamW(RowAdamW):
     A matrix's update is its gradient's Nesterov momentum with all singular values made about equal.
     Learning rate and weight decay mean what they mean for AdamW.
 
-    A matrix's state: step; and momentum like the matrix.
+    A matrix's state: momentum, like the matrix; and a step that nothing counts.
     """
 
     @torch.no_grad()
     def step(self) -> None:
         """One update, after which the gradients of the matrices are None."""
         for group in self.param_groups:
-            by_shape = defaultdict(list)
-            for matrix in group["params"] if group.get("muon") else ():
-                if matrix.grad is not None:
-                    by_shape[matrix.shape].append(matrix)
-            for matrices in by_shape.values():
+            matrices = [m for m in group["params"] if m.grad is not None]
+            if group.get("muon") and matrices:
                 self._step_matrices(matrices, group)
         super().step()
 
     def _step_matrices(self, matrices: Sequence[nn.Parameter], group: dict[str, Any]) -> None:
-        """Matrices of one shape, which share their matrix products."""
-        updates = []
         for matrix in matrices:
-            state = self.state[matrix]
-            if not state:
-                # torch.optim.AdamW looks for a step when it loads a state.
-                state["step"], state["momentum"] = matrix.new_zeros(()), torch.zeros_like(matrix)
-            state["step"] += 1
-            state["momentum"].lerp_(matrix.grad, 1 - MUON_MOMENTUM)
-            updates.append(matrix.grad.lerp(state["momentum"], MUON_MOMENTUM))
+            if not self.state[matrix]:
+                # Always 0, but torch.optim.AdamW looks for a step when it loads a state.
+                self.state[matrix]["step"] = matrix.new_zeros(())
+                self.state[matrix]["momentum"] = torch.zeros_like(matrix)
+        grads = [matrix.grad for matrix in matrices]
+        momenta = [self.state[matrix]["momentum"] for matrix in matrices]
+        torch._foreach_lerp_(momenta, grads, 1 - MUON_MOMENTUM)
+        updates = muon_updates(torch._foreach_lerp(grads, momenta, MUON_MOMENTUM))
+        torch._foreach_mul_(matrices, 1 - group["lr"] * group["weight_decay"])
+        torch._foreach_add_(matrices, updates, alpha=-group["lr"])
+        for matrix in matrices:
             matrix.grad = None  # so that AdamW passes over it
-        lr, size = group["lr"], MUON_RMS * math.sqrt(max(matrices[0].shape))
-        for matrix, update in zip(matrices, orthogonal(torch.stack(updates)), strict=True):
-            matrix.mul_(1 - lr * group["weight_decay"]).add_(update, alpha=-lr * size)
+
+
+def muon_updates(momenta: Sequence[Tensor]) -> list[Tensor]:
+    """`orthogonal` of (a, b) matrices, with AdamW's usual root mean square.
+
+    Matrices of one shape share their products; on a GPU all do, padded with zeros, which stay so.
+    """
+    by_shape = defaultdict(list)
+    for k, momentum in enumerate(momenta):
+        by_shape[momentum.shape].append(k)
+    # (n, a, b), a <= b
+    stacks = [
+        torch.stack([momenta[k].mT if shape[0] > shape[1] else momenta[k] for k in places])
+        for shape, places in by_shape.items()
+    ]
+    if momenta[0].device.type == "cpu":
+        results = map(orthogonal, stacks)
+    else:
+        longest = (max(x.shape[k] for x in stacks) for k in (1, 2))
+        padded = stacks[0].new_zeros(len(momenta), *longest)
+        parts = padded.split([len(x) for x in stacks])
+        for part, x in zip(parts, stacks, strict=True):
+            part[:, : x.shape[1], : x.shape[2]] = x
+        results = orthogonal(padded).split([len(x) for x in stacks])
+    updates = list(momenta)
+    for (shape, places), result in zip(by_shape.items(), results, strict=True):
+        result = result[:, : min(shape), : max(shape)]
+        # Contiguous, or foreach takes them one by one.
+        scaled = result.new_empty(len(places), *shape)
+        torch.mul(
+            result.mT if shape[0] > shape[1] else result,
+            MUON_RMS * math.sqrt(max(shape)),
+            out=scaled,
+        )
+        for k, update in zip(places, scaled, strict=True):
+            updates[k] = update
+    return updates
 
 
 def orthogonal(x: Tensor) -> Tensor:
@@ -130,14 +163,20 @@ def orthogonal(x: Tensor) -> Tensor:
 
     (.68 to 1.14 for those above a hundredth of the norm; smaller ones remain smaller.)
     """
+    if x.shape[1] > x.shape[2]:
+        return orthogonal(x.mT).mT
     a, b, c = NEWTON_SCHULZ
-    is_tall = x.shape[1] > x.shape[2]
-    x = x.mT if is_tall else x
     x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
-    for _ in range(NUM_ITERATIONS):
-        gram = x @ x.mT
-        x = a * x + (b * gram + c * gram @ gram) @ x
-    return x.mT if is_tall else x
+    # a x + (b G + c G^2) x with G = x x^T is (rest + c / k^2 (k G + rest)^2) x: no sums but those
+    # of products with one multiple of the identity.
+    rest = a - b**2 / (4 * c)
+    k = rest * 2 * c / b
+    shifted = x.new_zeros(2, NUM_ITERATIONS, len(x), x.shape[1], x.shape[1])
+    shifted.diagonal(dim1=-2, dim2=-1).fill_(rest)
+    for gram, polynomial in zip(*shifted, strict=True):
+        gram.baddbmm_(x, x.mT, alpha=k)
+        x = polynomial.baddbmm_(gram, gram, alpha=c / k**2) @ x
+    return x
 
 
 @torch.no_grad()
@@ -164,5 +203,7 @@ def clip_gradients(
         all_reduce([square])
         norm = (norm.square() + square).sqrt()
     if limit and (values or shard_values):
-        torch._foreach_mul_(values + shard_values, (limit / (norm + 1e-6)).clamp(max=1.0))
+        # A tensor on the CPU: limit / norm would be two launches on a GPU.
+        factor = (torch.tensor(limit) / norm).clamp_(max=1.0)
+        torch._foreach_mul_(values + shard_values, factor)
     return norm
