@@ -20,9 +20,9 @@ ALLOWED = {
     "engine": {"ops", "files", "engine", "model", "dataset", *PARTS},
 }
 ALLOWED["main"] = set(ALLOWED)
-# And of others; pyarrow is optional, inside a function; filelock comes with torch.
+# And of others; pyarrow is optional, inside a function; filelock and triton come with torch.
 PACKAGES = {
-    "ops": {"torch"},
+    "ops": {"torch", "triton"},
     "files": {"numpy", "torch", "pyarrow", "filelock"},
     **{name: {"numpy", "torch"} for name in (*PARTS, "model", "dataset")},
     **{name: {"numpy", "torch", "tqdm"} for name in ("engine", "main")},
@@ -51,6 +51,11 @@ def test_imports_go_one_way(path):
     assert names & ALLOWED.keys() <= ALLOWED[room(path)]
     others = names - ALLOWED.keys() - set(sys.stdlib_module_names)
     assert others <= PACKAGES[room(path)]
+
+
+def test_triton_is_imported_in_one_file():
+    using_triton = {p for p in MODULES if any(n.startswith("triton") for n in imported(p))}
+    assert using_triton == {ROOT / "ops/triton_attention.py"}
 
 
 def test_torch_stays_out_of_the_data_files():
