@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -10,7 +11,7 @@ import numpy as np
 
 from files.atomic_io import DataError
 from files.sequences import EVENT_DTYPE
-from table_source import Rows, Texts, parsed, read_rows, texts_of, time_of
+from history_source import Row, parsed, read_rows, time_of
 
 COLUMNS = {"user", "item", "action", "timestamp"}
 LATEST = 1e11  # the year 5138 in seconds; a time beyond it is in milliseconds
@@ -40,28 +41,32 @@ def read_histories(
     items = f"one of the {len(known):,} items of {data_dir}: {examples(item_ids)}"
     types = f"one of {', '.join(action_types)}, or nothing"
     dates = "Unix seconds, not milliseconds, or an ISO date, or nothing"
-    actions, users, parts, has_users = {**action_types, "": -1}, Texts(), [], False
-    for rows in read_rows(path, (), None):
-        has_users = has_users or "user" in rows.records[0]
-        check_columns(rows, {"item", "user"} if has_users else {"item"})
-        part = np.empty(len(rows.records), EVENT_DTYPE)
-        if has_users:
-            users.extend(parsed(rows, "user", named, "a user"))
-            part["item_id"] = [known.get(text, 0) for text in texts_of(rows, "item")]
-        else:
-            part["item_id"] = parsed(rows, "item", lambda text: member(known, text), items)
-        part["action_type"] = parsed(rows, "action", lambda text: member(actions, text), types)
-        part["timestamp"] = parsed(rows, "timestamp", seconds, dates)
-        parts.append(part)
-    if not parts:
+    actions, rows = {**action_types, "": -1}, read_rows(path)
+    if not rows:
         raise DataError(f"{path}: no events in it, expected a row per event")
-    events = np.concatenate(parts)
+    has_users = "user" in rows[0].record
+    check_columns(path, rows, {"item", "user"} if has_users else {"item"})
+    events, codes, users = np.empty(len(rows), EVENT_DTYPE), np.zeros(len(rows), np.int64), [""]
+    if has_users:
+        users, codes = first_seen(parsed(path, rows, "user", named, "a user"))
+        events["item_id"] = [known.get(str(row.record["item"]), 0) for row in rows]
+    else:
+        events["item_id"] = parsed(path, rows, "item", partial(member, known), items)
+    action = partial(member, actions)
+    events["action_type"] = parsed(path, rows, "action", action, types)
+    events["timestamp"] = parsed(path, rows, "timestamp", seconds, dates)
     check_times(path, events["timestamp"])
-    codes = users.codes if has_users else np.zeros(len(events), np.int32)
-    found = grouped(events, codes, users.texts if has_users else [""])
+    found = grouped(events, codes, users)
     if not len(found.events):
         raise DataError(f"{path}: none of its items is {items}")
     return found
+
+
+def first_seen(texts: Sequence[str]) -> tuple[list[str], np.ndarray]:
+    """The different texts in the order in which they come, and each text's place among them."""
+    places: dict[str, int] = {}
+    codes = np.array([places.setdefault(text, len(places)) for text in texts])
+    return list(places), codes
 
 
 def grouped(events: np.ndarray, codes: np.ndarray, users: Sequence[str]) -> Histories:
@@ -78,11 +83,11 @@ def grouped(events: np.ndarray, codes: np.ndarray, users: Sequence[str]) -> Hist
     return Histories(names, events[order], offsets, num_unknown, num_left_out)
 
 
-def check_columns(rows: Rows, needed: set[str]) -> None:
-    for line, record in zip(rows.lines, rows.records, strict=True):
+def check_columns(path: Path, rows: list[Row], needed: set[str]) -> None:
+    for line, record in rows:
         if needed - record.keys() or record.keys() - COLUMNS:
             raise DataError(
-                f"{rows.path}: line {line} has the columns {', '.join(record)}; expected item and, "
+                f"{path}: line {line} has the columns {', '.join(record)}; expected item and, "
                 "if known, action and timestamp, named in the first line or as JSON keys; and user "
                 "for histories of many users"
             )

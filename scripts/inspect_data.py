@@ -33,7 +33,7 @@ from files.sequences import (
     open_split,
     split_path,
 )
-from table_source import date
+from history_source import date
 
 BLOCK = 1 << 22  # events looked at at once
 MAX_PROBLEMS = 20  # shown

@@ -32,8 +32,8 @@ from files.atomic_io import DataError, atomic_write, exit_code, read_json
 from files.data_folder import Manifest, fingerprint, log_ids, read_item_names, read_manifest
 from files.recommendations import TopItems, write_table
 from files.sequences import Sequences
+from history_source import date
 from model import HSTUModel
-from table_source import date
 
 NUM_RECENT = 5  # events shown
 COMPARED = 1000  # items whose embeddings must be those of the export
@@ -89,8 +89,8 @@ def get_args(argv: list[str] | None) -> argparse.Namespace:
         "--events",
         type=Path,
         metavar="FILE",
-        help="recommend for this history, a table with the columns item and, if known, action and "
-        "timestamp; with the features of --user, if there is one",
+        help="recommend for this history, CSV or JSON lines with the columns item and, if known, "
+        "action and timestamp; with the features of --user, if there is one",
     )
     flag(
         "--write",

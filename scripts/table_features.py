@@ -2,94 +2,63 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import re
 from collections.abc import Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from files.atomic_io import DataError
 from files.data_writer import Column
-from table_source import (
-    LIST_DELIMITER,
-    Rows,
-    Texts,
-    are_numbers,
-    check_columns,
-    ranked,
-    read_rows,
-    reading,
-    texts_of,
-    without_na,
-)
+from table_database import name_of, reading
+from table_database import text as literal
+from table_sides import SideTable, Texts, are_numbers, ranked
+from table_source import LIST_DELIMITER, kind_of
+
+if TYPE_CHECKING:
+    from duckdb import DuckDBPyConnection
 
 DELIMITERS = LIST_DELIMITER + ";, "  # of lists
 ROLES = ("sparse", "array", "continual", "drop")
 SKEWED = 30  # a positive number whose largest is this many medians becomes log(1 + x)
-
-
-def read_table(
-    path: Path | None, key: str | None, event_column: str, ids: list
-) -> dict[str, Texts]:
-    """The columns of a table but its key, a row for each of the ids; an id's last row counts."""
-    if path is None:
-        return {}
-    place = {str(i): k for k, i in enumerate(ids)}
-    records: list[dict[str, Any]] = [{}] * len(ids)
-    num_rows = 0
-    for rows in read_rows(path, (), None, may_span=True):
-        first = rows.records[0]
-        key = key or (event_column if event_column in first else next(iter(first), ""))
-        if not key:  # an index that pandas has written
-            raise DataError(f"{path}: its first column has no name; say where ids are with --*_key")
-        check_columns(rows, [key])
-        num_rows += len(rows.records)
-        for text, record in zip(texts_of(rows, key), rows.records, strict=True):
-            if text in place:
-                records[place[text]] = record
-    found = sum(map(bool, records))
-    if not found:
-        raise DataError(
-            f"{path}: column {key} holds no id of the events; name the one that does "
-            "with --item_key or --user_key"
-        )
-    print(
-        f"{path.name}: {found:,} of {len(ids):,} ids are in column {key}; dropped "
-        f"{num_rows - found:,} rows, of no event or with a later row of the same id"
-    )
-    names, rows = dict.fromkeys(itertools.chain(*records)), Rows(path, (), records)
-    return {name: Texts(without_na(texts_of(rows, name))) for name in names if name != key}
-
-
-def names_of(table: dict[str, Texts], name: str) -> list[str]:
-    if name not in table:
-        raise DataError(f"--item_names: no column {name}; there are {', '.join(table) or 'none'}")
-    texts = table[name].texts
-    return [texts[code] for code in table[name].codes]
+COUNTS_EVENTS = 0.95  # rank correlation with an item's number of events, of what counts them
+FEW = 20  # items whose correlation with anything says little
 
 
 def make_features(
-    tables: dict[str, dict[str, Texts]], roles: dict[str, list[str]]
+    tables: dict[str, SideTable], roles: dict[str, list[str]], num_events: np.ndarray
 ) -> dict[str, dict[str, Column]]:
-    """A feature per column that is worth one; what became of each column is shown."""
-    names = [name for table in tables.values() for name in table]
+    """A feature per column that is worth one; what became of each column is shown.
+
+    Args:
+        num_events: (X,) int64, of each item.
+    """
+    names = [name for table in tables.values() for name in table.columns]
     for pattern in itertools.chain(*roles.values()):
         if not any(fnmatchcase(name, pattern) for name in names):
             raise DataError(
                 f"no column is called {pattern}; there are {', '.join(names) or 'none'}"
             )
-    features: dict[str, dict[str, Column]] = {}
+    features: dict[str, dict[str, Column]] = {"item": {}, "user": {}}
     for side, table in tables.items():
-        features[side], kept = {}, {}
-        for name, column in table.items():
-            asked = [r for r in ROLES if any(fnmatchcase(name, p) for p in roles[r])]
-            if len(by_name := [r for r in ROLES if name in roles[r]]) > 1:
-                raise DataError(f"column {name}: named by both --{by_name[0]} and --{by_name[1]}")
-            content = column.codes.tobytes()
-            role, detail = (asked[0], "as asked") if asked else guess(column, kept.get(content))
+        kept: dict[bytes, str] = {}
+        for name in table.columns:
+            role, detail = asked_role(name, roles), "as asked"
+            if role == "drop":
+                print(f"  {side}  {name:24} {role:10} {detail}")
+                continue
+            column = table.texts(name)
+            content = hashlib.sha256(column.codes.tobytes()).digest()
+            if role is None:
+                role, detail = guess(column, kept.get(content))
+                doubt = table.doubts.get(name)
+                if side == "item" and role != "drop" and counts_events(column, num_events):
+                    doubt = "it counts an item's events, those held out among them"
+                role, detail = ("drop", doubt) if doubt and role != "drop" else (role, detail)
             if role != "drop":
                 kept[content] = name
                 feature_id = name
@@ -100,6 +69,32 @@ def make_features(
     return features
 
 
+def asked_role(name: str, roles: dict[str, list[str]]) -> str | None:
+    """The role that a flag gives to a column; None: none does."""
+    if len(by_name := [role for role in ROLES if name in roles[role]]) > 1:
+        raise DataError(f"column {name}: named by both --{by_name[0]} and --{by_name[1]}")
+    asked = [r for r in ROLES if any(fnmatchcase(name, pattern) for pattern in roles[r])]
+    return asked[0] if asked else None
+
+
+def counts_events(column: Texts, num_events: np.ndarray) -> bool:
+    """Whether a column of numbers ranks the items as their events in the whole log do."""
+    known = [text for text in column.texts if text]
+    if len(known) < FEW // 2 or not are_numbers(known):
+        return False
+    is_known = ~missing(column)
+    if is_known.sum() < FEW:
+        return False
+    values = np.array([float(text or 0) for text in column.texts])[column.codes]
+    ranks = [mean_ranks(x[is_known]) for x in (values, num_events)]
+    return min(map(np.std, ranks)) > 0 and np.corrcoef(*ranks)[0, 1] > COUNTS_EVENTS
+
+
+def mean_ranks(values: np.ndarray) -> np.ndarray:
+    _, codes, counts = np.unique(values, return_inverse=True, return_counts=True)
+    return (counts.cumsum() - counts / 2)[codes]
+
+
 def guess(column: Texts, twin: str | None) -> tuple[str, str]:
     """The role of a column, and the reason to drop it; `twin` has a value for each of its own."""
     known = [text for text in column.texts if text]
@@ -108,6 +103,8 @@ def guess(column: Texts, twin: str | None) -> tuple[str, str]:
         return "drop", "constant"
     if are_numbers(known) and not all(float(text).is_integer() for text in known):
         return "continual", ""
+    if all(text[0] == "{" for text in known):
+        return "drop", "objects; write their fields as columns"
     delimiter = delimiter_of(known)
     if delimiter == "," and all(re.fullmatch(r"-?\d+(,\d+)?", text) for text in known):
         return "drop", "numbers with decimal commas, or lists (--array)? write points for numbers"
@@ -139,7 +136,7 @@ def pieces_of(text: str, delimiter: str) -> list[str]:
 def sparse_column(_: str, column: Texts) -> tuple[Column, str]:
     ranks, known = ranked(column.texts)
     detail = f"{len(known):,} values, {1 - missing(column).mean():.1%} known"
-    return Column("sparse", ranks[column.codes].tolist(), known), detail
+    return Column("sparse", ranks[column.codes], known), detail
 
 
 def array_column(_: str, column: Texts) -> tuple[Column, str]:
@@ -172,21 +169,26 @@ def continual_column(name: str, column: Texts) -> tuple[Column, str]:
     if values.min() >= 0 and values.max() > SKEWED * median:
         values, transformation = np.log1p(values), "log(1 + x)"
         detail = f"{transformation}, x {detail}"
-    return Column("continual", values.tolist(), [transformation]), detail
+    return Column("continual", values, [transformation]), detail
 
 
 BUILDERS = {"sparse": sparse_column, "array": array_column, "continual": continual_column}
 
 
-def read_vectors(path: Path, item_ids: list) -> np.ndarray:
+def read_vectors(connection: DuckDBPyConnection, path: Path, item_ids: list) -> np.ndarray:
     """(X, W) float32, NaN for items without a vector."""
     with reading(path):
-        ids, vectors = parquet_vectors(path) if path.suffix == ".parquet" else npz_vectors(path)
-    row_of = {str(i): row for row, i in enumerate(ids)}
+        is_parquet = kind_of(path) == "parquet"
+        ids, vectors = parquet_vectors(connection, path) if is_parquet else npz_vectors(path)
+    row_of = {plain_id(i): row for row, i in enumerate(ids)}
     rows = np.array([row_of.get(str(i), -1) for i in item_ids])
     found = np.flatnonzero(rows >= 0)
     if not len(found):
-        raise DataError(f"{path}: none of its {len(ids):,} ids is an item of the events")
+        here, there = (", ".join(map(repr, some[:3])) for some in (ids, item_ids))
+        raise DataError(
+            f"{path}: none of its {len(ids):,} ids is an item of the events; it has {here}, the "
+            f"events have {there}"
+        )
     table = np.full((len(rows), vectors.shape[1]), np.nan, np.float32)
     table[found] = vectors[rows[found]]
     bad = found[~np.isfinite(table[found]).all(1)]
@@ -194,6 +196,13 @@ def read_vectors(path: Path, item_ids: list) -> np.ndarray:
         raise DataError(f"{path}: the vector of {item_ids[bad[0]]} is not finite; correct it")
     print(f"{path.name}: {len(found):,} of {len(rows):,} items have a vector of {table.shape[1]}")
     return table
+
+
+def plain_id(value: object) -> str:
+    """The text of an id: b"7" and 7.0 are 7."""
+    if isinstance(value, bytes):
+        return value.decode(errors="replace")
+    return str(int(value) if isinstance(value, float) and value.is_integer() else value)
 
 
 def npz_vectors(path: Path) -> tuple[list, np.ndarray]:
@@ -215,12 +224,22 @@ def npz_vectors(path: Path) -> tuple[list, np.ndarray]:
     return ids[0].tolist(), matrices[0]
 
 
-def parquet_vectors(path: Path) -> tuple[list, np.ndarray]:
-    records = [record for rows in read_rows(path, (), None) for record in rows.records]
-    if not records:
+def parquet_vectors(connection: DuckDBPyConnection, path: Path) -> tuple[list, np.ndarray]:
+    relation = f"read_parquet({literal(path)})"
+    rows = connection.execute(f"DESCRIBE SELECT * FROM {relation}").fetchall()
+    is_list = {name: kind.endswith("]") for name, kind, *_ in rows}
+    total = connection.execute(f"SELECT count(*) FROM {relation}").fetchone()[0]
+    if not total:
         raise DataError(f"{path}: no rows in it")
-    is_list = {name: isinstance(value, list) for name, value in records[0].items()}
     if sorted(is_list.values()) != [False, True]:
         raise DataError(f"{path}: {list(is_list)}, expected a column of ids and one of vectors")
-    id_column, column = sorted(is_list, key=is_list.get)
-    return [r[id_column] for r in records], np.array([r[column] for r in records], np.float32)
+    column = name_of(max(is_list, key=is_list.get))
+    ids = name_of(min(is_list, key=is_list.get))
+    short, width = connection.execute(
+        f"SELECT min(len({column})), max(len({column})) FROM {relation}"
+    ).fetchone()
+    if short != width:
+        raise DataError(f"{path}: vectors of {short} and of {width} numbers, expected one width")
+    read = connection.execute(f"SELECT {ids} AS id, unnest({column})::FLOAT AS x FROM {relation}")
+    columns = read.fetchnumpy()
+    return columns["id"][::width].tolist(), columns["x"].astype(np.float32).reshape(-1, width)

@@ -1,252 +1,350 @@
-"""The rows of a table in a file, CSV, JSON lines or Parquet, .gz too; and its columns as text."""
+"""A table in files of any common form, read by DuckDB (pip install -r requirements-data.txt).
+
+CSV with any delimiter, JSON lines or arrays, Parquet; compressed; one file, several, or a folder.
+Every column is read as text, so that what a value means is decided in one place.
+"""
 
 from __future__ import annotations
 
+import bz2
 import csv
+import glob
 import gzip
 import io
-import itertools
-import json
-import math
+import lzma
+import re
+import shutil
 import zipfile
-import zlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
-from datetime import datetime, timezone
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, TextIO
-
-import numpy as np
-from tqdm import tqdm
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from files.atomic_io import DataError
+from table_database import Table, check_columns, name_of, reading, text
 
-ROWS = 50_000  # read at once
-MISSING = {"", "nan", "NaN", "null", "NULL", "None", "N/A", "n/a", "<NA>", r"\N"}
-NOT_AVAILABLE = "NA"  # missing among ids and numbers; a text may mean Namibia
-LIST_DELIMITER = "|"  # of the lists of JSON and Parquet, as text
+if TYPE_CHECKING:
+    import duckdb
 
-
-class Rows(NamedTuple):
-    """Some rows of a table, one after the other."""
-
-    path: Path
-    lines: Sequence[int]  # where each ends in the file, from 1; in Parquet its number
-    records: Sequence[dict[str, Any]]  # column -> value
-
-
-class Texts:
-    """A column of text: row k holds texts[codes[k]]; codes count up in order of appearance."""
-
-    def __init__(self, values: Sequence[str] = ()):
-        self._code_of: dict[str, int] = {}
-        self._parts: list[np.ndarray] = []
-        self.extend(values)
-
-    def extend(self, values: Sequence[str]) -> None:
-        of = self._code_of
-        self._parts.append(np.array([of.setdefault(v, len(of)) for v in values], np.int32))
-
-    @property
-    def codes(self) -> np.ndarray:
-        self._parts = [np.concatenate(self._parts)]
-        return self._parts[0]
-
-    @property
-    def texts(self) -> list[str]:
-        return list(self._code_of)
+LIST_DELIMITER = "|"  # of the lists of Parquet, as text
+DELIMITERS = ("\t", "\x01", "::", ";", "|", ",", " ")
+HEAD = 30  # lines that decide what separates the fields
+JSON_SAMPLE = 50_000  # objects whose keys are the columns of a log
+# First bytes, what the file is, and the advice with which it is refused; None: it is read.
+SIGNATURES = (
+    (b"\x1f\x8b", "gzip", None),
+    (b"\x28\xb5\x2f\xfd", "zstd", None),
+    (b"BZh", "bz2", None),
+    (b"\xfd7zXZ", "xz", None),
+    (b"PK\x03\x04", "zip", None),
+    (b"PAR1", "parquet", None),
+    (b"\xff\xfe", "utf-16", None),
+    (b"\xfe\xff", "utf-16", None),
+    (b"ARROW1", "an Arrow or Feather file", "write it as Parquet"),
+    (b"ORC", "an ORC file", "write it as Parquet"),
+    (b"\x80", "a pickle", "write it as CSV or Parquet"),
+    (b"\xd0\xcf\x11\xe0", "an old Excel file", "save it as CSV UTF-8"),
+    (b"SQLite format 3", "a SQLite database", "export the table as CSV"),
+    (b"\x89HDF", "an HDF5 file", "write it as CSV or Parquet"),
+)
+OPENERS = {"bz2": bz2.open, "xz": lzma.open, "gzip": gzip.open}
 
 
-def read_rows(
-    path: Path, columns: Sequence[str], header: Sequence[str] | None, may_span: bool = False
-) -> Iterator[Rows]:
-    """A table's rows, ROWS at a time, with a progress bar.
+class Form(NamedTuple):
+    """How the files of a table are written, where a person says it."""
 
-    Args:
-        columns: to read; none: all of them.
-        header: names of the columns of a CSV file without a line of them.
-        may_span: a quoted field of a CSV file may hold several lines, as a description does.
-    """
-    is_parquet = path.suffix == ".parquet"
-    with reading(path):
-        yield from parquet_rows(path, columns) if is_parquet else text_rows(path, header, may_span)
+    header: Sequence[str] | None = None  # names of the columns of files without a line of them
+    delimiter: str | None = None  # between fields; " ": any run of blanks
+    quote: str = '"'  # "": quotes are characters as any other
+    is_sequences: bool = False  # a line is a user and then the items
+    events_in: str | None = None  # column with a list of objects, an event each
+    list_delimiter: str | None = None  # between the events of a row that has several
 
 
-def check_columns(rows: Rows, columns: Sequence[str]) -> None:
-    refuse_absent(
-        rows.path,
-        [c for c in columns if not any(c in record for record in rows.records)],
-        rows.records[0],
+# ---------------------------------------------------------------------------- files of a table
+
+
+def files_of(place: Path) -> list[Path]:
+    """A file; or the parts in a folder, or what a pattern finds, in the order of their names."""
+    if place.is_dir():
+        found = sorted(path for path in place.rglob("*") if path.is_file())
+        parts = [p for p in found if not any(q[0] in "._" for q in p.relative_to(place).parts)]
+        if not parts:
+            raise DataError(f"{place}: a folder without files; expected a table's parts in it")
+        return parts
+    if not place.exists() and (found := sorted(glob.glob(str(place), recursive=True))):
+        return [part for path in found for part in files_of(Path(path))]
+    if not place.exists():
+        raise DataError(f"{place}: No such file or directory")
+    return [place]
+
+
+def kind_of(path: Path) -> str:
+    """What the first bytes say: "gzip", ..., "parquet", or "text"."""
+    with open(path, "rb") as file:
+        start = file.read(16)
+    for signature, kind, advice in SIGNATURES:
+        if start.startswith(signature):
+            if advice:
+                raise DataError(f"{path}: {kind}; {advice}")
+            return kind
+    return "text"
+
+
+def unpacked(path: Path, kind: str, folder: Path) -> tuple[Path, str]:
+    """The file that DuckDB reads, and its kind: an archive that it does not know is unpacked."""
+    if kind == "zip":
+        with zipfile.ZipFile(path) as archive:
+            names = [n for n in archive.namelist() if not n.endswith("/")]
+            if "[Content_Types].xml" in names or path.suffix.lower() in (".xlsx", ".ods"):
+                raise DataError(f"{path}: an Excel file; save it as CSV UTF-8")
+            if len(names) != 1:
+                raise DataError(f"{path}: a zip of {len(names)} files, expected one; unpack it")
+            with archive.open(names[0]) as source:
+                return copied(source, folder, names[0])
+    if kind in OPENERS and (kind != "gzip" or hides_damage()):
+        with OPENERS[kind](path) as source:
+            return copied(source, folder, path.stem)
+    return path, kind
+
+
+def hides_damage() -> bool:
+    """Whether this DuckDB reads a gzip file that is cut off as if it ended there."""
+    import duckdb
+
+    return duckdb.__version__.startswith("1.")
+
+
+def copied(source: Any, folder: Path, name: str) -> tuple[Path, str]:
+    path = folder / ".tables" / f"{len(list((folder / '.tables').iterdir()))}-{Path(name).name}"
+    with open(path, "wb") as file:
+        shutil.copyfileobj(source, file, 1 << 20)
+    return path, kind_of(path)
+
+
+def open_table(
+    connection: duckdb.DuckDBPyConnection, places: Sequence[Path], folder: Path, form: Form
+) -> Table:
+    """The table in these files, which have one form; archives are unpacked below `folder`."""
+    paths = [path for place in places for path in files_of(place)]
+    with reading(paths[0]):
+        read = [unpacked(path, kind_of(path), folder) for path in paths]
+        kinds = sorted({kind for _, kind in read})
+        if len(kinds) > 1:
+            raise DataError(f"{paths[0]}: and {len(paths) - 1} more are {' and '.join(kinds)}")
+        files = [path for path, _ in read]
+        sources = "[" + ", ".join(map(text, files)) + "]"
+        options = ", filename = true" if len(files) > 1 else ""
+        opener: Callable = text_table
+        if kinds == ["parquet"]:
+            opener = parquet_table
+        elif is_json(files[0], kinds[0]):
+            opener = json_table
+        table = opener(connection, files, sources, options, kinds[0], form)
+    return with_events(connection, table._replace(paths=paths), form)
+
+
+def with_compression(kind: str) -> str:
+    return f", compression = '{kind}'" if kind in ("gzip", "zstd") else ""
+
+
+def is_json(path: Path, kind: str) -> bool:
+    names = {suffix.lower() for suffix in path.suffixes}
+    if names & {".json", ".jsonl", ".ndjson"}:
+        return True
+    return not names & {".csv", ".tsv", ".dat"} and start_of(path, kind)[:1] in (b"{", b"[")
+
+
+def start_of(path: Path, kind: str) -> bytes:
+    """The first characters that are no blanks; of a .zst file none, since its name tells enough."""
+    if kind == "zstd":
+        return b""
+    with (gzip.open if kind == "gzip" else open)(path, "rb") as file:
+        return file.read(1000).removeprefix(b"\xef\xbb\xbf").strip()
+
+
+def parquet_table(
+    connection: duckdb.DuckDBPyConnection, files: list, sources: str, options: str, *_: Any
+) -> Table:
+    relation = f"read_parquet({sources}, union_by_name = true{options})"
+    rows = connection.execute(f"DESCRIBE SELECT * FROM {relation}").fetchall()
+    types = {name: kind for name, kind, *_ in rows if not (options and name == "filename")}
+    columns = {}
+    for column, kind in types.items():
+        if kind.startswith("STRUCT") and not kind.endswith("[]"):
+            fields = connection.execute(
+                f"DESCRIBE SELECT unnest({name_of(column)}) FROM {relation}"
+            ).fetchall()
+            for field, inner, *_ in fields:
+                value = f"{name_of(column)}.{name_of(field)}"
+                columns[f"{column}.{field}"] = as_text(value, inner)
+        else:
+            columns[column] = as_text(name_of(column), kind)
+    return Table(files, relation, columns, [])
+
+
+def as_text(value: str, kind: str) -> str:
+    """The text of an expression of a DuckDB type; a list as a JSON list."""
+    if kind == "BLOB":
+        return f"decode({value})"
+    if kind.endswith("]"):
+        return f"to_json({value})::VARCHAR"
+    return f"({value})::VARCHAR"
+
+
+def json_table(
+    connection: duckdb.DuckDBPyConnection,
+    files: list,
+    sources: str,
+    options: str,
+    kind: str,
+    form: Form,
+) -> Table:
+    """JSON lines, or one array of objects. The keys of the first many objects are the columns."""
+    shape = "array" if start_of(files[0], kind)[:1] == b"[" else "newline_delimited"
+    relation = (
+        f"read_json({sources}, format = '{shape}', records = false, columns = {{json: 'JSON'}}, "
+        f"maximum_object_size = 67108864{with_compression(kind)}{options})"
+    )
+    bad = connection.execute(
+        f"SELECT json::VARCHAR FROM {relation} WHERE json_type(json) <> 'OBJECT' LIMIT 1"
+    ).fetchone()
+    if bad:
+        raise DataError(f"{files[0]}: holds {bad[0]!r:.60}, expected JSON objects alone")
+    keys = connection.execute(
+        f"SELECT key FROM (SELECT unnest(json_keys(json)) AS key, row_number() OVER () AS row "
+        f"FROM (SELECT json FROM {relation} LIMIT {JSON_SAMPLE})) GROUP BY key ORDER BY min(row)"
+    ).fetchall()
+    columns = {key: f"json ->> {text(pointer(key))}" for (key,) in keys}
+    return Table(files, relation, columns, [])
+
+
+def pointer(key: str) -> str:
+    return "/" + key.replace("~", "~0").replace("/", "~1")
+
+
+# ---------------------------------------------------------------------------- lines of text
+
+
+def text_table(
+    connection: duckdb.DuckDBPyConnection,
+    files: list,
+    sources: str,
+    options: str,
+    kind: str,
+    form: Form,
+) -> Table:
+    options += with_compression(kind)
+    options += ", encoding = 'utf-16'" if kind == "utf-16" else ""
+    lines = line_reader(sources, options)
+    if form.is_sequences:
+        row = f"(SELECT regexp_split_to_array(trimmed(line), '[ \t,]+') AS row FROM {lines})"
+        items = "to_json(row[2:])::VARCHAR"
+        return Table(files, row, {"user": "row[1]", "item": items}, [])
+    heads = []
+    for file in files:
+        head = f"SELECT line FROM {line_reader(f'[{text(file)}]', options)} LIMIT {HEAD}"
+        heads.append([line for (line,) in connection.execute(head).fetchall() if line])
+    skip = bool(heads[0]) and re.fullmatch(r"sep=.", heads[0][0].strip()) is not None
+    delimiter = form.delimiter or (heads[0][0].strip()[4] if skip else None)
+    head = heads[0][skip:]
+    delimiter = delimiter or delimiter_of(head, files[0], form)
+    names = list(form.header or names_in(head, delimiter, form))
+    check_names(files, heads, skip, names, delimiter, form)
+    if delimiter == " ":
+        if form.header is None:
+            lines = f"(SELECT * FROM {line_reader(sources, options, has_header=True)})"
+        fields = f"(SELECT *, regexp_split_to_array(trimmed(line), '[ \t]+') AS row FROM {lines})"
+        wanted = f"error('fields, expected {len(names)}: ' || line)"
+        relation = (
+            f"(SELECT * EXCLUDE (row), CASE WHEN len(row) = {len(names)} THEN row ELSE {wanted} "
+            f"END AS row FROM {fields})"
+        )
+        return Table(files, relation, {n: f"row[{k}]" for k, n in enumerate(names, 1)}, [])
+    quote = text(form.quote)
+    fields = ", ".join(f"c{k}: 'VARCHAR'" for k in range(len(names)))
+    relation = (
+        f"read_csv({sources}, auto_detect = false, header = {form.header is None}, "
+        f"skip = {int(skip)}, delim = {text(delimiter)}, quote = {quote}, escape = {quote}, "
+        f"strict_mode = true, columns = {{{fields}}}{options})"
+    )
+    columns = {name: f"c{k}" for k, name in enumerate(names)}
+    return Table(files, relation, columns, list(columns.values()) if form.quote else [])
+
+
+def line_reader(sources: str, options: str, has_header: bool = False) -> str:
+    """A relation of one column, the whole line: no text has the character that separates."""
+    return (
+        f"read_csv({sources}, auto_detect = false, header = {has_header}, delim = E'\\x1e', "
+        f"quote = '', escape = '', columns = {{line: 'VARCHAR'}}{options})"
     )
 
 
-def refuse_absent(path: Path, absent: Sequence[str], found: Iterable[str]) -> None:
-    if absent:
+def fields_in(lines: Sequence[str], delimiter: str, form: Form) -> list[list[str]]:
+    if delimiter == " ":
+        return [line.split() for line in lines]
+    if len(delimiter) > 1 or not form.quote:
+        return [line.split(delimiter) for line in lines]
+    return list(csv.reader(io.StringIO("\n".join(lines)), delimiter=delimiter))
+
+
+def delimiter_of(lines: Sequence[str], path: Path, form: Form) -> str:
+    """What splits every line into as many fields as the first has; of several, the most fields."""
+    if not lines:
+        return ","
+    counts = {}
+    for delimiter in DELIMITERS:
+        sizes = [len(fields) for fields in fields_in(lines, delimiter, form)]
+        sizes = sizes[:-1] if len(lines) == HEAD and len(sizes) > 1 else sizes  # may go on
+        has_names = form.header is None or sizes[0] == len(form.header)
+        if sizes and sizes[0] > 1 and len(set(sizes)) == 1 and has_names:
+            counts[delimiter] = sizes[0]
+    for delimiter in DELIMITERS[:3]:  # they hardly occur in texts
+        if delimiter in counts:
+            return delimiter
+    counts.pop(" ", None) if len(counts) > 1 else None
+    return max(counts, key=counts.get) if counts else max(",\t;|", key=lines[0].count)
+
+
+def names_in(lines: Sequence[str], delimiter: str, form: Form) -> list[str]:
+    return [name.strip() for name in fields_in(lines[:1], delimiter, form)[0]] if lines else []
+
+
+def check_names(
+    files: list[Path], heads: list, skip: bool, names: list[str], delimiter: str, form: Form
+) -> None:
+    """That each file has the same first line, and names that are all different."""
+    if not heads[0] or len(set(names)) < len(names):
+        twice = "".join(f"; {n!r} occurs twice" for n in set(names) if names.count(n) > 1)
+        first = heads[0][0] if heads[0] else ""
         raise DataError(
-            f"{path}: no column {', '.join(absent)}; there are {', '.join(found)}. Say which it is "
-            "with the flag for it: --user, --item, --time, --action, --item_key, ..."
+            f"{files[0]}: line 1 is {first!r:.60}, expected the names of the columns{twice}"
         )
-
-
-@contextmanager
-def reading(path: Path) -> Iterator[None]:
-    """Turns what reading `path` may raise into a DataError with its name."""
-    try:
-        yield
-    except DataError:
-        raise
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path}: {error}; write it again as UTF-8") from error
-    except (OSError, ValueError, EOFError, zlib.error, zipfile.BadZipFile) as error:
-        if isinstance(error, OSError) and error.strerror:
-            raise DataError(f"{path}: {error.strerror}") from error
-        what = " ".join(str(error).split())
-        raise DataError(f"{path}: {what}; it is damaged or in another format") from error
-
-
-def text_rows(path: Path, header: Sequence[str] | None, may_span: bool) -> Iterator[Rows]:
-    is_json = path.name.removesuffix(".gz").endswith((".json", ".jsonl", ".ndjson"))
-    with open(path, "rb") as raw, progress(path, path.stat().st_size, "B") as bar:
-        plain = gzip.GzipFile(fileobj=raw) if path.suffix == ".gz" else raw
-        file = io.TextIOWrapper(plain, "utf-8-sig", newline="")
-        records = json_records(path, file) if is_json else csv_records(path, file, header, may_span)
-        while chunk := list(itertools.islice(records, ROWS)):
-            bar.update(raw.tell() - bar.n)
-            yield Rows(path, *zip(*chunk, strict=True))
-
-
-def progress(path: Path, total: int, unit: str) -> tqdm:
-    return tqdm(total=total, desc=path.name, unit=unit, unit_scale=True, leave=False, disable=None)
-
-
-def csv_records(
-    path: Path, file: TextIO, header: Sequence[str] | None, may_span: bool
-) -> Iterator[tuple[int, dict[str, str]]]:
-    """(line, record); the first line decides what separates the fields."""
-    first = file.readline()
-    delimiter = max(",\t;|", key=first.count)
-    lines = csv.reader(itertools.chain([first], file), delimiter=delimiter, strict=True)
-    try:
-        names = header or next(lines)
-        if not first or len(set(names)) < len(names):
-            twice = "".join(f"; {n!r} occurs twice" for n in set(names) if names.count(n) > 1)
+    for file, head in zip(files, heads, strict=True):
+        other = names_in(head[skip:], delimiter, form)
+        if form.header is None and other != names:
             raise DataError(
-                f"{path}: line 1 is {first!r:.60}, expected the names of the columns{twice}"
+                f"{file}: its columns are {', '.join(other)}, expected {', '.join(names)} as in "
+                f"{files[0]}"
             )
-        line = lines.line_num
-        for fields in lines:
-            if lines.line_num > line + 1 and (delimiter == "\t" or not may_span):
-                raise DataError(
-                    f"{path}: line {line + 1} has a quote that is closed in line {lines.line_num} "
-                    "alone, expected a row a line; double its quotes, and quote the field"
-                )
-            line = lines.line_num
-            if len(fields) == len(names):
-                yield lines.line_num, dict(zip(names, fields, strict=True))
-            elif fields:
-                raise DataError(
-                    f"{path}: line {lines.line_num} has {len(fields)} fields, expected "
-                    f"{len(names)} ({', '.join(names)}) separated by {delimiter!r}"
-                )
-    except csv.Error as error:
-        raise DataError(f"{path}: line {lines.line_num}: {error}; correct its quotes") from error
 
 
-def json_records(path: Path, file: TextIO) -> Iterator[tuple[int, dict[str, Any]]]:
-    for line, text in enumerate(file, 1):
-        if text.strip():
-            try:
-                record = json.loads(text)
-                if "\\ud" in text.lower():  # half a surrogate pair could not be written again
-                    json.dumps(record, ensure_ascii=False).encode()
-            except (ValueError, RecursionError) as error:
-                raise DataError(f"{path}: line {line}: {error}; expected a JSON object") from error
-            if not isinstance(record, dict):
-                raise DataError(f"{path}: line {line} is {text!r:.60}, expected a JSON object")
-            yield line, record
+# ---------------------------------------------------------------------------- events in a list
 
 
-def parquet_rows(path: Path, columns: Sequence[str]) -> Iterator[Rows]:
-    try:
-        from pyarrow import parquet
-    except ImportError as error:
-        raise DataError(f"{path}: reading it needs pyarrow; pip install pyarrow") from error
-    with parquet.ParquetFile(path) as file, progress(path, file.metadata.num_rows, "row") as bar:
-        names = file.schema_arrow.names
-        refuse_absent(path, [c for c in columns if c not in names], names)
-        first = 1
-        for batch in file.iter_batches(ROWS, columns=columns or None):
-            yield Rows(path, range(first, first + len(batch)), batch.to_pylist())
-            first += len(batch)
-            bar.update(len(batch))
-
-
-def texts_of(rows: Rows, column: str) -> list[str]:
-    """The column as text; missing values as ""."""
-    values = [record.get(column) for record in rows.records]
-    texts = [value if type(value) is str else plain_text(value) for value in values]
-    return ["" if text in MISSING else text for text in texts]
-
-
-def without_na(texts: Sequence[str]) -> Sequence[str]:
-    """A column whose other values are numbers, with "" for each NA."""
-    if NOT_AVAILABLE not in texts or not are_numbers({*texts} - {NOT_AVAILABLE, ""}):
-        return texts
-    return ["" if text == NOT_AVAILABLE else text for text in texts]
-
-
-def plain_text(value: Any) -> str:
-    """None ends as a word of MISSING."""
-    if isinstance(value, list):
-        return LIST_DELIMITER.join(plain_text(part) for part in value if part is not None)
-    if isinstance(value, bytes):
-        return value.decode()
-    return str(int(value) if isinstance(value, bool) else value)
-
-
-def parsed(rows: Rows, column: str, parse: Callable[[str], Any], expected: str) -> list:
-    """The column's values; where `parse` raises ValueError, the line is refused."""
-    values = []
-    for line, text in zip(rows.lines, texts_of(rows, column), strict=True):
-        try:
-            values.append(parse(text))
-        except ValueError as error:
-            raise DataError(
-                f"{rows.path}: line {line}: {column} is {text!r:.60}, expected {expected}"
-            ) from error
-    return values
-
-
-def ranked(texts: Sequence[str]) -> tuple[np.ndarray, list[str]]:
-    """1, 2, ... for each distinct text, in order of number if all are numbers; 0 for a missing."""
-    known = [text for text in texts if text]
-    known.sort(key=float if are_numbers(known) else None)
-    rank = {text: k for k, text in enumerate(known, 1)}
-    return np.array([rank.get(text, 0) for text in texts], np.int32), known
-
-
-def are_numbers(texts: Iterable[str]) -> bool:
-    try:
-        return all(math.isfinite(float(text)) for text in texts)
-    except ValueError:
-        return False
-
-
-def finite(text: str) -> float:
-    value = float(text)
-    if not math.isfinite(value):
-        raise ValueError("not finite")
-    return value
-
-
-def time_of(text: str) -> float:
-    """A number as it is, or the Unix seconds of an ISO date or time, in UTC unless it says so."""
-    try:
-        return finite(text)
-    except ValueError:
-        moment = datetime.fromisoformat(text.removesuffix(" UTC").removesuffix("Z"))
-        return (moment if moment.tzinfo else moment.replace(tzinfo=timezone.utc)).timestamp()
-
-
-def date(seconds: int) -> str:
-    return str(np.datetime64(int(seconds), "s")).replace("T", " ")
+def with_events(connection: duckdb.DuckDBPyConnection, table: Table, form: Form) -> Table:
+    """The table with a row for each object in the list of the column --events_in."""
+    column = form.events_in
+    if column is None:
+        return table
+    check_columns(table, [column])
+    objects = f"""unnest(from_json({table.columns[column]}, '["JSON"]'))"""
+    outer = ", ".join(f"{e} AS {name_of(n)}" for n, e in table.columns.items() if n != column)
+    outer += ", filename" if len(table.paths) > 1 else ""
+    relation = f"(SELECT {outer or 'NULL AS none'}, {objects} AS event FROM {table.relation})"
+    with reading(table.paths[0], table):
+        keys = connection.execute(
+            f"SELECT DISTINCT unnest(json_keys(event)) FROM (FROM {relation} LIMIT 999)"
+        ).fetchall()
+    columns = {name: name_of(name) for name in table.columns if name != column}
+    columns |= {key: f"event ->> {text(pointer(key))}" for (key,) in sorted(keys)}
+    return table._replace(relation=relation, columns=columns, texts=[])

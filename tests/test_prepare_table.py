@@ -8,14 +8,16 @@ import json
 import re
 import sys
 from collections import Counter
+from collections.abc import Sequence
 from datetime import datetime, timezone
 from pathlib import Path
 
+import duckdb
 import numpy as np
 import prepare_table
 import pytest
 
-import table_source
+import table_log
 from dataset import MyDataset
 from files.atomic_io import read_json
 from files.data_folder import read_indexer, read_manifest
@@ -46,9 +48,10 @@ def random_log(num_events: int = 150, seed: int = 5) -> list[dict]:
 def write_table(path: Path, rows: list[dict]) -> Path:
     """The rows as the path's suffix says."""
     if path.suffix == ".parquet":
-        pyarrow = pytest.importorskip("pyarrow", reason="pyarrow is an optional extra")
-        parquet = pytest.importorskip("pyarrow.parquet")
-        parquet.write_table(pyarrow.Table.from_pylist(rows), path, row_group_size=7)
+        lines = path.with_suffix(".rows.jsonl")
+        lines.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        write_parquet(path, f"SELECT * FROM '{lines}'")
+        lines.unlink()
         return path
     opener = gzip.open if path.suffix == ".gz" else open
     with opener(path, "wt", encoding="utf-8", newline="") as file:
@@ -58,6 +61,11 @@ def write_table(path: Path, rows: list[dict]) -> Path:
             writer = csv.DictWriter(file, rows[0], delimiter="\t" if ".tsv" in path.name else ",")
             writer.writeheader()
             writer.writerows(rows)
+    return path
+
+
+def write_parquet(path: Path, query: str, values: Sequence = ()) -> Path:
+    duckdb.execute(f"COPY ({query}) TO '{path}' (FORMAT parquet, ROW_GROUP_SIZE 2048)", values)
     return path
 
 
@@ -143,16 +151,21 @@ def test_a_log_without_times_keeps_the_order_of_the_file(tmp_path):
         assert {time for _, _, time in events} == {0}
 
 
-def test_rows_are_read_in_several_chunks(tmp_path, monkeypatch):
+def test_a_log_larger_than_a_piece_in_memory_gives_the_same_folder(tmp_path, monkeypatch):
     (tmp_path / "a").mkdir()
     (tmp_path / "b").mkdir()
     whole = run(tmp_path / "a", random_log(), "--action", "kind")
-    monkeypatch.setattr(table_source, "ROWS", 7)
+    monkeypatch.setattr(table_log, "CHUNK", 7)
+    monkeypatch.setattr(prepare_table, "CHUNK", 11)
     parts = run(tmp_path / "b", random_log(), "--action", "kind")
     assert read_json(whole / "manifest.json") == read_json(parts / "manifest.json")
 
 
 # --------------------------------------------------------------------------------- times and order
+
+
+def utc(seconds: int) -> datetime:
+    return datetime.fromtimestamp(seconds, timezone.utc)
 
 
 @pytest.mark.parametrize(
@@ -162,14 +175,16 @@ def test_rows_are_read_in_several_chunks(tmp_path, monkeypatch):
         (lambda t: t * 1000 + 7, "milliseconds"),
         (lambda t: t * 1_000_000 + 7, "microseconds"),
         (lambda t: t * 1_000_000_000 + 7, "nanoseconds"),
-        (lambda t: datetime.fromtimestamp(t, timezone.utc).isoformat(), "seconds"),
-        (lambda t: f"{datetime.fromtimestamp(t, timezone.utc):%Y-%m-%d %H:%M:%S}", "seconds"),
-        (lambda t: f"{datetime.fromtimestamp(t, timezone.utc):%Y-%m-%d %H:%M:%S UTC}", "seconds"),
-        (lambda t: f"{datetime.fromtimestamp(t, timezone.utc):%Y-%m-%dT%H:%M:%S.250Z}", "seconds"),
-        (
-            lambda t: f"{datetime.fromtimestamp(t + 3600, timezone.utc):%Y-%m-%dT%H:%M:%S+01:00}",
-            "seconds",
-        ),
+        (lambda t: utc(t).isoformat(), "ISO dates"),
+        (lambda t: f"{utc(t):%Y-%m-%d %H:%M:%S}", "ISO dates"),
+        (lambda t: f"{utc(t):%Y-%m-%d %H:%M:%S UTC}", "ISO dates"),
+        (lambda t: f"{utc(t):%Y-%m-%dT%H:%M:%S.250Z}", "ISO dates"),
+        (lambda t: f"{utc(t + 3600):%Y-%m-%dT%H:%M:%S+01:00}", "ISO dates"),
+        (lambda t: f"{utc(t):%m/%d/%Y %I:%M:%S %p}", "%m/%d/%Y %I:%M:%S %p"),
+        (lambda t: f"{utc(t):%a %b %d %H:%M:%S +0000 %Y}", "%a %b %d %H:%M:%S %z %Y"),
+        (lambda t: f"{utc(t):%d.%m.%Y %H:%M:%S}", "%d.%m.%Y %H:%M:%S"),
+        (lambda t: f"{utc(t):%Y/%m/%d %H:%M:%S}", "ISO dates"),
+        (lambda t: f"{utc(t):%Y%m%d_%H%M%S}", "%Y%m%d_%H%M%S"),
     ],
 )
 def test_times_end_as_unix_seconds_and_the_unit_is_printed(tmp_path, capsys, written, unit):
@@ -512,11 +527,7 @@ def test_the_folder_opens_with_every_kind_of_feature(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["log.csv", "log.jsonl", "log.parquet"])
-@pytest.mark.parametrize("rows_at_once", [2, 50_000])
-def test_events_without_user_item_or_time_are_left_out_on_request(
-    tmp_path, capsys, monkeypatch, name, rows_at_once
-):
-    monkeypatch.setattr(table_source, "ROWS", rows_at_once)
+def test_events_without_user_item_or_time_are_left_out_on_request(tmp_path, capsys, name):
     log = [row | {"bought": k % 2, "seen": 1} for k, row in enumerate(random_log())]
     flags = ["--action", "bought", "seen"]
     expected = run(tmp_path, log, *flags, name="whole.csv")
@@ -557,31 +568,31 @@ HEAD = "user,item,timestamp\n"
     ("name", "text", "message"),
     [
         ("log.csv", HEAD + "a,x,5\nb,x\n", "line 3 has 2 fields, expected 3 (user, item, time"),
-        ("log.csv", HEAD + "a,x,5\n\nb,x,soon\n", "line 4: timestamp is 'soon', expected a number"),
-        ("log.csv", HEAD + "a,x,nan\n", "line 2: timestamp is '', expected a number or an ISO"),
-        ("log.csv", HEAD + "a,x,inf\n", "line 2: timestamp is 'inf', expected a number"),
-        ("log.csv", HEAD + ",x,5\n", "line 2: user is '', expected an id"),
-        ("log.csv", HEAD + 'a,"x,5\n', "line 2: unexpected end of data; correct its quotes"),
-        ("log.csv", HEAD + 'a,"x,5\nb,y",6\n', "line 2 has a quote that is closed in line 3 alone"),
-        ("log.tsv", 'user\titem\ttimestamp\na\tx\t"5\nb\ty\t6"\n', "line 2 has a quote that is"),
-        ("log.csv", HEAD + "a,x,20240103\na,y,20231231\n", "20231231 and so on, a date in digits"),
+        ("log.csv", HEAD + "a,x,5\n\nb,x,soon\n", "event 2: timestamp is 'soon', expected a num"),
+        ("log.csv", HEAD + "a,x,nan\n", "event 1: timestamp is '', expected a number or a date"),
+        ("log.csv", HEAD + "a,x,inf\n", "event 1: timestamp is 'inf', expected a number"),
+        ("log.csv", HEAD + ",x,5\n", "event 1: user is '', expected an id"),
+        ("log.csv", HEAD + 'a,"x,5\n', "line 2 has a quote that is not closed; correct"),
+        ("log.csv", HEAD + 'a,"x,5\nb,y",6\n', "event 1 has a quote that is closed in a later"),
+        ("log.tsv", 'user\titem\ttimestamp\na\tx\t"5\nb\ty\t6"\n', "event 1 has a quote that is"),
+        ("log.csv", HEAD + "a,x,20240103\na,y,20231231\n", "20240103 and so on, a date in digits"),
         ("log.csv", HEAD + "a,x,5\na,y,6\na,z,1e20\n", "timestamp 100000000000000000000 among"),
         ("log.csv", "user,item,time\na,x,5\n", "no column timestamp; there are user, item, time"),
         ("log.csv", "user,user\na,x\n", "the names of the columns; 'user' occurs twice"),
-        ("log.csv", HEAD + "a,x,2024-01-03\na,y,1704300000000\n", "line 3: timestamp is '17043"),
-        ("log.csv", HEAD + "a,x,5\na,y,2024-01-03\n", "line 3: timestamp is '2024-01-03', expe"),
+        ("log.csv", HEAD + "a,x,2024-01-03\na,y,1704300000000\n", "event 2: timestamp is '17043"),
+        ("log.csv", HEAD + "a,x,5\na,y,2024-01-03\n", "event 2: timestamp is '2024-01-03', exp"),
         ("log.csv", HEAD, "no events in it"),
         ("log.jsonl", "", "no events in it"),
         ("log.csv", "", "line 1 is '', expected the names of the columns"),
-        ("log.csv", b"user,item,timestamp\n\xff,x,5\n", "can't decode byte 0xff"),
+        ("log.csv", b"user,item,timestamp\n\xff,x,5\n", "line 2 is not UTF-8"),
         ("log.csv", HEAD + "a,x,5\nb,x,6\n", "no user has two events to train on"),
-        ("log.csv.gz", b"user", "Not a gzipped file"),
+        ("log.csv.gz", b"user", "is damaged or in another form"),
         ("log.csv.gz", gzip.compress(HEAD.encode() * 99, mtime=0)[:-9], "is damaged or in another"),
-        ("log.jsonl", '{"user": 1}\n{"user": \n', "line 2: Expecting value"),
-        ("log.jsonl", '{"user": "\\ud800"}\n', "line 1: 'utf-8' codec can't encode"),
-        ("log.jsonl", "[1]\n", "line 1 is '[1]\\n', expected a JSON object"),
+        ("log.jsonl", '{"user": 1}\n{"user": \n', "line 2: unexpected end of data"),
+        ("log.jsonl", '{"user": "\\ud800"}\n', "line 1: no low surrogate in string"),
+        ("log.jsonl", "[1]\n", "holds '1', expected JSON objects"),
         ("log.jsonl", '{"user": 1, "item": 2}\n', "no column timestamp; there are user, item"),
-        ("log.jsonl", '{"user": null, "item": 2, "timestamp": 3}\n', "line 1: user is '', "),
+        ("log.jsonl", '{"user": null, "item": 2, "timestamp": 3}\n', "event 1: user is '', "),
     ],
 )  # fmt: skip
 def test_a_bad_log_is_refused_with_file_and_line(tmp_path, capsys, name, text, message):
@@ -597,9 +608,9 @@ def test_a_bad_log_is_refused_with_file_and_line(tmp_path, capsys, name, text, m
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--action", "timestamp", "kind"], "log.csv: line 2: kind is 'v', expected 0 or 1"),
+        (["--action", "timestamp", "kind"], "log.csv: event 1: kind is 'v', expected 0 or 1"),
         (["--action", "absent"], "log.csv: no column absent; there are user, item"),
-        (["--order", "kind"], "log.csv: line 2: kind is 'v', expected a number"),
+        (["--order", "kind"], "log.csv: event 1: kind is 'v', expected a number"),
         (["--min_user_events", "999"], "log.csv: no event is left; lower"),
         (["--item_features", "items.csv", "--item_key", "absent"], "items.csv: no column absent"),
         (["--item_features", "items.csv", "--item_key", "year"], "column year holds no id of the"),
@@ -610,7 +621,7 @@ def test_a_bad_log_is_refused_with_file_and_line(tmp_path, capsys, name, text, m
             ["--item_features", "items.csv", "--sparse", "year", "--drop", "year"],
             "both --sparse and",
         ),
-        (["--time", "kind"], "is 'v', expected a number or an ISO date, all alike; --drop_incompl"),
+        (["--time", "kind"], "is 'v', expected a number or an ISO date, all alike, or a --time"),
         (["--item_vectors", "log.csv"], "log.csv: "),
         (["--item_vectors", "flat.npz"], "flat.npz: ids int64[2]; expected ids [n] and float"),
         (["--item_vectors", "other.npz"], "other.npz: none of its 2 ids is an item"),
@@ -687,9 +698,8 @@ def test_an_action_column_that_holds_no_types_is_refused(tmp_path, capsys):
     [([], "no rows in it"), (["i1"], "['id'], expected a column of ids and one of vectors")],
 )
 def test_parquet_without_vectors_is_refused(tmp_path, capsys, ids, message):
-    pyarrow = pytest.importorskip("pyarrow", reason="pyarrow is an optional extra")
     vectors = tmp_path / "vectors.parquet"
-    pytest.importorskip("pyarrow.parquet").write_table(pyarrow.table({"id": ids}), vectors)
+    write_parquet(vectors, "SELECT unnest($1::VARCHAR[]) AS id", [ids])
     path = write_table(tmp_path / "log.csv", random_log())
     flags = ["--item_vectors", str(vectors)]
     assert prepare_table.main([str(path), str(tmp_path / "data"), *flags]) == 1
@@ -721,6 +731,7 @@ def test_ctrl_c_is_one_line(tmp_path, capsys, monkeypatch):
     def interrupted(*_: object) -> None:
         raise KeyboardInterrupt
 
+    (tmp_path / "log.csv").write_text(HEAD)
     monkeypatch.setattr(prepare_table, "read_log", interrupted)
     assert prepare_table.main([str(tmp_path / "log.csv"), str(tmp_path / "data")]) == 130
     assert capsys.readouterr().err == "stopped by SIGINT\n"
@@ -757,10 +768,14 @@ def test_a_damaged_log_converts_or_is_refused_in_one_line(tmp_path, capsys, name
         assert code == 0 or (error.startswith(f"error: {path}: ") and error.count("\n") == 1)
 
 
-def test_parquet_without_pyarrow_says_what_to_install(tmp_path, capsys, monkeypatch):
-    monkeypatch.setitem(sys.modules, "pyarrow", None)
-    assert prepare_table.main([str(tmp_path / "log.parquet"), str(tmp_path / "data")]) == 1
-    assert "log.parquet: reading it needs pyarrow; pip install pyarrow" in capsys.readouterr().err
+def test_without_duckdb_a_line_says_what_to_install(tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "duckdb", None)
+    path = write_table(tmp_path / "log.csv", random_log())
+    assert prepare_table.main([str(path), str(tmp_path / "data")]) == 1
+    assert capsys.readouterr().err == (
+        f"error: {tmp_path / 'data'}: tables are read with DuckDB; "
+        "pip install -r requirements-data.txt\n"
+    )
 
 
 # ------------------------------------------------------------------------------------ the real data
@@ -817,4 +832,4 @@ def test_a_table_whose_first_row_is_empty_is_refused_in_one_line(tmp_path, capsy
     log, items = write_table(tmp_path / "log.csv", random_log()), tmp_path / "items.jsonl"
     items.write_text('{}\n{"item": 1, "colour": 2}\n')
     assert prepare_table.main([str(log), str(tmp_path / "d"), "--item_features", str(items)]) == 1
-    assert "items.jsonl: its first column has no name" in capsys.readouterr().err
+    assert "items.jsonl: column item holds no id of the events; it has" in capsys.readouterr().err
