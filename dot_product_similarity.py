@@ -77,7 +77,7 @@ class DotProductSimilarity(nn.Module):
         `generator`: of the CPU. Where there is one item only, it is the other one too.
         """
         shifts = torch.randint(1, max(2, len(items)), target_rows.shape, generator=generator)
-        other_rows = (target_rows + shifts.to(items.device)) % len(items)
+        other_rows = (target_rows + shifts.to(items.device, non_blocking=True)) % len(items)
         target_scores = (queries * items[target_rows]).sum(1)
         return target_scores, (queries * items[other_rows]).sum(1)
 

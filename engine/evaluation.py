@@ -67,7 +67,7 @@ def evaluate(
     item_ids = torch.arange(1, model.config.num_items + 1, device=device)
     chunks = model.item_embedding_chunks(item_ids)
     items = keep_own_items(chunks) if is_sharded(model) else torch.cat(list(chunks))
-    parts, loss_sum = [], torch.zeros(1, dtype=torch.float64)
+    parts, loss_sum = [], torch.zeros(1, dtype=torch.float64, device=device)
     generator = torch.Generator().manual_seed(0)  # not the global one: dropout draws from it
     for batch in loader:
         batch = batch.to(device)
@@ -77,12 +77,12 @@ def evaluate(
         target_ids, num_seen = batch.target_ids(), batch.seen_offsets.diff()
         is_repeat = is_among((batch.seen_ids, batch.seen_offsets), target_ids)
         parts.append((*ranked, target_ids, num_seen, is_repeat))
-        loss_sum += loss.item() * len(queries)
+        loss_sum += loss.double() * len(queries)
         stop_signal.check()
     model.train(was_training)
     columns = [all_gather_rows(torch.cat(column).cpu()) for column in zip(*parts, strict=True)]
     ranks, target_cosines, other_cosines, target_ids, num_seen, is_repeat = columns
-    loss = all_gather_rows(loss_sum).sum().item() / len(ranks)
+    loss = all_gather_rows(loss_sum.cpu()).sum().item() / len(ranks)
     return Ranking(ranks, target_ids, num_seen, is_repeat, target_cosines, other_cosines, loss)
 
 

@@ -9,12 +9,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 TIE, MISS = 1e-6, 1 << 62  # as in dot_product_similarity.py
 # Scores of a tile, 8 MB of float32, and its items.
 TILE_SCORES, TILE_ITEMS = 1 << 21, 1 << 12
-CUDA_TILE_FACTOR = 32  # of both: a GPU is faster with few kernels than with cached scores
+GPU_TILE_FACTOR = 32  # of both: a GPU is faster with few kernels than with cached scores
 
 Seen = tuple[Tensor, Tensor]
 
@@ -25,10 +26,10 @@ def target_ranks(
     """As `DotProductSimilarity.target_ranks`.
 
     Raises:
-        ValueError: a target lies outside 0..X-1.
+        ValueError: a target lies outside 0..X-1; on a GPU this is not looked for.
     """
-    X = len(items)
-    if len(target_rows) and not 0 <= int(target_rows.min()) <= int(target_rows.max()) < X:
+    X, is_on_cpu = len(items), items.device.type == "cpu"  # a GPU would have to wait for this
+    if is_on_cpu and len(target_rows) and not 0 <= target_rows.min() <= target_rows.max() < X:
         raise ValueError(f"target rows must lie in 0..{X - 1}")
     ranks = count_above(queries, items, (queries * items[target_rows]).sum(1), seen)
     return ranks if seen is None else ranks.masked_fill_(is_among(seen, target_rows), MISS)
@@ -36,9 +37,9 @@ def target_ranks(
 
 def is_among(seen: Seen, target_rows: Tensor) -> Tensor:
     """(B,) bool, True where a query's target is one of its seen items."""
-    lines = _lines(seen)
-    found = lines[seen[0] == target_rows[lines]]
-    return torch.bincount(found, minlength=len(target_rows)) > 0
+    rows, offsets = seen
+    counts = F.pad((rows == target_rows[_lines(seen)]).cumsum(0), (1, 0))[offsets]
+    return counts.diff() > 0
 
 
 def count_above(queries: Tensor, items: Tensor, scores: Tensor, seen: Seen | None = None) -> Tensor:
@@ -68,20 +69,25 @@ def _tiles(
     queries: Tensor, items: Tensor, seen: Seen | None
 ) -> Iterator[tuple[slice, int, Tensor]]:
     """Some queries, the first of some items, and their scores (b, n); those of seen items -inf."""
-    factor = CUDA_TILE_FACTOR if items.is_cuda else 1
+    is_on_cpu = items.device.type == "cpu"
+    factor = 1 if is_on_cpu else GPU_TILE_FACTOR
     width = min(max(1, len(items)), factor * TILE_ITEMS)
     size = max(1, factor * TILE_SCORES // width)
-    buffer = queries.new_empty(min(size, len(queries)) * width)
+    # One more than the scores: there a GPU puts the items that are not in the tile.
+    buffer = queries.new_empty(min(size, len(queries)) * width + 1)
     for start in range(0, len(queries), size):
         part = slice(start, min(start + size, len(queries)))
         b = part.stop - start
-        places = None if seen is None else _seen_places(seen, part, len(items), width)
+        places = None
+        if seen is not None and is_on_cpu:
+            places = _seen_places(seen, part, len(items), width)
         for number, first in enumerate(range(0, len(items), width)):
             tile_items = items[first : first + width]
             tile = buffer[: b * len(tile_items)].view(b, -1)
             torch.mm(queries[part], tile_items.T, out=tile)
-            if places is not None:
-                tile.view(-1).index_fill_(0, places[number], -torch.inf)
+            if seen is not None:
+                here = places[number] if is_on_cpu else _all_seen_places(seen, part, first, tile)
+                buffer[: tile.numel() + 1].index_fill_(0, here, -torch.inf)
             yield part, first, tile
 
 
@@ -101,6 +107,16 @@ def _seen_places(seen: Seen, part: slice, num_items: int, width: int) -> list[Te
     return list(places[order].split(counts.tolist()))
 
 
+def _all_seen_places(seen: Seen, part: slice, first: int, tile: Tensor) -> Tensor:
+    """(V,) the flat index of each seen item in the tile (b, n) of these queries; b * n: outside.
+
+    Of all queries, whatever the tile: so a GPU need not wait for how many there are in it.
+    """
+    (b, n), columns, lines = tile.shape, seen[0] - first, _lines(seen) - part.start
+    is_inside = (columns >= 0) & (columns < n) & (lines >= 0) & (lines < b)
+    return torch.where(is_inside, lines * n + columns, b * n)
+
+
 def _lines(seen: Seen) -> Tensor:
     """(V,) int64, the query of each seen row."""
     rows, offsets = seen
@@ -111,7 +127,7 @@ def _lines(seen: Seen) -> Tensor:
 def _merge_best(best_scores: Tensor, best_rows: Tensor, tile: Tensor, first: int) -> None:
     """Update (b, k) in place by a tile's scores (b, n), whose first item is row `first`."""
     k, lines = best_scores.shape[1], torch.arange(len(tile), device=tile.device)
-    if not tile.is_cuda:  # a GPU would have to wait for their number
+    if tile.device.type == "cpu":  # a GPU would have to wait for their number
         # After the first tiles, few queries have anything better here.
         lines = lines[~(tile.amax(1) <= best_scores[:, -1])]
     values, columns = tile[lines].topk(min(k, tile.shape[1]), 1)

@@ -86,3 +86,15 @@ def test_the_top_of_several_tiles_is_the_top_of_all(monkeypatch, num_items):
     torch.testing.assert_close(scores, expected.topk(K, 1).values, equal_nan=True)
     torch.testing.assert_close(scores, expected.gather(1, found), equal_nan=True)
     assert all(len(set(line)) == K for line in found.tolist())
+
+
+@pytest.mark.parametrize("first", [0, 3, 6])
+def test_a_gpu_finds_the_seen_items_of_a_tile_among_all(first):
+    """Items first..first + 2 for queries 1 and 2 of three; what is outside shares a place."""
+    rows, offsets = torch.tensor([0, 4, 1, 4, 6, 7, 0, 5]), torch.tensor([0, 2, 5, 8])
+    tile = torch.zeros(2, 3)
+    places = ranking._all_seen_places((rows, offsets), slice(1, 3), first, tile)
+    expected = torch.zeros(3, 9, dtype=torch.bool)
+    expected[ranking._lines((rows, offsets)), rows] = True
+    found = torch.zeros(7, dtype=torch.bool).index_fill(0, places, True)
+    assert torch.equal(found[:6].view(2, 3), expected[1:, first : first + 3])
