@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import argparse
 import importlib
-from collections import Counter
+import re
+from collections import Counter, defaultdict
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import engine.training_setup
 from engine.flags import get_args
@@ -75,13 +77,41 @@ def make_batch(run: Run, split: str = "train", size: int = 5) -> Any:
 
 
 class Operations(TorchDispatchMode):
-    """Names of the operations that ran, views left out."""
+    """Counts operations on the meta device that launch something on a GPU, by part of the step.
+
+    Foreach operations count once: on a GPU they are one launch, or a few for very many tensors.
+    """
+
+    NO_LAUNCH = re.compile(
+        r"aten\.(\w*empty\w*|detach|alias|_unsafe_view|_sparse_coo\w*|_coalesced_)\."
+    )
 
     def __init__(self):
         super().__init__()
-        self.counts: Counter[str] = Counter()
+        self.parts: dict[str, Counter[str]] = defaultdict(Counter)
+        self.part = "rest"
+
+    def watch(self, monkeypatch: pytest.MonkeyPatch, owner: Any, name: str, part: str) -> None:
+        """Let `owner.name` count as `part`."""
+        function = getattr(owner, name)
+
+        def watched(*args: Any, **kwargs: Any) -> Any:
+            outside, self.part = self.part, part
+            result = function(*args, **kwargs)
+            self.part = outside
+            return result
+
+        is_static = isinstance(vars(owner).get(name), staticmethod)
+        monkeypatch.setattr(owner, name, staticmethod(watched) if is_static else watched)
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        if not function.is_view:
-            self.counts[str(function)] += 1
-        return function(*args, **kwargs or {})
+        result = function(*args, **kwargs or {})
+        tensors = [t for t in tree_leaves((args, result)) if isinstance(t, torch.Tensor)]
+        is_on_device = any(tensor.device.type == "meta" for tensor in tensors)
+        if is_on_device and not function.is_view and not self.NO_LAUNCH.match(str(function)):
+            is_ordered = torch.are_deterministic_algorithms_enabled()
+            self.parts[self.part]["ordered " * is_ordered + str(function)] += 1
+        return result
+
+    def total(self, *parts: str) -> int:
+        return sum(self.parts[part].total() for part in parts)
