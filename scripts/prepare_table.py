@@ -235,15 +235,11 @@ def split_events(
     needs_targets = args.split == "time" or args.split_column
     if needs_targets and not all(len(spans[name].users) for name in ("valid", "test")):
         times = events.records["timestamp"]
-        raise DataError(
-            f"{args.events[0]}: no event to predict "
-            + (
-                f"says valid, or none test, in {args.split_column}; expected these words in it"
-                if args.split_column
-                else "after a cut of --cuts; expected Unix seconds between "
-                f"{times.min()} and {times.max()}, or shares"
-            )
-        )
+        where = f"in {args.split_column}; expected events of valid and of test that are not first"
+        if args.split == "time":
+            where = "after a cut of --cuts; expected Unix seconds between "
+            where += f"{times.min()} and {times.max()}, or shares"
+        raise DataError(f"{args.events[0]}: no event to predict {where}")
     if lengths_of(spans["train"]).max(initial=0) < 2:
         raise DataError(f"{args.events[0]}: no user has two events to train on; split otherwise")
     return spans

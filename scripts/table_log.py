@@ -67,6 +67,10 @@ def read_log(
     if not count(connection, "log"):
         raise DataError(f"{table.paths[0]}: no events in it")
     times = read_times(connection, table, args)
+    if args.split_column:
+        words = ", ".join(map(text, PARTS))
+        is_other = f"coalesce(lower(part), '') NOT IN ({words})"
+        refuse(connection, table, is_other, "part", args.split_column, "train, valid or test")
     types, names = action_types(connection, table, args)
     ties = tie_expression(connection, table, args)
     for side in ("user", "item"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import gzip
+import hashlib
 import json
 import re
 import sys
@@ -16,6 +17,7 @@ import duckdb
 import numpy as np
 import prepare_table
 import pytest
+from settings import DATA
 
 import table_log
 from dataset import MyDataset
@@ -787,6 +789,23 @@ def needs(name: str) -> Path:
     return SHARED / name
 
 
+def digest(data_dir: Path) -> str:
+    """Of the manifest, which has the SHA-256 of every file."""
+    text = json.dumps(read_json(data_dir / "manifest.json"), sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def test_kuairand_and_retailrocket_are_equal_to_the_recorded_folders(tmp_path):
+    source, data_dir = needs("kuairand-pure"), tmp_path / "data"
+    command = DATA["kuairand"].format(source=source, data=data_dir).split()[1:]
+    assert prepare_table.main(command) == 0
+    assert digest(data_dir) == "64b971dc44ae9573"
+    source, data_dir = needs("retailrocket-multi"), tmp_path / "retail"
+    command = [str(source / "interactions.csv.gz"), str(data_dir), "--action", "action"]
+    assert prepare_table.main(command) == 0
+    assert digest(data_dir) == "51646d860b79dff1"
+
+
 def test_amazon_beauty_converts_in_the_published_order(tmp_path):
     source, data_dir = needs("amazon-beauty"), tmp_path / "data"
     flags = ["--order", "seq_pos", "--item_features", source / "items.csv.gz", "--drop", "n"]
@@ -801,6 +820,7 @@ def test_amazon_beauty_converts_in_the_published_order(tmp_path):
         assert int(place) == len(published[int(user)]) - 1
     assert {u: items(v) for u, v in read_back(data_dir, "test").items()} == published
     assert read_json(data_dir / "feature_types.json")["item_array"] == ["attributes"]
+    assert digest(data_dir) == "ef9b0e74a2c6d80b"
 
 
 def test_kuairand_converts_with_ranked_actions_and_features(tmp_path):
