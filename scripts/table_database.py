@@ -63,9 +63,11 @@ def database(folder: Path) -> Iterator[duckdb.DuckDBPyConnection]:
                 connection.execute("SET enable_progress_bar = true; SET progress_bar_time = 2000")
             words = ", ".join(map(text, MISSING))
             connection.execute(f"CREATE TEMP MACRO trimmed(x) AS trim(x, {BLANKS})")
+            # What begins and ends with a digit needs no look at the words: half the reading time.
             connection.execute(
-                "CREATE TEMP MACRO known(x) AS "
-                f"CASE WHEN trimmed(x) IN ({words}) THEN NULL ELSE trimmed(x) END"
+                "CREATE TEMP MACRO known(x) AS CASE "
+                "WHEN x BETWEEN '0' AND ':' AND x[-1] BETWEEN '0' AND '9' THEN x "
+                f"WHEN trimmed(x) IN ({words}) THEN NULL ELSE trimmed(x) END"
             )
             yield connection
     except duckdb.InterruptException as error:

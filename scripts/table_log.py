@@ -26,7 +26,7 @@ MAX_ACTION_TYPES = 1000  # a column with more values than this holds no types
 MANY_ACTION_TYPES = 50  # a column of numbers with more values than this may hold no types
 CHUNK = 2_000_000  # events at once in memory
 LARGE = 5_000_000  # events whose temporary files are worth a line
-DISK_BYTES = 110  # per event of temporary files, measured by benchmarks/convert_table.py
+DISK_BYTES = 50  # per event of temporary files, measured by benchmarks/convert_table.py
 ROUNDED = r"[0-9]\.[0-9]+[eE]\+?[0-9]+|[1-9][0-9]{16,}\.0*"  # a number that has lost digits
 WHOLE = r"0|[1-9][0-9]{0,17}"
 PARTS = {"train": 0, "valid": 1, "val": 1, "validation": 1, "dev": 1, "test": 2}
@@ -148,8 +148,9 @@ def unfolded(
         split += """'["VARCHAR"]')"""
     else:
         separator = text(form.list_delimiter)
-        is_list = f"coalesce(bool_or(contains({{0}}, {separator})), false)"
         split = f"string_split(trimmed({{0}}), {separator})"
+        lengths = f"len({split}) = len({split.format('item')})"  # a date may have blanks, too
+        is_list = f"coalesce(bool_or(contains({{0}}, {separator})) AND bool_and({lengths}), false)"
     values = [n for n in names if n not in ("user", "place", "is_broken")]
     claims = ", ".join(is_list.format(name) for name in values)
     found = connection.execute(f"SELECT {claims} FROM (FROM {rows} LIMIT 1000)").fetchone()

@@ -7,6 +7,7 @@ import gzip
 import json
 import lzma
 import random
+import shlex
 import zipfile
 from pathlib import Path
 
@@ -302,3 +303,55 @@ def test_words_in_their_order_decide_within_a_second(tmp_path):
     names = read_manifest(tmp_path / "data").action_names
     events = open_split(tmp_path / "data", "test")[0]
     assert [names[k] for k in events["action_type"]] == ["view", "view", "cart", "buy"]
+
+
+# Logs as they are published, made up here: the commands stand in docs/own_data.md.
+PUBLISHED = {
+    "amazon": {"ratings_Beauty.csv": ["{u},{i},4.0,{t}"]},
+    "retailrocket": {
+        "events.csv": ["timestamp,visitorid,event,itemid,transactionid", "{t}123,{u},view,{i},"]
+    },
+    "yambda": {"flat/50m/listens.parquet": ["uid,item_id,timestamp,is_organic", "{u},{i},{t},1"]},
+    "hm": {
+        "transactions_train.csv": [
+            "t_dat,customer_id,article_id,price,sales_channel_id",
+            "{day},{u}abc,0{i:08},0.05,2",
+        ],
+        "articles.csv": ["article_id,product_type_name,colour", "0{i:08},type {k},red"],
+        "customers.csv": ["customer_id,FN,age,postal_code", "{u}abc,1.0,{k},x"],
+    },
+    "mind": {
+        "behaviors.tsv": ["{u}{i}\tU{u}\t11/{d}/2019 9:05:58 AM\tN1 N{i}\tN3-1 N4-0"],
+        "news.tsv": ['N{i}\tsports\tsub{k}\tA "title\tText, long\thttps://x\t[]\t[]'],
+    },
+    "ml-10m": {
+        "ml-10M100K/ratings.dat": ["{u}::{i}::{half}::{t}"],
+        "ml-10M100K/movies.dat": ["{i}::Film {i} (1995)::Action|Comedy"],
+    },
+}
+
+
+def write_published(folder: Path, files: dict[str, list[str]]) -> None:
+    for name, lines in files.items():
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        written = lines[:-1]
+        for number, (u, i, t) in enumerate(ROWS):
+            values = {"u": u, "i": i, "t": t, "k": i % 3, "d": 1 + number % 20, "half": i % 5 + 0.5}
+            written.append(lines[-1].format(**values, day=f"2020-09-{1 + number % 20:02}"))
+        path.write_text("\n".join(dict.fromkeys(written)) + "\n")
+        if path.suffix == ".parquet":
+            path.rename(folder / "rows.csv")
+            write_parquet(path, f"FROM read_csv('{folder}/rows.csv')")
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_the_documented_command_reads_the_published_form(tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    write_published(tmp_path, PUBLISHED[name])
+    docs = (Path(prepare_table.__file__).parent.parent / "docs" / "own_data.md").read_text()
+    commands = [line for line in docs.splitlines() if f" data/{name} " in line]
+    assert len(commands) == 1
+    assert prepare_table.main(shlex.split(commands[0])[2:]) == 0
+    manifest = read_manifest(Path("data") / name)
+    assert manifest.num_users == 9 and manifest.num_items == 13
