@@ -7,7 +7,8 @@ Letters as in simplified_hstu.py. `PARSERS` is where a feature type is registere
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -77,16 +78,41 @@ class Batch(NamedTuple):
     orders: dict[str, tuple[Tensor, ...]]
 
     def to(self, device: torch.device | str) -> Batch:
-        """On `device`, but for the fields on the CPU; asynchronous from pinned memory."""
+        """On `device`, but for the fields on the CPU; asynchronous from pinned memory.
 
-        def move(value: Any) -> Any:
+        Fields that share their memory, as after `pin_memory`, are copied in one piece.
+        """
+        copies: dict[tuple[int, torch.dtype], Tensor] = {}
+
+        def move(tensor: Tensor) -> Tensor:
+            storage = tensor.untyped_storage()
+            key = storage.data_ptr(), tensor.dtype
+            if key not in copies:
+                copies[key] = tensor.new_empty(0).set_(storage).to(device, non_blocking=True)
+            return copies[key].as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())
+
+        if self.item_index.device == torch.device(device):
+            return self
+        moved = self._replace(num_targets=None, offsets=None)._map(move)
+        return moved._replace(num_targets=self.num_targets, offsets=self.offsets)
+
+    def pin_memory(self) -> Batch:
+        """In pinned memory, the fields of one type side by side; a DataLoader calls this."""
+        fields: dict[torch.dtype, list[Tensor]] = defaultdict(list)
+        self._map(lambda tensor: fields[tensor.dtype].append(tensor))
+        parts = {}
+        for dtype, tensors in fields.items():
+            flat = torch.cat([tensor.flatten() for tensor in tensors]).pin_memory()
+            parts[dtype] = iter(flat.split([tensor.numel() for tensor in tensors]))
+        return self._map(lambda tensor: next(parts[tensor.dtype]).view(tensor.shape))
+
+    def _map(self, function: Callable[[Tensor], Any]) -> Batch:
+        def apply(value: Any) -> Any:
             if isinstance(value, dict):
-                return {name: tuple(map(move, pair)) for name, pair in value.items()}
-            return None if value is None else value.to(device, non_blocking=True)
+                return {name: tuple(map(function, fields)) for name, fields in value.items()}
+            return None if value is None else function(value)
 
-        stay = ("num_targets", "offsets")
-        moved = {name: move(value) for name, value in self._asdict().items() if name not in stay}
-        return self._replace(**moved)
+        return Batch(*map(apply, self))
 
     def last_events(self) -> Tensor:
         """(B,) int64, each sequence's last row."""

@@ -55,6 +55,7 @@ def patch_torch(monkeypatch: pytest.MonkeyPatch) -> None:
     # torch.optim hides the module that has the check.
     adam = importlib.import_module("torch.optim.adam")
     monkeypatch.setattr(adam, "_device_dtype_check_for_fused", lambda _: None)
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: tensor)
     # The scaler of fp16 reads a number in each step: the one wait that there is.
     no_scaler = torch.amp.GradScaler("cpu", enabled=False)
     monkeypatch.setattr(torch.amp, "GradScaler", lambda *_, **__: no_scaler)
@@ -73,7 +74,7 @@ def parse(data_dir: Path, *flags: str) -> argparse.Namespace:
 
 def make_batch(run: Run, split: str = "train", size: int = 5) -> Any:
     dataset = run.datasets[split]
-    return dataset.collate_fn(dataset.__getitems__(range(size)))
+    return dataset.collate_fn(dataset.__getitems__(range(size))).pin_memory()
 
 
 class Operations(TorchDispatchMode):

@@ -269,6 +269,19 @@ def test_moving_a_batch_leaves_its_offsets_on_the_cpu(folder):
     assert {tensor.device.type for pair in moved.orders.values() for tensor in pair} == {"meta"}
 
 
+def test_a_pinned_batch_is_the_same_and_lies_in_one_piece_for_each_type(folder, monkeypatch):
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: tensor)
+    batch = make_batch(open_dataset(folder, "train", 5, "mixed", 3), range(7))
+    pinned = batch.pin_memory()
+    assert_equal_batches(pinned, batch)
+    places = {t.dtype: set() for t in (pinned.item_index, pinned.orders["loss"][2])}
+    pinned._map(lambda t: places[t.dtype].add(t.untyped_storage().data_ptr()))
+    assert [len(found) for found in places.values()] == [1, 1]
+    moved = pinned.to("meta")
+    assert_equal_batches(moved._map(lambda t: t.shape), batch._map(lambda t: t.shape))
+    assert pinned.to("cpu") is pinned
+
+
 def test_each_event_has_its_place_in_its_sequence(folder):
     batch = make_batch(open_dataset(folder, "train", maxlen=5), range(7))
     lengths = batch.offsets.diff().tolist()

@@ -136,7 +136,7 @@ def test_a_step_keeps_to_its_launches_on_a_gpu(data, monkeypatch):
     assert operations.total("loss") <= 19  # the twentieth sums its rows' gradient
     assert operations.total("optimiser") <= 40
     assert operations.total("rest") <= 77
-    assert operations.total("copies") <= 23
+    assert operations.total("copies") <= 2  # of integers and of floats
 
 
 @pytest.mark.parametrize("features", FEATURES)
