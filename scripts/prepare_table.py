@@ -24,7 +24,7 @@ from files.sequences import Sequences, gather, gather_ranges
 from history_source import time_of
 from table_database import database
 from table_features import ROLES, make_features, read_vectors
-from table_log import Events, read_log
+from table_log import Events, Log, read_log
 from table_sides import names_of, read_table
 from table_source import Form, files_of
 from table_times import UNITS
@@ -54,13 +54,16 @@ def get_args(argv: list[str] | None) -> argparse.Namespace:
     add_split_flags(parser.add_argument_group("splits").add_argument)
     add_feature_flags(parser.add_argument_group("features").add_argument)
     args = parser.parse_args(argv)
-    for flag, kind in {"cuts": "time", "held_out": "user", "seed": "user"}.items():
+    kinds = {"cuts": "time", "time_targets": "time", "held_out": "user", "seed": "user"}
+    for flag, kind in (kinds | {"target_actions": "leave_one_out"}).items():
         if args.split != kind and getattr(args, flag) != parser.get_default(flag):
             parser.error(f"--{flag} is for --split {kind}")
     if args.item_names and not args.item_features:
         parser.error("--item_names is a column of --item_features: name that table, too")
     if args.time == "none" and (args.time_format or args.time_unit):
         parser.error("--time_format and --time_unit are of a column of times, but --time is none")
+    if args.target_actions and not args.action:
+        parser.error("--target_actions are types of the column --action: name that, too")
     if args.split_column and args.split != parser.get_default("split"):
         parser.error("--split_column says the splits: leave out --split")
     if args.format == "sequences":
@@ -112,6 +115,10 @@ def add_split_flags(flag: Callable) -> None:
     flag("--split_column", metavar="COL", help=column_help)
     cuts_help = "of --split time: where valid and test begin, as ISO date, Unix seconds or share"
     flag("--cuts", nargs=2, type=cut, default=[0.8, 0.9], metavar="TIME", help=cuts_help)
+    targets_help = "of --split time: a user's last event of valid's time is predicted, or each"
+    flag("--time_targets", choices=("last", "each"), default="last", help=targets_help)
+    actions_help = "action types whose events leave_one_out holds out, with all before as history"
+    flag("--target_actions", nargs="+", default=[], metavar="TYPE", help=actions_help)
     share = between(0, 0.5)
     flag("--held_out", type=share, default=0.1, help="of --split user: share, in valid as in test")
     flag("--seed", type=at_least(0), default=42, help="of --split user: decides who is held out")
@@ -157,7 +164,7 @@ def convert(args: argparse.Namespace) -> None:
     with database(args.data_dir) as connection:
         log = read_log(connection, args, args.data_dir, form)
         show_actions(connection, log.action_names)
-        spans = split_events(connection, log.events, args)
+        spans = split_events(connection, log, args)
         tables = read_tables(connection, args, log_files, form)
         num_events = connection.execute(
             "SELECT count(*) AS n FROM sorted GROUP BY item ORDER BY item"
@@ -226,8 +233,13 @@ class Span(NamedTuple):
 
 
 def split_events(
-    connection: DuckDBPyConnection, events: Events, args: argparse.Namespace
+    connection: DuckDBPyConnection, log: Log, args: argparse.Namespace
 ) -> dict[str, Span]:
+    events = log.events
+    if others := set(args.target_actions) - set(log.action_names):
+        known = ", ".join(log.action_names)
+        raise DataError(f"--target_actions: no type {', '.join(others)}; there are {known}")
+    args.target_types = [log.action_names.index(name) for name in args.target_actions]
     splitter = by_column if args.split_column else SPLITTERS[args.split]
     spans = splitter(connection, events, args)
     for split, span in spans.items():
@@ -270,20 +282,36 @@ def pieces(records: np.ndarray, span: Span) -> Iterator[Sequences]:
 
 
 def leave_one_out(_: DuckDBPyConnection, events: Events, args: argparse.Namespace) -> dict:
-    """The last event is test, the one before it valid; users below 3 events only train."""
+    """The last event is test, the one before it valid; with --target_actions, of these types.
+
+    Users with fewer than two such events after their first only train.
+    """
     starts, ends = events.offsets[:-1], events.offsets[1:]
     users = np.arange(1, len(ends) + 1)
-    is_long = ends - starts >= 3
-    few = int((~is_long).sum())
-    if few:
+    last, before = ends - 1, ends - 2
+    if args.target_types:
+        last, before = last_targets(events, args.target_types)
+    is_long = before > starts
+    if few := int((~is_long).sum()):
         print(
             f"users: {few:,} of {len(users):,} have too few events to be evaluated, and only train"
         )
     return {
-        "train": Span(starts, np.where(is_long, ends - 2, ends), users),
-        "valid": Span(starts[is_long], ends[is_long] - 1, users[is_long]),
-        "test": Span(starts[is_long], ends[is_long], users[is_long]),
+        "train": Span(starts, np.where(is_long, before, ends), users),
+        "valid": Span(starts[is_long], before[is_long] + 1, users[is_long]),
+        "test": Span(starts[is_long], last[is_long] + 1, users[is_long]),
     }
+
+
+def last_targets(events: Events, types: list[int]) -> tuple[np.ndarray, np.ndarray]:
+    """(S,) places of each user's last event of these types, and of the one before; -1: none."""
+    places = np.flatnonzero(np.isin(events.records["action_type"], types))
+    users = np.searchsorted(events.offsets, places, "right") - 1
+    last, before = (np.full(len(events.offsets) - 1, -1) for _ in range(2))
+    last[users] = places  # of several places the last one stays
+    is_earlier = places < last[users]
+    before[users[is_earlier]] = places[is_earlier]
+    return last, before
 
 
 def split_by_time(
@@ -291,7 +319,8 @@ def split_by_time(
 ) -> dict[str, Span]:
     """Train: events before the first cut; valid, test: users with an event in the time after it.
 
-    Their sequences hold all that came before, too, and the target is the last event of that time.
+    Their sequences hold all that came before, too, and the target is the last event of that time;
+    with --time_targets each, there is a sequence for each event of it.
     """
     cuts = sorted(quantile(connection, c) if 0 < c < 1 else c for c in args.cuts)
     starts, ends = events.offsets[:-1], events.offsets[1:]
@@ -303,6 +332,11 @@ def split_by_time(
     spans = {"train": chosen(starts, first, first > starts)}
     for split, old, end in (("valid", first, second), ("test", second, ends)):
         spans[split] = chosen(starts, end, (end > old) & (end - starts >= 2))
+        if args.time_targets == "each":
+            begin = np.minimum(np.maximum(old, starts + 1), end)  # the first has no history
+            users = np.repeat(np.arange(len(starts)), end - begin)
+            places = gather_ranges(np.arange(ends[-1]), begin, end)[0]
+            spans[split] = Span(starts[users], places + 1, users + 1)
     return spans
 
 

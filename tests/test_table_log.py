@@ -244,3 +244,41 @@ def test_users_with_too_few_events_are_counted(tmp_path, capsys):
     log = [*random_log(), [99, 1, START], [99, 2, START]]
     text = output(capsys, tmp_path, write(tmp_path / "log.csv", log))
     assert "users: 1 of 31 have too few events to be evaluated, and only train" in text
+
+
+# ---------------------------------------------------------------------- targets
+
+
+def ends_of(data_dir: Path, split: str) -> list[tuple[int, int]]:
+    """User re-id and number of events of each sequence."""
+    _, offsets, users = open_split(data_dir, split)
+    return list(zip(users.tolist(), np.diff(offsets).tolist(), strict=True))
+
+
+def test_target_actions_are_held_out_with_all_before_them_as_history(tmp_path, capsys):
+    kinds = {1: "vbvbv", 2: "vvvvb", 3: "bvbvv", 4: "vbbbv"}
+    rows = [[u, k, START + k, {"v": "view", "b": "buy"}[kind]]
+            for u, word in kinds.items() for k, kind in enumerate(word)]  # fmt: skip
+    log = write(tmp_path / "log.csv", rows, "user,item,timestamp,kind\n")
+    flags = ("--action", "kind", "--target_actions", "buy")
+    text = output(capsys, tmp_path, log, *flags)
+    assert "users: 2 of 4 have too few events to be evaluated" in text
+    data_dir = tmp_path / "data"
+    assert ends_of(data_dir, "train") == [(1, 1), (2, 5), (3, 5), (4, 2)]
+    assert ends_of(data_dir, "valid") == [(1, 2), (4, 3)]
+    assert ends_of(data_dir, "test") == [(1, 4), (4, 4)]
+    error = refusal(capsys, tmp_path, log, "--action", "kind", "--target_actions", "sell")
+    assert "--target_actions: no type sell; there are buy, view" in error
+
+
+def test_each_event_of_the_time_is_a_target_where_the_flag_says_so(tmp_path, capsys):
+    rows = [[1, k, START + k] for k in range(6)] + [[2, k, START + k] for k in range(3, 6)]
+    rows.append([3, 1, START + 5])
+    log = write(tmp_path / "log.csv", rows)
+    flags = ["--split", "time", "--cuts", str(START + 3), str(START + 5)]
+    output(capsys, tmp_path, log, *flags, "--time_targets", "each")
+    assert ends_of(tmp_path / "data", "train") == [(1, 3)]
+    assert ends_of(tmp_path / "data", "valid") == [(1, 4), (1, 5), (2, 2)]
+    assert ends_of(tmp_path / "data", "test") == [(1, 6), (2, 3)]
+    output(capsys, tmp_path, log, *flags)
+    assert ends_of(tmp_path / "data", "valid") == [(1, 5), (2, 2)]
