@@ -233,6 +233,7 @@ def text_table(
     kind: str,
     form: Form,
 ) -> Table:
+    """Lines of text, whose fields have no type yet; the first lines say what separates them."""
     options += with_compression(kind)
     options += ", encoding = 'utf-16'" if kind == "utf-16" else ""
     lines = line_reader(sources, options)
@@ -247,14 +248,14 @@ def text_table(
     skip = bool(heads[0]) and re.fullmatch(r"sep=.", heads[0][0].strip()) is not None
     delimiter = form.delimiter or (heads[0][0].strip()[4] if skip else None)
     head = heads[0][skip:]
-    delimiter = delimiter or delimiter_of(head, files[0], form)
+    delimiter = delimiter or delimiter_of(head, form)
     names = list(form.header or names_in(head, delimiter, form))
     check_names(files, heads, skip, names, delimiter, form)
     if delimiter == " ":
         if form.header is None:
             lines = f"(SELECT * FROM {line_reader(sources, options, has_header=True)})"
         fields = f"(SELECT *, regexp_split_to_array(trimmed(line), '[ \t]+') AS row FROM {lines})"
-        wanted = f"error('fields, expected {len(names)}: ' || line)"
+        wanted = f"error('a line without {len(names)} fields by blanks: ' || line)"
         relation = (
             f"(SELECT * EXCLUDE (row), CASE WHEN len(row) = {len(names)} THEN row ELSE {wanted} "
             f"END AS row FROM {fields})"
@@ -287,7 +288,7 @@ def fields_in(lines: Sequence[str], delimiter: str, form: Form) -> list[list[str
     return list(csv.reader(io.StringIO("\n".join(lines)), delimiter=delimiter))
 
 
-def delimiter_of(lines: Sequence[str], path: Path, form: Form) -> str:
+def delimiter_of(lines: Sequence[str], form: Form) -> str:
     """What splits every line into as many fields as the first has; of several, the most fields."""
     if not lines:
         return ","
@@ -301,7 +302,8 @@ def delimiter_of(lines: Sequence[str], path: Path, form: Form) -> str:
     for delimiter in DELIMITERS[:3]:  # they hardly occur in texts
         if delimiter in counts:
             return delimiter
-    counts.pop(" ", None) if len(counts) > 1 else None
+    if len(counts) > 1:
+        counts.pop(" ", None)
     return max(counts, key=counts.get) if counts else max(",\t;|", key=lines[0].count)
 
 

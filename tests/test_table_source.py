@@ -8,6 +8,8 @@ import json
 import lzma
 import random
 import shlex
+import subprocess
+import sys
 import zipfile
 from pathlib import Path
 
@@ -15,6 +17,7 @@ import duckdb
 import prepare_table
 import pytest
 
+import table_database
 from files.atomic_io import read_json
 from files.data_folder import read_indexer, read_manifest
 from files.sequences import open_split
@@ -355,3 +358,26 @@ def test_the_documented_command_reads_the_published_form(tmp_path, monkeypatch, 
     assert prepare_table.main(shlex.split(commands[0])[2:]) == 0
     manifest = read_manifest(Path("data") / name)
     assert manifest.num_users == 9 and manifest.num_items == 13
+
+
+def test_no_extension_is_fetched_and_nothing_is_left_behind(tmp_path):
+    with table_database.database(tmp_path / "new" / "data") as connection:
+        for setting in ("autoinstall_known_extensions", "autoload_known_extensions"):
+            query = f"SELECT current_setting('{setting}')::VARCHAR"
+            assert connection.execute(query).fetchone()[0].lower() == "false"
+        folder = connection.execute("SELECT current_setting('temp_directory')").fetchone()[0]
+        assert Path(folder) == tmp_path / "new" / "data" / ".tables"
+    assert not (tmp_path / "new").exists()
+
+
+def test_what_needs_no_tables_runs_without_duckdb():
+    hide = "import sys; sys.modules['duckdb'] = None; sys.path[:0] = ['.', 'scripts']; "
+    command = hide + "import prepare_movielens, prepare_tencentgr, recommend, inspect_data"
+    root = Path(prepare_table.__file__).parent.parent
+    assert subprocess.run([sys.executable, "-c", command], cwd=root).returncode == 0
+
+
+def test_a_line_with_another_number_of_blanks_is_shown(tmp_path, capsys):
+    (tmp_path / "log.txt").write_text(CSV.replace(",", " ") + "1 2\n")
+    error = refusal(capsys, tmp_path, tmp_path / "log.txt", "--delimiter", " ")
+    assert "a line without 3 fields by blanks: 1 2" in error
