@@ -27,6 +27,7 @@ class Ranking(NamedTuple):
     target_ids: Tensor  # (S,) int64 in 1..X
     num_seen: Tensor  # (S,) int64, events of the whole history
     is_repeat: Tensor  # (S,) bool, the target is an item of that history
+    target_actions: Tensor  # (S,) int64 action type of the target, -1 unknown
     target_cosines: Tensor  # (S,) float32 cosine of the query with its target
     other_cosines: Tensor  # (S,) float32, with another item, uniform (sharded: of the batch's)
     loss: float  # mean InfoNCE
@@ -76,14 +77,15 @@ def evaluate(
         ranked = _rank_targets(model, batch, queries, items, removes_seen, generator)
         target_ids, num_seen = batch.target_ids(), batch.seen_offsets.diff()
         is_repeat = is_among((batch.seen_ids, batch.seen_offsets), target_ids)
-        parts.append((*ranked, target_ids, num_seen, is_repeat))
+        actions = batch.target_action_types[batch.last_events()]
+        parts.append((*ranked, target_ids, num_seen, is_repeat, actions))
         loss_sum += loss.double() * len(queries)
         stop_signal.check()
     model.train(was_training)
     columns = [all_gather_rows(torch.cat(column).cpu()) for column in zip(*parts, strict=True)]
-    ranks, target_cosines, other_cosines, target_ids, num_seen, is_repeat = columns
+    ranks, target_cosines, other_cosines, *of_targets = columns
     loss = all_gather_rows(loss_sum.cpu()).sum().item() / len(ranks)
-    return Ranking(ranks, target_ids, num_seen, is_repeat, target_cosines, other_cosines, loss)
+    return Ranking(ranks, *of_targets, target_cosines, other_cosines, loss)
 
 
 def is_sharded(model: HSTUModel) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import logging
 import shlex
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,8 +37,8 @@ def test_best(run: Run, loader: DataLoader | None, precision: str) -> None:
     """Write metrics.json, unless it is there: the best epoch's metrics on valid and on test.
 
     Of the test's targets also apart: `test_cold`, without a training event; `test_new` and
-    `test_repeat`, which their users had not or had before; and `test_baselines`, rankings that need
-    no model.
+    `test_repeat`, which their users had not or had before; `test_by_action`, of each action type
+    where there are several; and `test_baselines`, rankings that need no model.
     """
     path, progress = run.output_dir / "metrics.json", run.progress
     if path.exists():
@@ -47,7 +47,7 @@ def test_best(run: Run, loader: DataLoader | None, precision: str) -> None:
     if loader is not None:
         load_best(run)
         ranking = evaluate(run.model, loader, precision=precision)
-        result |= split_metrics("test", ranking, run.item_counts)
+        result |= split_metrics("test", ranking, run.item_counts, run.model.config.action_names)
     if is_main_process():
         if loader is not None:
             splits = run.datasets["train"].sequences, run.datasets["test"].sequences
@@ -55,7 +55,9 @@ def test_best(run: Run, loader: DataLoader | None, precision: str) -> None:
         write_json(path, {name: value for name, value in result.items() if value != {}})
 
 
-def split_metrics(split: str, ranking: Ranking, item_counts: Tensor) -> dict[str, dict]:
+def split_metrics(
+    split: str, ranking: Ranking, item_counts: Tensor, action_names: Sequence[str] | None
+) -> dict[str, dict]:
     """Metrics of the targets of a split, and of the kinds of targets that there are, apart."""
     kinds = {
         f"{split}_cold": item_counts[ranking.target_ids] == 0,
@@ -63,6 +65,12 @@ def split_metrics(split: str, ranking: Ranking, item_counts: Tensor) -> dict[str
         f"{split}_repeat": ranking.is_repeat,
     }
     found = {split: ranking.metrics()} | {n: ranking.metrics_of(w) for n, w in kinds.items()}
+    actions = ranking.target_actions
+    types = [t for t in actions.unique().tolist() if t >= 0]
+    if len(types) > 1:
+        names = [action_names[t] if action_names else str(t) for t in types]
+        by_type = [ranking.metrics_of(actions == t) for t in types]
+        found[f"{split}_by_action"] = dict(zip(names, by_type, strict=True))
     return {name: metrics for name, metrics in found.items() if metrics}
 
 
@@ -93,7 +101,7 @@ def evaluate_checkpoint(args: argparse.Namespace, model_class: type[HSTUModel] =
         "checkpoint": path.name,
         "checkpoint_sha256": sha256_of(path),
         "removes_seen": removes_seen,
-        **split_metrics(split, ranking, torch.from_numpy(item_counts)),
+        **split_metrics(split, ranking, torch.from_numpy(item_counts), model.config.action_names),
     }
     splits = of["train"].sequences, of[split].sequences
     result[f"{split}_baselines"] = baseline_metrics(*splits, removes_seen)
@@ -117,6 +125,8 @@ def log_split(result: Mapping[str, Any], split: str, removes_seen: bool) -> None
             "  repeat %s: %d targets that their users had before%s",
             summary(repeats), repeats["targets"], remark,
         )  # fmt: skip
+    for name, metrics in result.get(f"{split}_by_action", {}).items():
+        log.info("  action %s: %d targets of %s", summary(metrics), metrics["targets"], name)
     log_baselines(result.get(f"{split}_baselines", {}))
 
 

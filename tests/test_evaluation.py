@@ -8,19 +8,33 @@ from conftest import write_tiny
 from dot_product_similarity import MISS
 from engine.evaluation import Ranking, evaluate
 from engine.flags import get_args
+from engine.report import split_metrics
 from engine.training_setup import eval_loader, prepare_run
 from files.data_folder import read_manifest
 
 
 def test_targets_never_trained_on_and_those_had_before_are_counted_apart():
     ranks, target_ids = torch.tensor([1, 30, 4, 2]), torch.tensor([5, 2, 5, 3])
-    ranking = Ranking(ranks, target_ids, ranks, ranks < 3, ranks * 0.0, ranks * 0.0, 0.5)
+    ranking = Ranking(ranks, target_ids, ranks, ranks < 3, ranks, ranks * 0.0, ranks * 0.0, 0.5)
     cold = ranking.metrics_of(torch.tensor([0, 9, 1, 0, 4, 0])[target_ids] == 0)
     assert cold["targets"] == 3
     assert cold["HR@10"] == 1.0
     assert cold["MRR"] == (1 + 1 / 4 + 1 / 2) / 3
     repeats = ranking.metrics_of(ranking.is_repeat)
     assert (repeats["targets"], repeats["MRR"]) == (2, (1 + 1 / 2) / 2)
+
+
+def test_each_action_type_has_its_own_metrics_where_there_are_several():
+    ranks, actions = torch.tensor([1, 30, 4, 2]), torch.tensor([1, 0, 1, -1])
+    nothing = ranks * 0.0
+    ranking = Ranking(ranks, ranks, ranks, ranks < 0, actions, nothing, nothing, 0.5)
+    counts = torch.ones(31, dtype=torch.int64)
+    found = split_metrics("test", ranking, counts, ["view", "buy"])["test_by_action"]
+    assert {name: metrics["targets"] for name, metrics in found.items()} == {"view": 1, "buy": 2}
+    assert found["buy"]["MRR"] == (1 + 1 / 4) / 2
+    assert split_metrics("test", ranking, counts, None)["test_by_action"].keys() == {"0", "1"}
+    alike = ranking._replace(target_actions=actions.clamp(max=0))
+    assert "test_by_action" not in split_metrics("test", alike, counts, ["view", "buy"])
 
 
 def test_ranks_are_those_of_every_item_by_hand(tmp_path):
@@ -46,6 +60,8 @@ def test_ranks_are_those_of_every_item_by_hand(tmp_path):
             assert ranking.num_seen[place] == len(seen)
             assert ranking.is_repeat[place] == (target in seen)
             torch.testing.assert_close(ranking.target_cosines[place], scores[target - 1])
+            last = batch.offsets[b + 1] - 1
+            assert ranking.target_actions[place] == batch.target_action_types[last]
             place += 1
     assert place == len(ranking.ranks) == len(run.datasets["test"])
     assert 0 < ranking.is_repeat.sum() < place

@@ -127,7 +127,7 @@ def test_groups_of_few_values_are_fewer(values, labels):
 def test_a_bar_is_the_share_of_hits_of_its_group():
     ranks = torch.tensor([1, 11, 3, 40, 10, 12])
     lengths, ids = torch.tensor([5, 5, 5, 9, 9, 9]), torch.tensor([1, 1, 2, 2, 2, 2])
-    ranking = Ranking(ranks, ids, lengths, ids > 0, torch.zeros(6), torch.zeros(6), 0.0)
+    ranking = Ranking(ranks, ids, lengths, ids > 0, ids, torch.zeros(6), torch.zeros(6), 0.0)
     figure = plot_run.draw_hit_rate(ranking, counts=torch.tensor([0, 70, 0]))
     heights = [[bar.get_height() for bar in ax.patches] for ax in figure.axes]
     assert list(map(texts, figure.axes)) == [["5", "9"], ["0", "70"]]
