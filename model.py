@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from functools import reduce
@@ -68,13 +69,20 @@ class Kernels(NamedTuple):
 
 _similarity = DotProductSimilarity()
 _attention = Attention(ops.attention.prepare, ops.attention.gated_attention)
-# --kernels; "auto" is the fastest for the device.
 KERNELS = {
     "plain": Kernels(DEFINITION, infonce_loss, _similarity.target_ranks, _similarity.top_k),
-    "auto": Kernels(
+    "torch": Kernels(
         _attention, ops.infonce.infonce_loss, ops.ranking.target_ranks, ops.ranking.top_k
     ),
 }
+
+
+def find_kernels(name: str) -> Kernels:
+    """The forms of a key of KERNELS; or of "triton", tuned for CUDA, where Triton is installed."""
+    if name != "triton":
+        return KERNELS[name]
+    tuned = importlib.import_module("ops.triton_attention")
+    return KERNELS["torch"]._replace(attention=Attention(tuned.prepare, tuned.gated_attention))
 
 
 @dataclass(frozen=True)
@@ -117,7 +125,7 @@ class HSTUModel(nn.Module):
         user_features: the same for users.
         on_host: item vectors that stay on the host; batches bring theirs in `item_vectors`.
         shards_items: each process has a part of the item table.
-        kernels: "auto" or "plain", a key of KERNELS.
+        kernels: "torch", "plain" or "triton", as `find_kernels`.
     """
 
     def __init__(
@@ -127,10 +135,10 @@ class HSTUModel(nn.Module):
         user_features: Mapping[str, Any],
         on_host: Collection[str] = (),
         shards_items: bool = False,
-        kernels: str = "auto",
+        kernels: str = "torch",
     ):
         super().__init__()
-        self.config, self.kernels = config, KERNELS[kernels]
+        self.config, self.kernels = config, find_kernels(kernels)
         width = config.hidden_units
         self.embedding_module = LocalEmbeddingModule(config.num_items, width, shards_items)
         self.sparse_emb, self.emb_transform = nn.ModuleDict(), nn.ModuleDict()

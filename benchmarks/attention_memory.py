@@ -42,7 +42,7 @@ def run(block: HSTUAttention, x: torch.Tensor, times: torch.Tensor) -> torch.Ten
     return block(x, block.attention.prepare(offsets, times, times + 60, 1))
 
 
-FORMS = {"ours": "auto", "plain": "plain"}
+FORMS = {"ours": "torch", "plain": "plain"}
 
 
 def run_case(form: str, length: int) -> dict[str, float]:

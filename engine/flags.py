@@ -95,14 +95,15 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     optim("--early_stop_on", choices=["loss", "ndcg"], default="ndcg", help=text)
     optim("--precision", choices=["fp32", "bf16", "fp16"], default="fp32", help="autocast type")
     optim("--gradient_checkpointing", **switch, help="less memory, a third more time")
-    optim("--compile", **switch, help="torch.compile the blocks, attention apart")
+    optim("--compile", **switch, help="torch.compile the blocks; attention too if it is Triton's")
 
     run = parser.add_argument_group("run").add_argument
     run("--output_dir", default="./outputs", help="checkpoints, metrics and exports")
     run("--log_dir", default="./logs", help="TensorBoard files")
     run("--device", type=device_name, default="cuda", help="cuda, cuda:1, cpu; without CUDA: cpu")
-    text = "auto: the fastest attention, loss and ranking; plain: as they are defined, slow"
-    run("--kernels", choices=["auto", "plain"], default="auto", help=text)
+    text = "torch: tuned; triton: on CUDA; auto: what the device can; plain: as defined, slow"
+    choices = ["auto", "triton", "torch", "plain"]
+    run("--kernels", choices=choices, default="auto", help=text)
     run("--shard_items", **switch, help="torchrun: each process has a part of the item table")
     run("--seed", type=at_least(0), default=42, help="of weights, order, dropout and negatives")
     text = "go on from output_dir's newest state, start afresh, or go on from that resume_*.pt"

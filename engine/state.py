@@ -68,6 +68,7 @@ class Run:
     item_counts: torch.Tensor  # (X + 1,) int64, events of each item in training
     output_dir: Path
     binding: dict[str, Any]  # flags and data that a resumed run must share
+    kernels: str  # of model.find_kernels
     progress: Progress = field(default_factory=Progress)
 
     @property
@@ -130,6 +131,11 @@ def restore(run: Run, state: Mapping[str, Any], path: Path, flags: Collection[st
             found = "on other data"
         what_to_do = "Use the same, or another --output_dir and --log_dir"
         raise DataError(f"{path}: was trained {found}. {what_to_do}")
+    if (before := state.get("kernels", run.kernels)) != run.kernels:
+        log.info(
+            "%s was computed with the %s kernels, and this run with %s: last bits will differ",
+            path, before, run.kernels,
+        )  # fmt: skip
     checkpoint.load_weights(run.model, state["weights"], path)
     run.training_step.load_state_dict(state)
     checkpoint.set_random_states(state["random"])
@@ -170,6 +176,7 @@ def save_run(run: Run) -> None:
         "random": checkpoint.random_states(),
         "progress": asdict(run.progress),
         "binding": run.binding,
+        "kernels": run.kernels,
     }
     if is_main_process():
         checkpoint.save_state(run.output_dir, content, run.progress.step)

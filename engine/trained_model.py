@@ -8,6 +8,7 @@ from pathlib import Path
 
 from torch import Tensor
 
+from engine.kernels import choose_kernels
 from engine.setup import pick_device, read_features, vectors_on_host
 from files.atomic_io import DataError
 from files.checkpoint import differences, load_checkpoint, load_weights
@@ -51,8 +52,9 @@ def load_model(
         found = {name: (feature.kind, feature.size) for name, feature in loaded.items()}
         refuse_other_data(path, data_dir, known, found)
     on_host = vectors_on_host(features[0], mm_emb_device)
-    model = model_class(config, *features, on_host=on_host, kernels=kernels)
-    model = model.to(pick_device(device)).eval()
+    place = pick_device(device)
+    kernels = choose_kernels(kernels, place, config)
+    model = model_class(config, *features, on_host=on_host, kernels=kernels).to(place).eval()
     load_weights(model, weights, path)
     return model
 

@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader
 
 from dataset import MyDataset, Negatives
 from engine.flags import ALL_NEGATIVES_UP_TO, FREE_FLAGS, MOST_REPEATS, get_args
+from engine.kernels import choose_kernels
 from engine.setup import make_loader, pick_device, read_features, vectors_on_host
 from engine.state import STATE_FORMAT, Run
 from engine.training_step import Optimization, TrainingStep
@@ -43,12 +44,13 @@ def prepare_run(args: argparse.Namespace, model_class: type[HSTUModel] = HSTUMod
     datasets, item_counts = open_datasets(args, manifest, features[0])
     train_set, device = datasets["train"], pick_device(args.device)
     config = make_config(args, manifest, features, datasets)
+    kernels = choose_kernels(args.kernels, device, config, args.precision)
     torch.manual_seed(args.seed)
-    options = {"kernels": args.kernels, "shards_items": shards_items(args, train_set)}
+    options = {"kernels": kernels, "shards_items": shards_items(args, train_set)}
     model = model_class(config, *features, on_host=train_set.host_vectors, **options).to(device)
     model.hstu.gradient_checkpointing = args.gradient_checkpointing
     if args.compile:
-        compile_blocks(model.hstu)
+        compile_blocks(model.hstu, kernels)
     num_batches = -(-len(train_set) // args.batch_size)
     total_steps = args.num_epochs * -(-num_batches // args.accumulate_steps)
     warmup = min(100, total_steps // 10) if args.warmup_steps is None else args.warmup_steps
@@ -66,7 +68,7 @@ def prepare_run(args: argparse.Namespace, model_class: type[HSTUModel] = HSTUMod
         "data files": fingerprint(args.data_dir),
     }
     counts = torch.from_numpy(item_counts)
-    return Run(model, training_step, datasets, counts, Path(args.output_dir), binding)
+    return Run(model, training_step, datasets, counts, Path(args.output_dir), binding, kernels)
 
 
 def open_datasets(
@@ -168,13 +170,17 @@ def shards_items(args: argparse.Namespace, train_set: MyDataset) -> bool:
     return True
 
 
-def compile_blocks(hstu: HSTU) -> None:
-    """Compile what follows each block's attention, once for all lengths.
+def compile_blocks(hstu: HSTU, kernels: str) -> None:
+    """Compile each block, once for all lengths; without Triton what follows its attention.
 
-    The attention itself is a loop over groups, whose number and shapes follow the lengths.
+    The attention in torch is a loop over groups, whose number and shapes follow the lengths.
     """
     for block in hstu.blocks:
-        if isinstance(block, HSTUAttention):  # not one of your own
+        if not isinstance(block, HSTUAttention):  # one of your own
+            continue
+        if kernels == "triton":
+            block.compile(fullgraph=True, dynamic=True)
+        else:
             block.merge = torch.compile(block.merge, dynamic=True)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from test_attention import TUNED, random_bias, random_inputs
@@ -10,7 +12,9 @@ from test_main import run, scalars, weights
 from test_model import make_batch, make_model
 
 import simplified_hstu
+from engine.kernels import MOST_ERROR, why_not_triton
 from engine.training_step import TrainingStep
+from model import find_kernels
 
 pytestmark = [
     pytest.mark.gpu,
@@ -31,6 +35,33 @@ def test_attention_and_its_gradients_are_those_of_the_cpu():
         )
     for expected, found in zip(*grads, strict=True):
         torch.testing.assert_close(found.cpu(), expected, rtol=1e-8, atol=1e-11)
+
+
+@pytest.mark.parametrize("precision", MOST_ERROR)
+@pytest.mark.parametrize(("num_heads", "width"), [(1, 50), (2, 64), (4, 128)])
+@pytest.mark.parametrize(("time_bias", "position_bias"), [("request", True), ("off", False)])
+def test_triton_attention_and_its_gradients_are_those_of_the_definition(
+    precision, num_heads, width, time_bias, position_bias
+):
+    config = SimpleNamespace(
+        maxlen=70, hidden_units=64, num_heads=num_heads, attention_dim=width, linear_dim=width,
+        position_bias=position_bias, time_bias=time_bias,
+    )  # fmt: skip
+    assert why_not_triton(torch.device("cuda"), config, precision) is None
+
+
+def test_two_passes_of_triton_attention_give_equal_bits():
+    tuned = find_kernels("triton").attention
+    found = []
+    for _ in range(2):
+        inputs = {name: x.detach().cuda() for name, x in random_inputs().items()}
+        inputs["offsets"] = inputs["offsets"].cpu()
+        leaves = [inputs[name].float().requires_grad_() for name in ("x", "weight")]
+        bias = random_bias().float().cuda()
+        output = run_attention(tuned, inputs | {"x": leaves[0], "weight": leaves[1]}, bias)
+        leaves += bias.parameters()
+        found.append([output, *torch.autograd.grad(output.square().sum(), leaves)])
+    assert all(torch.equal(*pair) for pair in zip(*found, strict=True))
 
 
 @pytest.mark.parametrize("negatives", ["all", "mixed"])

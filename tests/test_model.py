@@ -27,7 +27,7 @@ def read_all_features(data_dir) -> tuple[dict, dict]:
     return items, load_features(data_dir, "user", manifest.num_users)
 
 
-def make_model(data_dir, features=None, kernels="auto", **changes) -> HSTUModel:
+def make_model(data_dir, features=None, kernels="torch", **changes) -> HSTUModel:
     manifest = read_manifest(data_dir)
     items, users = features or read_all_features(data_dir)
     config = HSTUConfig(
