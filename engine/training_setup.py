@@ -50,7 +50,7 @@ def prepare_run(args: argparse.Namespace, model_class: type[HSTUModel] = HSTUMod
     model = model_class(config, *features, on_host=train_set.host_vectors, **options).to(device)
     model.hstu.gradient_checkpointing = args.gradient_checkpointing
     if args.compile:
-        compile_blocks(model.hstu, kernels)
+        compile_blocks(model.hstu)
     num_batches = -(-len(train_set) // args.batch_size)
     total_steps = args.num_epochs * -(-num_batches // args.accumulate_steps)
     warmup = min(100, total_steps // 10) if args.warmup_steps is None else args.warmup_steps
@@ -170,17 +170,13 @@ def shards_items(args: argparse.Namespace, train_set: MyDataset) -> bool:
     return True
 
 
-def compile_blocks(hstu: HSTU, kernels: str) -> None:
-    """Compile each block, once for all lengths; without Triton what follows its attention.
+def compile_blocks(hstu: HSTU) -> None:
+    """Compile what follows each block's attention, once for all lengths.
 
     The attention in torch is a loop over groups, whose number and shapes follow the lengths.
     """
     for block in hstu.blocks:
-        if not isinstance(block, HSTUAttention):  # one of your own
-            continue
-        if kernels == "triton":
-            block.compile(fullgraph=True, dynamic=True)
-        else:
+        if isinstance(block, HSTUAttention):  # not one of your own
             block.merge = torch.compile(block.merge, dynamic=True)
 
 

@@ -346,6 +346,11 @@ def _sizes(activated: Tensor, dv: int, dqk: int) -> tuple[dict[str, int], dict[s
     return {**sizes, **pads, **launch}, {**sizes, **rows}
 
 
+def _ceil_div(a: int, b: int) -> int:
+    # With triton.cdiv, or len of a tensor, torch.compile would compile again for another batch.
+    return -(-a // b)
+
+
 def _padded(width: int) -> int:
     return max(16, triton.next_power_of_2(width))  # a product wants 16 at least
 
@@ -357,16 +362,16 @@ def _gated_attention(
     dv: int, dqk: int, maxlen: int,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """U * LayerNorm(A V) in the type of `activated`, and A V in that of sums, (T, H * dv)."""
-    T, (attention, norm) = len(activated), _sizes(activated, dv, dqk)
+    T, (attention, norm) = activated.shape[0], _sizes(activated, dv, dqk)
     gated = activated.new_empty(T, norm["H"] * dv)
     attended = torch.empty_like(gated, dtype=torch.promote_types(gated.dtype, torch.float32))
     tables = _tables(offsets, key_times, query_times, position_weight, time_weight)
-    grid = ((len(offsets) - 1) * norm["H"], triton.cdiv(longest, BLOCK))
+    grid = ((offsets.shape[0] - 1) * norm["H"], _ceil_div(longest, BLOCK))
     _launch(_forward_kernel)[grid](
         activated, *tables, attended, maxlen, **attention, HAS_POSITION=position_weight is not None,
         HAS_TIME=time_weight is not None,
     )  # fmt: skip
-    grid = (triton.cdiv(T, norm["ROWS"]),)
+    grid = (_ceil_div(T, norm["ROWS"]),)
     unused = [gated] * 3
     _launch(_norm_gate_kernel)[grid](
         activated, attended, gated, *unused, T, maxlen, **norm, IS_BACKWARD=False
@@ -386,12 +391,12 @@ def _gated_attention_grads(
     time_weight: Tensor | None, dv: int, dqk: int, maxlen: int,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of `activated` and of both biases; of a bias that there is not, (0,)."""
-    T, (attention, norm) = len(activated), _sizes(activated, dv, dqk)
-    H, num_sequences, blocks = norm["H"], len(offsets) - 1, triton.cdiv(longest, BLOCK)
+    T, (attention, norm) = activated.shape[0], _sizes(activated, dv, dqk)
+    H, num_sequences, blocks = norm["H"], offsets.shape[0] - 1, _ceil_div(longest, BLOCK)
     has = {"HAS_POSITION": position_weight is not None, "HAS_TIME": time_weight is not None}
     grad = torch.empty_like(activated)
     attended_grad = torch.empty_like(attended, dtype=activated.dtype)
-    grid = (triton.cdiv(T, norm["ROWS"]),)
+    grid = (_ceil_div(T, norm["ROWS"]),)
     _launch(_norm_gate_kernel)[grid](
         activated, attended, gated_grad, gated_grad, grad, attended_grad, T, maxlen, **norm,
         IS_BACKWARD=True,
@@ -411,7 +416,7 @@ def _gated_attention_grads(
     )
     position_grad = attended.new_empty(maxlen * has["HAS_POSITION"])
     if has["HAS_POSITION"]:
-        _launch(_position_grad_kernel)[(triton.cdiv(maxlen, BLOCK),)](
+        _launch(_position_grad_kernel)[(_ceil_div(maxlen, BLOCK),)](
             by_distance, offsets, position_grad, T, maxlen, num_sequences, programs * H, BLOCK
         )
     time_grad = by_bucket.sum(0) if has["HAS_TIME"] else attended.new_empty(0)
