@@ -10,7 +10,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from dataset import MyDataset
 from engine.baselines import baseline_metrics, log_baselines
-from engine.training_setup import removes_seen
+from engine.training_setup import repeats
 from files.atomic_io import DataError, exit_code
 from files.data_folder import read_manifest
 from main import log_to_stdout
@@ -49,7 +49,7 @@ def show(args: argparse.Namespace) -> None:
         )
     names = {"train", args.split} | targets.keys() & {"valid"}
     of = {n: MyDataset(args.data_dir, n, trust_pickle=args.trust_pickle) for n in names}
-    is_removed = removes_seen(args.remove_seen, of.get("valid"))
+    is_removed = repeats(args.remove_seen, "off", of.get("valid"))["removes_seen"]
     log_baselines(baseline_metrics(of["train"].sequences, of[args.split].sequences, is_removed))
 
 
