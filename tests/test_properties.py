@@ -147,9 +147,13 @@ def test_any_number_of_workers_reads_the_same(folder, seed, lengths, batch_size)
 
 
 def facts(values: Any) -> Any:
-    """A NamedTuple of arrays and tensors as values that compare, NaN included."""
+    """Arrays and tensors in tuples and dictionaries as values that compare, NaN included."""
     if hasattr(values, "_asdict"):
-        return {name: facts(value) for name, value in values._asdict().items()}
+        values = values._asdict()
+    if isinstance(values, dict):
+        return {name: facts(value) for name, value in values.items()}
+    if isinstance(values, tuple):
+        return [facts(value) for value in values]
     if hasattr(values, "dtype"):
         array = np.asarray(values)
         return str(array.dtype), np.nan_to_num(array, nan=-7).ravel().tolist(), array.shape
