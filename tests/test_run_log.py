@@ -320,7 +320,7 @@ def test_a_bar_fits_a_narrow_terminal_and_leaves_only_our_lines(data, whole, tmp
     assert bars and max(map(len, bars)) <= 40
     assert "\x1b[3" not in text  # no colours
     lines = [line.rpartition("\r")[2] for line in text.split("\r\n")[:-1]]
-    ends = "valid|test|cold|new|repeat|wrote|next|curves|plots"
+    ends = "valid|test|cold|new|repeat|action|pop|recent|follow|wrote|next|curves|plots"
     ours = f"creative_emb/81: |--remove_seen is off|train on |epoch |finished: |  ({ends}) "
     assert [line for line in lines if not re.match(ours, line)] == []
 
