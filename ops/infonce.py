@@ -136,10 +136,10 @@ def _by_threads(
     """As `_in_few_kernels`, for the CPU: without gradients, only the loss."""
     T, M = len(queries), len(used) - len(queries)
     size, parts = _chunk_shape(T, M + 1)
-    padding = -T % parts  # queries without a target
-    q = F.pad(queries / temperature, (0, 0, 0, padding))
-    positive = F.pad(used[:T], (0, 0, 0, padding))
-    own_column, weights = (F.pad(x, (0, padding)) for x in (own_column, weights))
+    inputs = queries / temperature, used[:T], own_column, weights
+    if padding := -T % parts:  # queries without a target
+        inputs = (F.pad(x, (0, 0) * (x.dim() - 1) + (0, padding)) for x in inputs)
+    q, positive, own_column, weights = inputs
     positive_logit = (q * positive).sum(1)  # (T,)
     is_safe = 1 / temperature <= SAFE_LOGIT
     peak, total = torch.zeros_like(positive_logit), torch.empty_like(positive_logit)  # (T,)
@@ -171,7 +171,9 @@ def _by_threads(
     scale = weights / total  # (T,), exps * scale: gradient of the logits
     positive_grad = (torch.exp(positive_logit - peak) * scale - weights)[:, None]  # of its logit
     query_grad.mul_(scale[:, None]).addcmul_(positive_grad, positive).div_(temperature)
-    used_grad = torch.cat([(positive_grad * q)[:T], negative_grad.sum(0)[:M]])
+    used_grad = torch.empty_like(used)
+    torch.mul(positive_grad[:T], q[:T], out=used_grad[:T])
+    torch.sum(negative_grad[:, :M], 0, out=used_grad[T:])  # over the threads
     return loss, query_grad[:T], used_grad
 
 
