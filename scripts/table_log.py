@@ -191,9 +191,9 @@ def refuse_lists(connection: DuckDBPyConnection, table: Table, sample: str, colu
 def check_complete(connection: DuckDBPyConnection, table: Table, args: argparse.Namespace) -> None:
     columns = {"user": args.user, "item": args.item}
     columns |= {"time": args.time} if args.time != "none" else {}
-    gaps = {name: f"({name} IS NULL OR {name} = 'NA')" for name in columns}
+    is_missing = {name: f"({name} IS NULL OR {name} = 'NA')" for name in columns}
     if args.drop_incomplete:
-        condition = " OR ".join(gaps.values())
+        condition = " OR ".join(is_missing.values())
         if number := count(connection, f"log WHERE {condition}"):
             connection.execute(
                 f"CREATE TABLE complete AS SELECT * FROM log WHERE NOT ({condition}) ORDER BY rowid"
@@ -204,7 +204,7 @@ def check_complete(connection: DuckDBPyConnection, table: Table, args: argparse.
     remark = "; --drop_incomplete leaves out events without"
     for name, column in columns.items():
         what = "an id" if name != "time" else "a number or a date, all alike"
-        refuse(connection, table, gaps[name], name, column, what + remark)
+        refuse(connection, table, is_missing[name], name, column, what + remark)
 
 
 def action_types(

@@ -15,7 +15,7 @@ import lzma
 import re
 import shutil
 import zipfile
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -121,6 +121,26 @@ def copied(source: Any, folder: Path, name: str) -> tuple[Path, str]:
     return path, kind_of(path)
 
 
+class Source(NamedTuple):
+    """Files of one form."""
+
+    files: list[Path]
+    kind: str  # as of `kind_of`
+    are_several: bool  # rows get the column `filename`
+
+    @property
+    def sql(self) -> str:
+        """What a reader of DuckDB takes: the list of the files, and how to read them."""
+        compression = f", compression = '{self.kind}'" if self.kind in ("gzip", "zstd") else ""
+        filename = ", filename = true" if self.are_several else ""
+        return f"[{', '.join(map(text, self.files))}]{compression}{filename}"
+
+    @property
+    def encoding(self) -> str:
+        """What a reader of text takes besides."""
+        return ", encoding = 'utf-16'" if self.kind == "utf-16" else ""
+
+
 def open_table(
     connection: duckdb.DuckDBPyConnection, places: Sequence[Path], folder: Path, form: Form
 ) -> Table:
@@ -131,20 +151,14 @@ def open_table(
         kinds = sorted({kind for _, kind in read})
         if len(kinds) > 1:
             raise DataError(f"{paths[0]}: and {len(paths) - 1} more are {' and '.join(kinds)}")
-        files = [path for path, _ in read]
-        sources = "[" + ", ".join(map(text, files)) + "]"
-        options = ", filename = true" if len(files) > 1 else ""
-        opener: Callable = text_table
-        if kinds == ["parquet"]:
-            opener = parquet_table
-        elif is_json(files[0], kinds[0]):
-            opener = json_table
-        table = opener(connection, files, sources, options, kinds[0], form)
+        source = Source([path for path, _ in read], kinds[0], len(paths) > 1)
+        if source.kind == "parquet":
+            table = parquet_table(connection, source)
+        elif is_json(source.files[0], source.kind):
+            table = json_table(connection, source)
+        else:
+            table = text_table(connection, source, form)
     return with_events(connection, table._replace(paths=paths), form)
-
-
-def with_compression(kind: str) -> str:
-    return f", compression = '{kind}'" if kind in ("gzip", "zstd") else ""
 
 
 def is_json(path: Path, kind: str) -> bool:
@@ -162,12 +176,12 @@ def start_of(path: Path, kind: str) -> bytes:
         return file.read(1000).removeprefix(b"\xef\xbb\xbf").strip()
 
 
-def parquet_table(
-    connection: duckdb.DuckDBPyConnection, files: list, sources: str, options: str, *_: Any
-) -> Table:
-    relation = f"read_parquet({sources}, union_by_name = true{options})"
+def parquet_table(connection: duckdb.DuckDBPyConnection, source: Source) -> Table:
+    relation = f"read_parquet({source.sql}, union_by_name = true)"
     rows = connection.execute(f"DESCRIBE SELECT * FROM {relation}").fetchall()
-    types = {name: kind for name, kind, *_ in rows if not (options and name == "filename")}
+    types = {
+        name: kind for name, kind, *_ in rows if not (source.are_several and name == "filename")
+    }
     columns = {}
     for column, kind in types.items():
         if kind.startswith("STRUCT") and not kind.endswith("[]"):
@@ -179,7 +193,7 @@ def parquet_table(
                 columns[f"{column}.{field}"] = as_text(value, inner)
         else:
             columns[column] = as_text(name_of(column), kind)
-    return Table(files, relation, columns, [])
+    return Table(source.files, relation, columns, [])
 
 
 def as_text(value: str, kind: str) -> str:
@@ -191,19 +205,13 @@ def as_text(value: str, kind: str) -> str:
     return f"({value})::VARCHAR"
 
 
-def json_table(
-    connection: duckdb.DuckDBPyConnection,
-    files: list,
-    sources: str,
-    options: str,
-    kind: str,
-    form: Form,
-) -> Table:
+def json_table(connection: duckdb.DuckDBPyConnection, source: Source) -> Table:
     """JSON lines, or one array of objects. The keys of the first many objects are the columns."""
-    shape = "array" if start_of(files[0], kind)[:1] == b"[" else "newline_delimited"
+    files = source.files
+    shape = "array" if start_of(files[0], source.kind)[:1] == b"[" else "newline_delimited"
     relation = (
-        f"read_json({sources}, format = '{shape}', records = false, columns = {{json: 'JSON'}}, "
-        f"maximum_object_size = 67108864{with_compression(kind)}{options})"
+        f"read_json({source.sql}, format = '{shape}', records = false, "
+        "columns = {json: 'JSON'}, maximum_object_size = 67108864)"
     )
     bad = connection.execute(
         f"SELECT json::VARCHAR FROM {relation} WHERE json_type(json) <> 'OBJECT' LIMIT 1"
@@ -225,25 +233,16 @@ def pointer(key: str) -> str:
 # ---------------------------------------------------------------------------- lines of text
 
 
-def text_table(
-    connection: duckdb.DuckDBPyConnection,
-    files: list,
-    sources: str,
-    options: str,
-    kind: str,
-    form: Form,
-) -> Table:
+def text_table(connection: duckdb.DuckDBPyConnection, source: Source, form: Form) -> Table:
     """Lines of text, whose fields have no type yet; the first lines say what separates them."""
-    options += with_compression(kind)
-    options += ", encoding = 'utf-16'" if kind == "utf-16" else ""
-    lines = line_reader(sources, options)
+    files, lines = source.files, line_reader(source)
     if form.is_sequences:
         row = f"(SELECT regexp_split_to_array(trimmed(line), '[ \t,]+') AS row FROM {lines})"
         items = "to_json(row[2:])::VARCHAR"
         return Table(files, row, {"user": "row[1]", "item": items}, [])
     heads = []
     for file in files:
-        head = f"SELECT line FROM {line_reader(f'[{text(file)}]', options)} LIMIT {HEAD}"
+        head = f"SELECT line FROM {line_reader(source._replace(files=[file]))} LIMIT {HEAD}"
         heads.append([line for (line,) in connection.execute(head).fetchall() if line])
     skip = bool(heads[0]) and re.fullmatch(r"sep=.", heads[0][0].strip()) is not None
     delimiter = form.delimiter or (heads[0][0].strip()[4] if skip else None)
@@ -253,7 +252,7 @@ def text_table(
     check_names(files, heads, skip, names, delimiter, form)
     if delimiter == " ":
         if form.header is None:
-            lines = f"(SELECT * FROM {line_reader(sources, options, has_header=True)})"
+            lines = f"(SELECT * FROM {line_reader(source, has_header=True)})"
         fields = f"(SELECT *, regexp_split_to_array(trimmed(line), '[ \t]+') AS row FROM {lines})"
         wanted = f"error('a line without {len(names)} fields by blanks: ' || line)"
         relation = (
@@ -264,19 +263,19 @@ def text_table(
     quote = text(form.quote)
     fields = ", ".join(f"c{k}: 'VARCHAR'" for k in range(len(names)))
     relation = (
-        f"read_csv({sources}, auto_detect = false, header = {form.header is None}, "
+        f"read_csv({source.sql}, auto_detect = false, header = {form.header is None}, "
         f"skip = {int(skip)}, delim = {text(delimiter)}, quote = {quote}, escape = {quote}, "
-        f"strict_mode = true, columns = {{{fields}}}{options})"
+        f"strict_mode = true, columns = {{{fields}}}{source.encoding})"
     )
     columns = {name: f"c{k}" for k, name in enumerate(names)}
     return Table(files, relation, columns, list(columns.values()) if form.quote else [])
 
 
-def line_reader(sources: str, options: str, has_header: bool = False) -> str:
+def line_reader(source: Source, has_header: bool = False) -> str:
     """A relation of one column, the whole line: no text has the character that separates."""
     return (
-        f"read_csv({sources}, auto_detect = false, header = {has_header}, delim = E'\\x1e', "
-        f"quote = '', escape = '', columns = {{line: 'VARCHAR'}}{options})"
+        f"read_csv({source.sql}, auto_detect = false, header = {has_header}, delim = E'\\x1e', "
+        f"quote = '', escape = '', columns = {{line: 'VARCHAR'}}{source.encoding})"
     )
 
 

@@ -137,6 +137,8 @@ def dates(
     connection: DuckDBPyConnection, table: Table, args: argparse.Namespace, forms: list[str]
 ) -> Times:
     """Dates in the form that is told, in ISO's, or in the one form that reads all of them."""
+    import duckdb
+
     candidates = [f"try_strptime(time, {text(form)})" for form in forms] or [ISO]
     if not forms:
         head = "(SELECT time FROM log LIMIT 1000)"
@@ -162,9 +164,7 @@ def dates(
     )
     try:
         bad(connection, table, args, f"({candidates[0]}) IS NULL", expected)
-    except DataError:
-        raise
-    except Exception as error:
+    except duckdb.Error as error:
         raise DataError(f"--time_format {forms[0]}: {error!s:.100}") from error
     value = f"epoch_us({candidates[0]})"
     return Times(value, "floor(events.time / 1000000)::BIGINT", forms[0])
