@@ -291,7 +291,8 @@ class HistoryResidual(nn.Module):
 
     def forward(self, x: Tensor, items: Tensor, positions: Tensor) -> Tensor:
         """`x`, `items`: encoder and item tower outputs, (T, D). `positions`: (T,) int64 from 0."""
-        v, event = F.normalize(items.float(), dim=1), torch.arange(len(items)).to(positions)
+        v = F.normalize(items.float(), dim=1)
+        event = torch.arange(len(items), device=items.device)
         first = event - positions  # (T,), of each event's sequence; rises
         order = event, torch.searchsorted(first, F.pad(event + 1, (1, 0)))
         # float64, or the sums over the events before a sequence would leave their error in it.

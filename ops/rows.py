@@ -132,6 +132,7 @@ def _sum_unsorted(values: Tensor, ids: Tensor, num_rows: int) -> Tensor:
         torch.is_deterministic_algorithms_warn_only_enabled(),
     )
     torch.use_deterministic_algorithms(True)  # or on CUDA it adds up atomically
-    sums = torch.ops.aten.embedding_dense_backward(values, ids, num_rows, -1, False)
-    torch.use_deterministic_algorithms(was_on, warn_only=warns)
-    return sums
+    try:
+        return torch.ops.aten.embedding_dense_backward(values, ids, num_rows, -1, False)
+    finally:
+        torch.use_deterministic_algorithms(was_on, warn_only=warns)
