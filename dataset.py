@@ -22,7 +22,7 @@ from files.atomic_io import DataError
 from files.data_folder import read_manifest
 from files.embeddings import load_emb, save_emb  # noqa: F401
 from files.features import PARSERS  # noqa: F401
-from files.sequences import EVENT_DTYPE, Sequences, Split
+from files.sequences import EVENT_DTYPE, Sequences, Split, event_places, order_of_rows
 
 log = logging.getLogger("hstu")
 
@@ -350,7 +350,7 @@ class MyDataset(Dataset):
             "user_ids": sequences.user_ids.astype(np.int64),
         }
         arrays = arrays if own is None else _share(arrays, own)
-        arrays |= _places(arrays["offsets"])
+        arrays |= event_places(arrays["offsets"])
         arrays |= {
             "distinct_ids": distinct,
             "negative_index": negative_index,
@@ -371,20 +371,12 @@ class MyDataset(Dataset):
         """`Batch.orders` of its other fields."""
         num_rows = len(arrays["distinct_ids"])
         orders = {
-            "items": _order_of_rows(arrays["item_index"], num_rows),
+            "items": order_of_rows(arrays["item_index"], num_rows),
             "loss": _loss_rows(arrays["target_index"], arrays["negative_index"], num_rows),
-            "positions": _order_of_rows(arrays["positions"], self.maxlen),
+            "positions": order_of_rows(arrays["positions"], self.maxlen),
             "sequences": (np.arange(len(arrays["positions"])), arrays["offsets"]),
         }
         return {name: tuple(map(torch.from_numpy, pair)) for name, pair in orders.items()}
-
-
-def _order_of_rows(index: np.ndarray, num_rows: int) -> tuple[np.ndarray, np.ndarray]:
-    """The places of `index` in 0..num_rows-1, by row, and where those of each row begin; int64."""
-    # numpy sorts 16 bits six times as fast.
-    keys = index.astype(np.uint16) if num_rows <= 1 << 16 else index
-    counts = np.bincount(index, minlength=num_rows)
-    return np.argsort(keys, kind="stable"), np.concatenate([[0], counts.cumsum()])
 
 
 def _loss_rows(
@@ -397,17 +389,7 @@ def _loss_rows(
     positives, has_target = np.maximum(target_index, 0), target_index >= 0
     weights = (has_target / max(1, has_target.sum())).astype(np.float32)
     index = np.concatenate([positives, negative_index])
-    return index, columns[positives], weights, *_order_of_rows(index, num_rows)
-
-
-def _places(offsets: np.ndarray) -> dict[str, np.ndarray]:
-    """The fields that say where each event is in the batch."""
-    lengths = np.diff(offsets)
-    return {
-        "device_offsets": offsets,
-        "positions": np.arange(offsets[-1]) - np.repeat(offsets[:-1], lengths),
-        "sequence_index": np.repeat(np.arange(len(lengths)), lengths),
-    }
+    return index, columns[positives], weights, *order_of_rows(index, num_rows)
 
 
 def share_of(count: int, rank: int, world_size: int) -> np.ndarray:

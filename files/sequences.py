@@ -286,3 +286,24 @@ class Split:
             others, _ = gather_ranges(self.events, starts[some], firsts[some])
             np.subtract.at(counts, item_ids_of(others), 1)
         return counts
+
+
+def order_of_rows(index: np.ndarray, num_rows: int) -> tuple[np.ndarray, np.ndarray]:
+    """Where `index`, (n,) in 0..num_rows-1, names each row: an order for ops.rows.take_rows.
+
+    Int64: (n,) places in `index`, those of row 0 first; (num_rows + 1,) where each row's begin.
+    """
+    # numpy sorts 16 bits six times as fast.
+    keys = index.astype(np.uint16) if num_rows <= 1 << 16 else index
+    counts = np.bincount(index, minlength=num_rows)
+    return np.argsort(keys, kind="stable"), np.concatenate([[0], counts.cumsum()])
+
+
+def event_places(offsets: np.ndarray) -> dict[str, np.ndarray]:
+    """Batch's fields of these names: where each event of a packed batch is."""
+    lengths = np.diff(offsets)
+    return {
+        "device_offsets": offsets,
+        "positions": np.arange(offsets[-1]) - np.repeat(offsets[:-1], lengths),
+        "sequence_index": np.repeat(np.arange(len(lengths)), lengths),
+    }
