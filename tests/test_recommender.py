@@ -7,15 +7,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import NUM_ITEMS, NUM_USERS, open_dataset, write_tiny
+from test_main import SMALL
 
 from dataset import load_emb
 from engine.recommender import History, Recommender
 from main import main
-
-SMALL = [
-    "--device=cpu", "--num_workers=0", "--num_epochs=1", "--batch_size=4", "--maxlen=6",
-    "--hidden_units=8", "--attention_dim=5", "--linear_dim=6",
-]  # fmt: skip
 
 
 @pytest.fixture(scope="module")

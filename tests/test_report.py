@@ -8,15 +8,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import write_tiny
+from test_main import SMALL
 
 from files.atomic_io import read_json, write_json
 from files.sequences import EVENT_DTYPE
 from main import main
-
-SMALL = [
-    "--device=cpu", "--num_workers=0", "--num_epochs=2", "--batch_size=4", "--maxlen=6",
-    "--hidden_units=8", "--attention_dim=5", "--linear_dim=6",
-]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
