@@ -35,7 +35,8 @@ KUAIRAND = (
 )
 # Name -> (data set, flags of main.py).
 SETTINGS = {
-    "quickstart": ("synthetic", "--num_epochs=30 --lr=0.003"),  # scripts/quickstart.sh
+    # As scripts/quickstart.sh.
+    "quickstart": ("synthetic", "--num_epochs=30 --lr=0.003 --dropout_rate=0.3"),
     "ml-1m-small": ("ml-1m", f"{IDS_AND_TIMES} {ML_1M_SMALL}"),
     "ml-1m-small-event": ("ml-1m", f"{IDS_AND_TIMES} {ML_1M_SMALL} --time_bias=event"),
     "ml-1m-small-positions": ("ml-1m", f"{IDS} {ML_1M_SMALL}"),
