@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
 MEMORY = "2GB"  # of DuckDB; beyond, it sorts and joins in files
 MISSING = ("", "nan", "NaN", "null", "NULL", "None", "N/A", "n/a", "<NA>", r"\N")
+# What is not in the wheel is not fetched: a converter reads files and nothing else.
+NO_DOWNLOADS = {"autoinstall_known_extensions": "false", "autoload_known_extensions": "false"}
 BLANKS = r"E' \t\r\n'"
 
 
@@ -53,10 +55,8 @@ def database(folder: Path) -> Iterator[duckdb.DuckDBPyConnection]:
     temporary = folder / ".tables"
     shutil.rmtree(temporary, ignore_errors=True)  # of a run that was killed
     temporary.mkdir(parents=True)
-    # What is not in the wheel is not fetched: a converter reads files and nothing else.
-    never = {"autoinstall_known_extensions": "false", "autoload_known_extensions": "false"}
     try:
-        with duckdb.connect(str(temporary / "tables.duckdb"), config=never) as connection:
+        with duckdb.connect(str(temporary / "tables.duckdb"), config=NO_DOWNLOADS) as connection:
             connection.execute(f"SET temp_directory = {text(temporary)}")
             connection.execute(f"SET memory_limit = '{MEMORY}'; SET TimeZone = 'UTC'")
             if sys.stdout.isatty():

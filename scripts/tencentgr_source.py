@@ -21,6 +21,7 @@ from tqdm import tqdm
 from files.atomic_io import DataError
 from files.safe_pickle import load_pickle
 from files.sequences import EVENT_DTYPE
+from table_database import NO_DOWNLOADS, first_line
 
 try:
     from orjson import loads as fast_loads
@@ -278,27 +279,37 @@ def whole_id(value: Any) -> int:
 # ------------------------------------------------------------------------------------ the Parquet
 
 
-def parquet_batches(folder: Path) -> Iterator[tuple[Path, Any]]:
-    """Some thousand rows at a time, each batch with its file's name."""
+def parquet_batches(
+    folder: Path, columns: str = "*", expected: str = "a Parquet file"
+) -> Iterator[tuple[Path, list[dict[str, Any]]]]:
+    """Some thousand rows at a time, as dicts, each batch with its file's name.
+
+    `columns`: of SQL, after SELECT. `expected`: what a message says of a file without them.
+    """
     try:
-        from pyarrow import parquet
+        import duckdb
     except ImportError as error:
-        raise DataError(f"{folder}: reading it needs pyarrow; pip install pyarrow") from error
+        raise DataError(
+            f"{folder}: Parquet is read with DuckDB; pip install -r requirements-data.txt"
+        ) from error
     paths = sorted(folder.glob("*.parquet"))
     if not paths:
         raise DataError(f"{folder}: no *.parquet file there")
-    for path in tqdm(paths, desc=folder.name, unit="file", disable=None):
-        try:
-            with parquet.ParquetFile(path) as file:
-                yield from ((path, batch) for batch in file.iter_batches(BLOCK_ROWS))
-        except (OSError, ValueError) as error:
-            raise DataError(f"{path}: {error!s:.200}; truncated or not Parquet") from error
+    with duckdb.connect(config=NO_DOWNLOADS) as connection:
+        for path in tqdm(paths, desc=folder.name, unit="file", disable=None):
+            try:
+                found = connection.execute(f"SELECT {columns} FROM read_parquet([?])", [str(path)])
+                names = [name for name, *_ in found.description]
+                while rows := found.fetchmany(BLOCK_ROWS):
+                    yield path, [dict(zip(names, row, strict=True)) for row in rows]
+            except duckdb.Error as error:
+                raise DataError(f"{path}: {first_line(error):.200}; expected {expected}") from error
 
 
 def parquet_rows(folder: Path, parse: Callable[[dict], Any]) -> Iterator[Any]:
     """`parse` of each row, a dict without the columns that are null."""
-    for path, batch in parquet_batches(folder):
-        for row in batch.to_pylist():
+    for path, rows in parquet_batches(folder):
+        for row in rows:
             try:
                 value = parse({name: v for name, v in row.items() if v is not None})
             except FAULTS as error:
@@ -307,22 +318,18 @@ def parquet_rows(folder: Path, parse: Callable[[dict], Any]) -> Iterator[Any]:
 
 
 def parquet_sequences(folder: Path, limits: Limits) -> Iterator[Block]:
-    for path, batch in parquet_batches(folder):
+    names = "item_id", "action_type", "timestamp"
+    expected = f"user_id and seq, a list of {', '.join(names)}"
+    lists = ", ".join(f"[event.{name} FOR event IN seq] AS {name}" for name in names)
+    for path, rows in parquet_batches(folder, f"user_id, {lists}", expected):
         try:
-            users = [checked_user(u, limits) for u in batch.column("user_id").to_pylist()]
-            lists = batch.column("seq")
-            lengths = lists.value_lengths().fill_null(0).to_pylist()
-            events = lists.flatten()
-            columns = [
-                events.field(name).to_pylist() for name in ("item_id", "action_type", "timestamp")
-            ]
+            users = [checked_user(row["user_id"], limits) for row in rows]
+            columns = [list(chain.from_iterable(row[name] or () for row in rows)) for name in names]
+            lengths = [len(row["item_id"] or ()) for row in rows]
             counts = Counter({"lines": len(users)})
             block = make_block(users, lengths, columns, limits.num_items, counts)
         except FAULTS as error:
-            raise DataError(
-                f"{path}: {reason_of(error)}; expected user_id and "
-                "seq, a list of item_id, action_type, timestamp"
-            ) from error
+            raise DataError(f"{path}: {reason_of(error)}; expected {expected}") from error
         yield block
 
 

@@ -615,11 +615,11 @@ def test_the_six_real_users_are_trained_on_and_exported(sample, tmp_path):
 # -------------------------------------------------------------------------------- Parquet release
 
 
-def test_without_pyarrow_the_parquet_release_says_what_to_install(tmp_path, monkeypatch):
+def test_without_duckdb_the_parquet_release_says_what_to_install(tmp_path, monkeypatch):
     source = write_source(tmp_path / "source", [])
     (source / "seq").mkdir()
-    monkeypatch.setitem(sys.modules, "pyarrow", None)
-    with pytest.raises(DataError, match="pip install pyarrow"):
+    monkeypatch.setitem(sys.modules, "duckdb", None)
+    with pytest.raises(DataError, match=r"pip install -r requirements-data\.txt"):
         tencentgr.convert(source, tmp_path / "data")
 
 
