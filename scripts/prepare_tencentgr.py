@@ -196,12 +196,19 @@ def write_sequences(
 ) -> tuple[list[str], dict[str, str]]:
     """Write the splits and the users' features; files and targets. `kinds`, `counts` are filled."""
     with tempfile.TemporaryFile(dir=data_dir) as one, tempfile.TemporaryFile(dir=data_dir) as two:
-        stores = [Store(file, index.users) for file, _ in zip((one, two), blocks, strict=False)]
+        seen = ItemSums(index.limits.num_items)
+        files = zip((one, two), blocks, strict=False)
+        stores = [Store(file, index.users, seen) for file, _ in files]
         profiles = chain.from_iterable(map(Store.fill, stores, blocks.values(), repeat(kinds)))
         files = [write_records(data_dir / "user_feat_dict.json", profiles)]
         splits = cut(*(store.sequences() for store in stores), valid_users=valid_users, seed=seed)
         for name, split in splits.items():
             files += write_split(data_dir, name, prefixes(split))
+    if seen.differing:
+        print(
+            f"warning: {len(seen.differing):,} items have other features in some lines than in "
+            f"others, the first: item {min(seen.differing)}; those of item_feat_dict.json count"
+        )
     for name, store in zip(blocks, stores, strict=True):
         counts.update({f"{name}: {text}": n for text, n in store.counts.items()})
     for name, split in splits.items():
@@ -210,11 +217,27 @@ def write_sequences(
     return files, {name: split.target for name, split in splits.items()}
 
 
+class ItemSums:
+    """Which items have other features in some lines than in others; see Block.item_sums."""
+
+    def __init__(self, num_items: int):
+        self.sums = np.full(num_items + 1, -1)  # of the last line with the item
+        self.differing: set[int] = set()
+
+    def add(self, pairs: np.ndarray) -> None:
+        pairs = pairs[(pairs[:, 0] > 0) & (pairs[:, 0] < len(self.sums))]
+        items, sums = pairs.T
+        before = self.sums[items]
+        self.sums[items] = sums
+        differs = (before >= 0) & (before != sums) | (self.sums[items] != sums)
+        self.differing |= set(items[differs].tolist())
+
+
 class Store:
     """Sequences, put into a file as they come, and mapped when all are there."""
 
-    def __init__(self, file: IO[bytes], users: dict[Any, int]):
-        self.file, self.users = file, users
+    def __init__(self, file: IO[bytes], users: dict[Any, int], item_sums: ItemSums):
+        self.file, self.users, self.item_sums = file, users, item_sums
         self.lengths, self.user_ids = [np.zeros(1, np.int64)], array("i")
         self.counts: Counter = Counter()
 
@@ -227,6 +250,7 @@ class Store:
             self.lengths.append(block.lengths)
             self.user_ids.extend(map(self.re_id, block.users))
             self.counts.update(block.counts)
+            self.item_sums.add(block.item_sums)
             for i, types in block.kinds.items():
                 kinds.setdefault(i, set()).update(types)
             yield from ((self.re_id(user), text) for user, text in block.profiles)

@@ -8,12 +8,13 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Sized
+from collections.abc import Callable, Iterator, Sequence, Sized
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import suppress
-from itertools import chain, islice
+from itertools import chain, islice, repeat
 from pathlib import Path
 from typing import Any, NamedTuple
+from zlib import crc32
 
 import numpy as np
 from tqdm import tqdm
@@ -35,7 +36,7 @@ BLOCK_ROWS = 10_000  # of Parquet, parsed at once
 RECORD = "[user, item, user features, item features, action, time]"
 # An event's item features: they follow null user features and precede an action and a time. A brace
 # in a text spoils what is left of the line, which is then parsed whole.
-ITEM_FEATURES = re.compile(rb"null, ?\{[^}]*\}(?=, ?(?:\d|null), ?\d)")
+ITEM_FEATURES = re.compile(rb"null, ?(\{[^}]*\})(?=, ?(?:\d|null), ?\d)")
 FAULTS = (ValueError, TypeError, LookupError, OverflowError, RecursionError, AttributeError)
 
 
@@ -56,6 +57,9 @@ class Block(NamedTuple):
     kinds: dict[str, set[type]]  # user feature -> types of its values
     counts: Counter  # what there was, by description
     num_lines: int = 0
+    # Items and the CRC-32 of the features that stand in a line, each pair once: those of
+    # item_feat_dict.json count, but they should not differ.
+    item_sums: np.ndarray = np.empty((0, 2), np.int64)  # (n, 2)
 
 
 class LineError(Exception):
@@ -122,8 +126,9 @@ def read_lines(job: tuple[Path, int, int, Limits]) -> Block:
             starts.append(at)
             lines.append(line)
     with suppress(*FAULTS):
-        short = [ITEM_FEATURES.sub(b"null,null", line) for line in lines]
-        return parse_lines(short, fast_loads, limits)
+        parts = [ITEM_FEATURES.split(line) for line in lines]  # every other one: features
+        short = [b"null,null".join(rest[::2]) for rest in parts]
+        return parse_lines(short, fast_loads, limits, [rest[1::2] for rest in parts])
     with suppress(*FAULTS):
         return parse_lines(lines, json.loads, limits)
     for number, (at, line) in enumerate(zip(starts, lines, strict=True)):
@@ -134,15 +139,24 @@ def read_lines(job: tuple[Path, int, int, Limits]) -> Block:
     raise AssertionError(f"{path}: lines that are bad together and good alone")
 
 
-def parse_lines(lines: list[bytes], loads: Callable[[bytes], Any], limits: Limits) -> Block:
+def parse_lines(
+    lines: list[bytes],
+    loads: Callable[[bytes], Any],
+    limits: Limits,
+    features_of: Sequence[list[bytes]] | None = None,
+) -> Block:
     """The block of these lines; blank ones are passed over.
+
+    `features_of`: of each line the texts of the items' features, which were cut out.
 
     Raises:
         any of FAULTS: a line is not what it should be.
     """
     counts, kinds = Counter(), {}
-    users, lengths, events, profiles = [], [], [], []
-    for line in filter(bytes.strip, lines):
+    users, lengths, events, profiles, sums = [], [], [], [], set()
+    for line, texts in zip(lines, features_of or repeat(()), strict=False):
+        if not line.strip():
+            continue
         records = loads(line)
         user = user_of(records, limits)
         seen = [record for record in records if record[1] is not None]
@@ -158,9 +172,12 @@ def parse_lines(lines: list[bytes], loads: Callable[[bytes], Any], limits: Limit
         users.append(user)
         lengths.append(len(seen))
         events += seen
+        if len(texts) == len(seen):  # else it is not known whose they are
+            sums |= set(zip([record[1] for record in seen], map(crc32, texts), strict=True))
     columns = [[record[k] for record in events] for k in (1, 4, 5)]
     block = make_block(users, lengths, columns, limits.num_items, counts)
-    return block._replace(profiles=profiles, kinds=kinds, num_lines=len(lines))
+    block = block._replace(profiles=profiles, kinds=kinds, num_lines=len(lines))
+    return block._replace(item_sums=np.array(list(sums), np.int64).reshape(-1, 2))
 
 
 def user_of(records: list, limits: Limits) -> int | str | None:

@@ -108,6 +108,21 @@ def test_a_profile_is_no_event_wherever_it_stands(tmp_path):
     assert users["106"].values.tolist() == [2, 5]
 
 
+@pytest.mark.parametrize("block_bytes", [1, 1 << 20])
+def test_items_whose_features_differ_between_lines_are_counted_and_shown(
+    tmp_path, monkeypatch, capsys, block_bytes
+):
+    monkeypatch.setattr(tencentgr_source, "BLOCK_BYTES", block_bytes)
+    lines = [[event(user, item, 0, item) for item in (5, 6, 9)] for user in (3, 4, 7)]
+    convert(tmp_path, lines)
+    assert "warning" not in capsys.readouterr().out
+    lines[1][1] = event(4, 6, 0, 6, {"100": 2, "111": 6})
+    lines[2][2] = event(7, 9, 0, 9, {"100": 3, "111": 9})
+    convert(tmp_path, lines)
+    found = "warning: 2 items have other features in some lines than in others, the first: item 6;"
+    assert found in capsys.readouterr().out
+
+
 def test_the_time_of_a_profile_is_not_used(tmp_path):
     contents = []
     for time in (0, 11, 10**12):
