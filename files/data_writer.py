@@ -20,6 +20,7 @@ from files.atomic_io import DataError, atomic_write, file_entry, read_json, writ
 from files.data_folder import FORMAT_VERSION, SPLITS, Manifest, digest_of_ids
 from files.sequences import EVENT_DTYPE, OFFSET_DTYPE, USER_DTYPE, Sequences, gather, split_path
 
+VECTOR_ROWS = 20_000  # written at once
 # What write_dataset may write, as patterns; a writer that did not finish may have left any of it.
 WRITTEN = (
     *(f"{split}_{what}.bin" for split in SPLITS for what in ("data", "offsets", "users")),
@@ -270,9 +271,13 @@ def write_records(path: Path, records: Iterable[tuple[int, str]]) -> str:
 
 
 def _write_vectors(data_dir: Path, feature_id: str, vectors: np.ndarray) -> str:
-    width = vectors.shape[1]
+    num_rows, width = vectors.shape
     name = f"creative_emb/emb_{feature_id}_{width}.npy"
     (data_dir / "creative_emb").mkdir(exist_ok=True)
     with atomic_write(data_dir / name) as file:
-        np.save(file, np.vstack([np.full((1, width), np.nan), vectors]).astype(np.float32))
+        layout = {"descr": "<f4", "fortran_order": False, "shape": (num_rows + 1, width)}
+        np.lib.format.write_array_header_1_0(file, layout)
+        file.write(np.full(width, np.nan, "<f4").tobytes())  # row 0 is padding
+        for start in range(0, num_rows, VECTOR_ROWS):
+            file.write(vectors[start : start + VECTOR_ROWS].astype("<f4").tobytes())
     return name

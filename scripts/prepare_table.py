@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, NamedTuple
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import numpy as np
+from table_vectors import read_vectors
 
 from engine.flags import at_least, between
 from files.atomic_io import DataError, exit_code
@@ -23,7 +24,7 @@ from files.data_writer import check_folder, write_dataset
 from files.sequences import Sequences, gather, gather_ranges
 from history_source import time_of
 from table_database import database
-from table_features import ROLES, make_features, read_vectors
+from table_features import ROLES, make_features
 from table_log import Events, Log, read_log
 from table_sides import names_of, read_table
 from table_source import Form, files_of
@@ -172,7 +173,9 @@ def convert(args: argparse.Namespace) -> None:
         features = make_features(tables, {role: getattr(args, role) for role in ROLES}, num_events)
         vectors = {}
         if args.item_vectors:
-            vectors[VECTOR_ID] = read_vectors(connection, args.item_vectors, log.item_ids)
+            temporary = args.data_dir / ".tables"
+            arguments = connection, args.item_vectors, log.item_ids, temporary
+            vectors[VECTOR_ID] = read_vectors(*arguments)
         write_dataset(
             args.data_dir,
             {split: pieces(log.events.records, span) for split, span in spans.items()},

@@ -7,20 +7,17 @@ import itertools
 import re
 from collections.abc import Sequence
 from fnmatch import fnmatchcase
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from files.atomic_io import DataError
 from files.data_writer import Column
-from table_database import name_of, reading
-from table_database import text as literal
 from table_sides import SideTable, Texts, are_numbers, ranked
-from table_source import LIST_DELIMITER, kind_of
+from table_source import LIST_DELIMITER
 
 if TYPE_CHECKING:
-    from duckdb import DuckDBPyConnection
+    pass
 
 DELIMITERS = LIST_DELIMITER + ";, "  # of lists
 ROLES = ("sparse", "array", "continual", "drop")
@@ -173,73 +170,3 @@ def continual_column(name: str, column: Texts) -> tuple[Column, str]:
 
 
 BUILDERS = {"sparse": sparse_column, "array": array_column, "continual": continual_column}
-
-
-def read_vectors(connection: DuckDBPyConnection, path: Path, item_ids: list) -> np.ndarray:
-    """(X, W) float32, NaN for items without a vector."""
-    with reading(path):
-        is_parquet = kind_of(path) == "parquet"
-        ids, vectors = parquet_vectors(connection, path) if is_parquet else npz_vectors(path)
-    row_of = {plain_id(i): row for row, i in enumerate(ids)}
-    rows = np.array([row_of.get(str(i), -1) for i in item_ids])
-    found = np.flatnonzero(rows >= 0)
-    if not len(found):
-        here, there = (", ".join(map(repr, some[:3])) for some in (ids, item_ids))
-        raise DataError(
-            f"{path}: none of its {len(ids):,} ids is an item of the events; it has {here}, the "
-            f"events have {there}"
-        )
-    table = np.full((len(rows), vectors.shape[1]), np.nan, np.float32)
-    table[found] = vectors[rows[found]]
-    bad = found[~np.isfinite(table[found]).all(1)]
-    if len(bad):
-        raise DataError(f"{path}: the vector of {item_ids[bad[0]]} is not finite; correct it")
-    print(f"{path.name}: {len(found):,} of {len(rows):,} items have a vector of {table.shape[1]}")
-    return table
-
-
-def plain_id(value: object) -> str:
-    """The text of an id: b"7" and 7.0 are 7."""
-    if isinstance(value, bytes):
-        return value.decode(errors="replace")
-    return str(int(value) if isinstance(value, float) and value.is_integer() else value)
-
-
-def npz_vectors(path: Path) -> tuple[list, np.ndarray]:
-    """The rows of the file's one float matrix, and their ids: its one array of that length."""
-    try:
-        with open(path, "rb") as file:
-            content = np.load(file)
-            arrays = {"": content} if isinstance(content, np.ndarray) else dict(content.items())
-    except ValueError as error:  # numpy's words advise to trust it
-        raise DataError(
-            f"{path}: no .npz or .parquet, or one with Python objects; save ids of text as text: "
-            "ids.astype(str)"
-        ) from error
-    matrices = [a for a in arrays.values() if a.ndim == 2 and a.dtype.kind == "f"]
-    ids = [a for a in arrays.values() if a.ndim == 1 and [len(a)] == [len(m) for m in matrices]]
-    if len(ids) != 1:
-        found = ", ".join(f"{name} {a.dtype}{list(a.shape)}" for name, a in arrays.items())
-        raise DataError(f"{path}: {found}; expected ids [n] and float vectors [n, width]")
-    return ids[0].tolist(), matrices[0]
-
-
-def parquet_vectors(connection: DuckDBPyConnection, path: Path) -> tuple[list, np.ndarray]:
-    relation = f"read_parquet({literal(path)})"
-    rows = connection.execute(f"DESCRIBE SELECT * FROM {relation}").fetchall()
-    is_list = {name: kind.endswith("]") for name, kind, *_ in rows}
-    total = connection.execute(f"SELECT count(*) FROM {relation}").fetchone()[0]
-    if not total:
-        raise DataError(f"{path}: no rows in it")
-    if sorted(is_list.values()) != [False, True]:
-        raise DataError(f"{path}: {list(is_list)}, expected a column of ids and one of vectors")
-    column = name_of(max(is_list, key=is_list.get))
-    ids = name_of(min(is_list, key=is_list.get))
-    short, width = connection.execute(
-        f"SELECT min(len({column})), max(len({column})) FROM {relation}"
-    ).fetchone()
-    if short != width:
-        raise DataError(f"{path}: vectors of {short} and of {width} numbers, expected one width")
-    read = connection.execute(f"SELECT {ids} AS id, unnest({column})::FLOAT AS x FROM {relation}")
-    columns = read.fetchnumpy()
-    return columns["id"][::width].tolist(), columns["x"].astype(np.float32).reshape(-1, width)

@@ -492,17 +492,21 @@ def test_names_are_written_by_re_id(tmp_path):
     assert lines == [f"a title, the {i[1:]}th" for i in order]
 
 
-@pytest.mark.parametrize("name", ["vectors.npz", "vectors.parquet"])
-def test_vectors_find_their_items(tmp_path, name):
+@pytest.mark.parametrize("name", ["vectors.npz", "columns.npz", "vectors.parquet"])
+def test_vectors_find_their_items(tmp_path, monkeypatch, name):
+    monkeypatch.setattr("table_vectors.ROWS", 4)
+    monkeypatch.setattr("files.data_writer.VECTOR_ROWS", 3)
     rng = np.random.default_rng(3)
     ids, matrix = [f"i{k}" for k in range(3, 20)], rng.normal(size=(17, 5)).astype(np.float16)
     path = tmp_path / name
     if name.endswith("npz"):
-        np.savez(path, item=np.array(ids), emb=matrix)
+        saved = np.asfortranarray(matrix) if name == "columns.npz" else matrix
+        np.savez_compressed(path, item=np.array(ids), emb=saved)
     else:
         rows = zip(matrix.astype(float).tolist(), ids, strict=True)
         write_table(path, [{"vector": v, "id": i} for v, i in rows])
     data_dir = run(tmp_path, random_log(), "--item_vectors", path)
+    assert np.load(data_dir / "creative_emb" / "emb_81_5.npy").dtype == np.float32
     index = read_indexer(data_dir)["i"]
     feature = load_vectors(data_dir, ["81"], index, len(index))["81"]
     for item, row in index.items():
