@@ -22,7 +22,7 @@ from files.atomic_io import DataError
 from files.data_folder import read_manifest
 from files.embeddings import load_emb, save_emb  # noqa: F401
 from files.features import PARSERS  # noqa: F401
-from files.sequences import EVENT_DTYPE, Sequences, Split, event_places, order_of_rows
+from files.sequences import EVENT_DTYPE, Sequences, Split, event_places, loss_rows, order_of_rows
 
 log = logging.getLogger("hstu")
 
@@ -222,6 +222,7 @@ class MyDataset(Dataset):
             its own, so that every event but the first is predicted once; else the newest alone.
         whole_history: the last events are seen, too, and what follows them is to be predicted.
         request: of queries whose target is unknown.
+        target_actions: of "train": action types of the events to be predicted; None: any.
         host_vectors: feature id -> files.features.Feature of kind "emb", whose rows batches bring.
         trust_pickle: of an indexer.pkl without a manifest, run whatever it holds.
 
@@ -239,6 +240,7 @@ class MyDataset(Dataset):
         has_windows: bool = False,
         whole_history: bool = False,
         request: Request = Request(),  # noqa: B008
+        target_actions: Sequence[int] | None = None,
         host_vectors: Mapping[str, Any] | None = None,
         trust_pickle: bool = False,
     ):
@@ -254,12 +256,15 @@ class MyDataset(Dataset):
             raise DataError(f"{self.data_dir}: no {split} split there, only {found}")
         self.target = "none" if whole_history else manifest.targets[split]
         self.sequences = Split(self.data_dir, split, *manifest[:3])
+        self.target_actions = target_actions if split == "train" else None
         self.has_timestamps = self.sequences.events.dtype == EVENT_DTYPE
         self.sequences.warn_of_oddities()
         self._rows, self._num_after = self._cut(has_windows and split == "train")
         if not len(self) and split == "train":
-            path = self.sequences.path("data")
-            raise DataError(f"{path}: no sequence has two events or more; write the split again")
+            reason = "no sequence has two events or more; write the split again"
+            if self.target_actions is not None:
+                reason = "no event to predict of --target_actions; name others"
+            raise DataError(f"{self.sequences.path('data')}: {reason}")
         if not len(self):
             log.warning("%s: no sequence to predict, so its results are left out", split)
 
@@ -272,11 +277,19 @@ class MyDataset(Dataset):
             found = f"{len(too_short)} of {len(lengths)} sequences have fewer than {shortest}"
             first = ", ".join(map(str, too_short[:3]))
             log.warning("%s: %s events and are skipped, the first: %s", self.split, found, first)
-        if not has_windows:
-            return rows, np.zeros(len(rows), np.int64)
-        counts = -(-(lengths[rows] - 1) // self.maxlen)
-        firsts = np.repeat(counts.cumsum() - counts, counts)
-        return np.repeat(rows, counts), self.maxlen * (np.arange(len(firsts)) - firsts)
+        num_after = np.zeros(len(rows), np.int64)
+        if has_windows:
+            counts = -(-(lengths[rows] - 1) // self.maxlen)
+            firsts = np.repeat(counts.cumsum() - counts, counts)
+            rows = np.repeat(rows, counts)
+            num_after = self.maxlen * (np.arange(len(firsts)) - firsts)
+        if self.target_actions is not None:  # a window without a target would only cost time
+            ends = self.sequences.offsets[rows + 1] - num_after
+            firsts = np.maximum(self.sequences.offsets[rows] + 1, ends - self.maxlen)
+            places = self.sequences.places_of(self.target_actions)
+            has_target = np.searchsorted(places, ends) > np.searchsorted(places, firsts)
+            rows, num_after = rows[has_target], num_after[has_target]
+        return rows, num_after
 
     @property
     def is_cut(self) -> bool:
@@ -337,6 +350,8 @@ class MyDataset(Dataset):
             target_actions[last] = self.request.action
         has_target = np.full(len(inputs), is_known and self.split == "train")
         has_target[last] = is_known
+        if self.target_actions is not None:
+            has_target &= np.isin(target_actions, self.target_actions)
         targets = nexts[has_target]
         distinct, rows, negative_index, log_q = self.negatives.index(item_ids, targets, seed)
         arrays = {
@@ -372,24 +387,11 @@ class MyDataset(Dataset):
         num_rows = len(arrays["distinct_ids"])
         orders = {
             "items": order_of_rows(arrays["item_index"], num_rows),
-            "loss": _loss_rows(arrays["target_index"], arrays["negative_index"], num_rows),
+            "loss": loss_rows(arrays["target_index"], arrays["negative_index"], num_rows),
             "positions": order_of_rows(arrays["positions"], self.maxlen),
             "sequences": (np.arange(len(arrays["positions"])), arrays["offsets"]),
         }
         return {name: tuple(map(torch.from_numpy, pair)) for name, pair in orders.items()}
-
-
-def _loss_rows(
-    target_index: np.ndarray, negative_index: np.ndarray | None, num_rows: int
-) -> tuple[np.ndarray, ...]:
-    """The fields of ops.infonce.LossRows, as its `index_rows` has them, and the order."""
-    negative_index = np.arange(num_rows) if negative_index is None else negative_index
-    columns = np.full(num_rows, len(negative_index))
-    columns[negative_index] = np.arange(len(negative_index))
-    positives, has_target = np.maximum(target_index, 0), target_index >= 0
-    weights = (has_target / max(1, has_target.sum())).astype(np.float32)
-    index = np.concatenate([positives, negative_index])
-    return index, columns[positives], weights, *order_of_rows(index, num_rows)
 
 
 def share_of(count: int, rank: int, world_size: int) -> np.ndarray:

@@ -45,6 +45,8 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     data("--user_features", nargs="+", default=["all"], metavar="ID", help="all, none, or ids")
     data("--actions", **on_off, default=True, help="inputs carry the event's action type")
     data("--target_action", **on_off, default=False, help="inputs carry the next event's action")
+    text = "train to predict events of these action types alone; all events stay inputs"
+    data("--target_actions", nargs="+", metavar="TYPE", help=text)
     text = "multimodal vectors to use; no value: none"
     data("--mm_emb_id", nargs="*", default=DEFAULT_MM_EMB_ID, metavar="ID", help=text)
     text = "what stands for an item without a multimodal vector"

@@ -79,6 +79,7 @@ def open_datasets(
     host_vectors = vectors_on_host(item_features, args.mm_emb_device)
     options = {"has_windows": args.windows, "trust_pickle": args.trust_pickle}
     options |= {"maxlen": args.maxlen, "negatives": negatives, "host_vectors": host_vectors}
+    options["target_actions"] = target_types(args, manifest)
     return {s: MyDataset(args.data_dir, s, **options) for s in manifest.targets}, item_counts
 
 
@@ -91,12 +92,30 @@ def count_negatives(
         kind = "all" if manifest.num_items <= ALL_NEGATIVES_UP_TO else "mixed"
     train = Split(Path(args.data_dir), "train", *manifest[:3])
     item_counts = train.count_items()
-    target_counts = train.count_targets(item_counts, None if args.windows else args.maxlen)
+    maxlen = None if args.windows else args.maxlen
+    target_counts = train.count_targets(item_counts, maxlen, target_types(args, manifest))
     negatives = Negatives(
         manifest.num_items, kind, args.num_negatives, target_counts, args.logq,
         only_trained=has_item_features,
     )  # fmt: skip
     return negatives, item_counts
+
+
+def target_types(args: argparse.Namespace, manifest: Manifest) -> list[int] | None:
+    """The action types that --target_actions names; None: any.
+
+    Raises:
+        DataError: the data has no such type.
+    """
+    if args.target_actions is None:
+        return None
+    known = manifest.action_types()
+    if unknown := [name for name in args.target_actions if name not in known]:
+        raise DataError(
+            f"--target_actions {' '.join(unknown)}: no action of {args.data_dir}, expected "
+            f"{', '.join(known) or 'data with actions'}"
+        )
+    return [known[name] for name in args.target_actions]
 
 
 def eval_loader(args: argparse.Namespace, run: Run, split: str) -> DataLoader | None:

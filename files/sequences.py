@@ -6,6 +6,7 @@ docs/data_format.md describes every file.
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -271,15 +272,34 @@ class Split:
             num_repeats += int((np.add.reduceat(is_last_item, bounds[:-1], dtype=int) > 1).sum())
         return num_repeats / max(1, len(rows))
 
-    def count_targets(self, item_counts: np.ndarray, maxlen: int | None) -> np.ndarray:
+    def places_of(self, action_types: Sequence[int]) -> np.ndarray:
+        """Rising int64: where in the file events of these types are."""
+        blocks = range(0, len(self.events), BLOCK)
+        types = (self.events["action_type"][start : start + BLOCK] for start in blocks)
+        found = [
+            np.flatnonzero(np.isin(some, action_types)) + start
+            for start, some in zip(blocks, types, strict=True)
+        ]
+        return np.concatenate(found or [np.empty(0, np.int64)])
+
+    def count_targets(
+        self,
+        item_counts: np.ndarray,
+        maxlen: int | None,
+        action_types: Sequence[int] | None = None,
+    ) -> np.ndarray:
         """(X + 1,) int64: how often each item is a training target, out of its `item_counts`.
 
         A sequence's first event is no target, nor is one older than its newest `maxlen` targets
-        (None: all of them are).
+        (None: all of them are), nor one of another type than `action_types` (None: all are).
         """
         starts, ends = self.offsets[:-1], self.offsets[1:]
         firsts = starts + 1 if maxlen is None else np.maximum(starts + 1, ends - maxlen)
         firsts = np.minimum(firsts, ends)  # of the targets; there may be no events
+        if action_types is not None:
+            places = self.places_of(action_types)
+            places = places[places >= firsts[np.searchsorted(ends, places, "right")]]
+            return np.bincount(item_ids_of(self.events[places]), minlength=len(item_counts))
         counts = item_counts.copy()
         for k in range(0, len(starts), BLOCK // 16):
             some = slice(k, k + BLOCK // 16)
@@ -297,6 +317,22 @@ def order_of_rows(index: np.ndarray, num_rows: int) -> tuple[np.ndarray, np.ndar
     keys = index.astype(np.uint16) if num_rows <= 1 << 16 else index
     counts = np.bincount(index, minlength=num_rows)
     return np.argsort(keys, kind="stable"), np.concatenate([[0], counts.cumsum()])
+
+
+def loss_rows(
+    target_index: np.ndarray, negative_index: np.ndarray | None, num_rows: int
+) -> tuple[np.ndarray, ...]:
+    """The fields of ops.infonce.LossRows, as its `index_rows` has them, and the order.
+
+    Arguments as Batch's fields of these names; `num_rows`: R.
+    """
+    negative_index = np.arange(num_rows) if negative_index is None else negative_index
+    columns = np.full(num_rows, len(negative_index))
+    columns[negative_index] = np.arange(len(negative_index))
+    positives, has_target = np.maximum(target_index, 0), target_index >= 0
+    weights = (has_target / max(1, has_target.sum())).astype(np.float32)
+    index = np.concatenate([positives, negative_index])
+    return index, columns[positives], weights, *order_of_rows(index, num_rows)
 
 
 def event_places(offsets: np.ndarray) -> dict[str, np.ndarray]:

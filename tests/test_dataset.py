@@ -391,6 +391,15 @@ def test_training_without_anything_to_predict_is_refused_by_name(tmp_path, lengt
     assert len(open_dataset(folder, "valid")) == 0
 
 
+def test_types_of_which_no_event_can_be_predicted_are_refused_and_other_splits_stay(folder):
+    with pytest.raises(
+        DataError, match=r"train_data\.bin: no event to predict of --target_actions"
+    ):
+        open_dataset(folder, "train", target_actions=[NUM_ACTIONS])
+    valid = open_dataset(folder, "valid", target_actions=[NUM_ACTIONS])
+    assert decoded(make_batch(valid, [0, 1])) == slow_batch([0, 1], "valid", valid.maxlen)
+
+
 def test_a_split_that_is_not_there_is_refused_by_name(tmp_path):
     np.array([3, 1], "<i4").tofile(tmp_path / "train_data.bin")
     np.array([0, 2], "<i8").tofile(tmp_path / "train_offsets.bin")
@@ -894,22 +903,31 @@ def test_every_truncation_of_an_embedding_file_is_refused_by_name(tmp_path, name
             load_emb(path)
 
 
+@pytest.mark.parametrize("types", [None, [1], [0, 2]])
 @pytest.mark.parametrize("maxlen", [None, 1, 2, 3, 9])
-def test_an_item_is_trained_on_where_events_before_it_are_its_query(folder, maxlen):
+def test_an_item_is_trained_on_where_events_before_it_are_its_query(
+    folder, monkeypatch, maxlen, types
+):
+    """And where its event is of one of the types that are to be predicted."""
+    monkeypatch.setattr("files.sequences.BLOCK", 16)
     events, offsets, _ = open_split(folder, "train")
     expected = np.zeros(NUM_ITEMS + 1, np.int64)
     for start, end in itertools.pairwise(offsets.tolist()):
         for event in range(start + 1, end):
-            if maxlen is None or event >= end - maxlen:
+            is_wanted = types is None or events["action_type"][event] in types
+            if is_wanted and (maxlen is None or event >= end - maxlen):
                 expected[events["item_id"][event]] += 1
     sequences = open_dataset(folder, "train").sequences
-    found = sequences.count_targets(sequences.count_items(), maxlen)
+    found = sequences.count_targets(sequences.count_items(), maxlen, types)
     assert_array_equal(found, expected)
-    dataset = open_dataset(folder, "train", maxlen or 3, "all", has_windows=maxlen is None)
+    options = {"has_windows": maxlen is None, "target_actions": types}
+    dataset = open_dataset(folder, "train", maxlen or 3, "all", **options)
     targets = np.zeros_like(expected)
     for index in range(len(dataset)):
         batch = make_batch(dataset, [index])
-        np.add.at(targets, batch.distinct_ids[batch.target_index].numpy(), 1)
+        assert batch.num_targets == (batch.target_index >= 0).sum() > 0
+        rows = batch.target_index[batch.target_index >= 0]
+        np.add.at(targets, batch.distinct_ids[rows].numpy(), 1)
     assert_array_equal(targets, expected)
 
 

@@ -77,6 +77,7 @@ TRAINING_FLAGS = {
     "user_features": ([], ["--user_features", "103", "age"]),
     "actions": ([], ["--no-actions"]),
     "target_action": ([], ["--target_action"]),
+    "target_actions": ([], ["--target_actions", "0", "2"]),
     "mm_emb_id": ([], ["--mm_emb_id"]),
     "mm_missing": ([], ["--mm_missing=zero"]),
     "mm_projection": ([], ["--mm_projection=frozen"]),
