@@ -226,7 +226,7 @@ def lock() -> Iterator[Callable[[Path], subprocess.Popen]]:
         "    is_parent = os.fork()\n"
         "    if is_parent:\n"
         "        print('locked', flush=True)\n"
-        "    time.sleep(20 if is_parent else 2)\n"
+        "    time.sleep(600 if is_parent else 2)\n"
     )
     processes = []
 
