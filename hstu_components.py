@@ -289,8 +289,13 @@ class HistoryResidual(nn.Module):
     what else was tried.
     """
 
-    def forward(self, x: Tensor, items: Tensor, positions: Tensor) -> Tensor:
-        """`x`, `items`: encoder and item tower outputs, (T, D). `positions`: (T,) int64 from 0."""
+    def forward(
+        self, x: Tensor, items: Tensor, positions: Tensor, last_events: Tensor | None = None
+    ) -> Tensor:
+        """`x`, `items`: encoder and item tower outputs, (T, D). `positions`: (T,) int64 from 0.
+
+        `last_events`: (B,) int64, the rows of which `x` is, if it is not of all.
+        """
         v = F.normalize(items.float(), dim=1)
         event = torch.arange(len(items), device=items.device)
         first = event - positions  # (T,), of each event's sequence; rises
@@ -299,6 +304,8 @@ class HistoryResidual(nn.Module):
         sums = running_sums(v.double())  # (T, D)
         sums = (sums - take_rows(sums - v, first, order)).float()
         counts = positions[:, None] + 1  # n
+        if last_events is not None:
+            sums, counts, v = sums[last_events], counts[last_events], v[last_events]
         return F.normalize(x.float(), dim=1) + 2 * counts.rsqrt() * sums + 2 * v
 
 

@@ -24,6 +24,7 @@ from hstu_components import (
     LocalEmbeddingModule,
     module_key,
 )
+from ops.last_events import block_of_last
 from ops.rows import take_rows
 from simplified_hstu import DEFINITION, HSTU, Attention
 
@@ -68,7 +69,7 @@ class Kernels(NamedTuple):
 
 
 _similarity = DotProductSimilarity()
-_attention = Attention(ops.attention.prepare, ops.attention.gated_attention)
+_attention = Attention(ops.attention.prepare, ops.attention.gated_attention, block_of_last)
 KERNELS = {
     "plain": Kernels(DEFINITION, infonce_loss, _similarity.target_ranks, _similarity.top_k),
     "torch": Kernels(
@@ -82,7 +83,8 @@ def find_kernels(name: str) -> Kernels:
     if name != "triton":
         return KERNELS[name]
     tuned = importlib.import_module("ops.triton_attention")
-    return KERNELS["torch"]._replace(attention=Attention(tuned.prepare, tuned.gated_attention))
+    attention = Attention(tuned.prepare, tuned.gated_attention, block_of_last)
+    return KERNELS["torch"]._replace(attention=attention)
 
 
 @dataclass(frozen=True)
@@ -187,9 +189,8 @@ class HSTUModel(nn.Module):
     def predict_with_loss(self, batch: Any) -> tuple[Tensor, Tensor]:
         """`predict`, (B, D), and the InfoNCE of each sequence's last target, scalar."""
         rows = self._rows(batch)  # (R, D)
-        last = batch.last_events()
-        queries = self.encode(batch, rows)[last]  # (B, D)
-        return queries, self._loss(batch, queries, rows, batch.target_index[last])
+        queries = self.encode(batch, rows, only_last=True)  # (B, D)
+        return queries, self._loss(batch, queries, rows, batch.target_index[batch.last_events()])
 
     def _rows(self, batch: Any) -> Tensor:
         vectors = batch.item_vectors
@@ -206,10 +207,11 @@ class HSTUModel(nn.Module):
         negatives = batch.negative_index, batch.negative_log_q
         return self.compute_infonce_loss(queries, rows, target_index, *negatives, loss_rows)
 
-    def encode(self, batch: Any, rows: Tensor | None = None) -> Tensor:
+    def encode(self, batch: Any, rows: Tensor | None = None, only_last: bool = False) -> Tensor:
         """The query that follows each event: (T, D) float32 of length 1.
 
-        `rows`: the item tower of batch.distinct_ids, if it is known already.
+        `rows`: the item tower of batch.distinct_ids, if it is known already. `only_last`: of each
+        sequence's last event alone, (B, D).
         """
         if rows is None:
             rows = self._rows(batch)  # (R, D)
@@ -217,10 +219,11 @@ class HSTUModel(nn.Module):
         actions, users = (batch.action_types, batch.target_action_types), self._users(batch)
         order = batch.orders.get("positions")
         x = self.input_preprocessor(items, batch.positions, *actions, users, order)  # (T, D)
-        x = self.hstu(x, batch.offsets, batch.timestamps, batch.target_timestamps)  # (T, D)
+        last = batch.last_events() if only_last else None
+        x = self.hstu(x, batch.offsets, batch.timestamps, batch.target_timestamps, last)
         if self.history_residual is not None:
-            x = self.history_residual(x, items, batch.positions)  # (T, D)
-        return self.output_postprocessor(x)  # (T, D)
+            x = self.history_residual(x, items, batch.positions, last)
+        return self.output_postprocessor(x)  # (T, D), or (B, D)
 
     def _users(self, batch: Any) -> Tensor | None:
         if not self.config.user_features:
@@ -232,7 +235,7 @@ class HSTUModel(nn.Module):
 
     def predict(self, batch: Any) -> Tensor:
         """The query for each sequence's next event: (B, D) float32 of length 1."""
-        return self.encode(batch)[batch.last_events()]
+        return self.encode(batch, only_last=True)
 
     def item_tower(
         self,

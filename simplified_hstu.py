@@ -133,10 +133,11 @@ def gated_attention(
 
 
 class Attention(NamedTuple):
-    """A form of the attention; what `prepare` returns is for its own `gated_attention` alone."""
+    """A form of the attention; what `prepare` returns is for its own functions alone."""
 
     prepare: Callable[..., Any]
     gated_attention: Callable[..., Tensor]
+    block_of_last: Callable[..., Tensor] | None = None  # HSTUAttention of last events alone
 
 
 DEFINITION = Attention(prepare, gated_attention)
@@ -152,17 +153,10 @@ class HSTUAttention(nn.Module):
     """
 
     def __init__(
-        self,
-        hidden_units: int,
-        num_heads: int,
-        attention_dim: int,
-        linear_dim: int,
-        dropout_rate: float,
-        maxlen: int,
-        has_time_bias: bool,
-        has_position_bias: bool,
+        self, hidden_units: int, num_heads: int, attention_dim: int, linear_dim: int,
+        dropout_rate: float, maxlen: int, has_time_bias: bool, has_position_bias: bool,
         attention: Attention = DEFINITION,
-    ):
+    ):  # fmt: skip
         super().__init__()
         self.attention, self.maxlen = attention, maxlen
         self.widths = [linear_dim, linear_dim, attention_dim, attention_dim]  # of U, V, Q, K
@@ -206,24 +200,29 @@ class HSTU(nn.Module):
         self.attention = self.blocks[0].attention
 
     def forward(
-        self, x: Tensor, offsets: Tensor, timestamps: Tensor, target_timestamps: Tensor
-    ) -> Tensor:
+        self, x: Tensor, offsets: Tensor, timestamps: Tensor, target_timestamps: Tensor,
+        last_events: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
         """(T, D) -> (T, D), each event from those of its sequence up to itself.
 
         `offsets`: (B + 1,) int64 on the CPU, as in `prepare`. `timestamps`, `target_timestamps`:
-        (T,) int64 seconds, of the events and of those to be predicted.
+        (T,) int64 seconds, of the events and of those to be predicted. `last_events`: (B,) int64,
+        the rows of each sequence's last event, if they alone are asked for: (B, D).
         """
         if not len(x):  # with several processes, one may have no sequence of a small batch
             return x
         times = {"request": target_timestamps, "event": timestamps, "off": None}[self.time_bias]
         sequences = self.attention.prepare(offsets, timestamps, times, self.num_heads)
         for block in self.blocks:
+            is_final = block is self.blocks[-1] and type(block) is HSTUAttention  # not your own
+            if last_events is not None and is_final and self.attention.block_of_last:
+                return self.attention.block_of_last(block, x, sequences, last_events)
             if self.gradient_checkpointing and self.training:
                 # Reentrant: else tuned attention keeps its cache. Then x must need a gradient.
                 x = checkpoint(block, x.requires_grad_(), sequences, use_reentrant=True)
             else:
                 x = block(x, sequences)  # (T, D)
-        return x
+        return x if last_events is None else x[last_events]
 
     @property
     def _causal_mask(self) -> Tensor:  # (N, N) bool

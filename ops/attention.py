@@ -96,9 +96,17 @@ class Group(NamedTuple):
         return padded if out is None else out.copy_(padded)
 
 
+class Groups(NamedTuple):
+    """A packed batch, cut into groups; and its times, as in `prepare`."""
+
+    groups: list[Group]
+    key_times: Tensor
+    query_times: Tensor | None
+
+
 def prepare(
     offsets: Tensor, key_times: Tensor, query_times: Tensor | None, num_heads: int
-) -> list[Group]:
+) -> Groups:
     """Cut a packed batch into groups; arguments as `simplified_hstu.prepare`.
 
     Batches are ordered by length, for little padding; any order is correct. The offsets lie on the
@@ -121,7 +129,7 @@ def prepare(
             pair = (t[events, None].double() for t in (query_times, key_times))
             times = [group.pad(t).view(shape) for t in pair]
         groups.append(group._replace(tiles=_tiles(shape[1], times, cache_dtype)))
-    return groups
+    return Groups(groups, key_times, query_times)
 
 
 def _group_bounds(lengths: list[int], max_scores: int) -> list[tuple[int, int]]:
@@ -164,7 +172,7 @@ def gated_attention(
     x: Tensor,
     weight: Tensor,
     relative_bias: Any,
-    groups: list[Group],
+    sequences: Groups,
     widths: list[int],
     maxlen: int,
 ) -> Tensor:
@@ -173,7 +181,8 @@ def gated_attention(
     device = x.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
     biases = relative_bias.position_weight, relative_bias.time_weight
-    return _GatedAttention.apply(x.to(dtype), weight.to(dtype), *biases, groups, widths, maxlen)
+    options = sequences.groups, widths, maxlen
+    return _GatedAttention.apply(x.to(dtype), weight.to(dtype), *biases, *options)
 
 
 class _GatedAttention(torch.autograd.Function):

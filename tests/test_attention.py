@@ -87,7 +87,7 @@ def test_groups_have_each_event_once_within_the_limit_of_scores(monkeypatch):
     monkeypatch.setattr(attention, "CPU_SCORES", 100)
     lengths = [12, 7, 7, 4, 4, 4, 1, 1]
     offsets = torch.tensor([0, *itertools.accumulate(lengths)])
-    groups = attention.prepare(offsets, torch.zeros(40, dtype=torch.int64), None, 1)
+    groups = attention.prepare(offsets, torch.zeros(40, dtype=torch.int64), None, 1).groups
     bounds = [(group.events.start, group.events.stop) for group in groups]
     assert [start for start, _ in bounds] == [0, *(stop for _, stop in bounds[:-1])]
     assert bounds[-1][1] == 40

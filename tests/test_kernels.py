@@ -116,7 +116,7 @@ def test_the_self_check_passes_a_right_form_and_leaves_random_numbers_alone(prec
 
 @pytest.mark.parametrize("precision", kernels.MOST_ERROR)
 def test_the_self_check_finds_a_form_that_forgets_a_bias(precision):
-    prepare, gated_attention = KERNELS["torch"].attention
+    prepare, gated_attention, _ = KERNELS["torch"].attention
 
     def forgetful(x, weight, bias, *rest):
         with_half = SimpleNamespace(

@@ -127,6 +127,30 @@ def events() -> Tensor:
     return torch.randn(sum(LENGTHS), D, generator=torch.Generator().manual_seed(5)).double()
 
 
+class TwiceTheBlock(HSTUAttention):
+    def forward(self, x: Tensor, sequences) -> Tensor:
+        return 2 * super().forward(x, sequences)
+
+
+@pytest.mark.parametrize("own_block", [False, True])
+@pytest.mark.parametrize("has_position", [True, False])
+@pytest.mark.parametrize("time_bias", ["request", "event", "off"])
+def test_the_last_events_alone_get_what_they_get_among_all(
+    events, attention, time_bias, has_position, own_block
+):
+    hstu = make_hstu(time_bias, attention=attention, has_position_bias=has_position)
+    if own_block:
+        hstu.blocks[-1].__class__ = TwiceTheBlock
+    times, last = torch.arange(len(events)) ** 3, OFFSETS[1:] - 1
+    arguments = events.requires_grad_(), OFFSETS, times, times + 700
+    expected, found = hstu(*arguments)[last], hstu(*arguments, last)
+    torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-12)
+    weights, leaves = torch.randn_like(expected), [events, *hstu.parameters()]
+    one, other = (torch.autograd.grad((y * weights).sum(), leaves) for y in (found, expected))
+    for grad, expected_grad in zip(one, other, strict=True):
+        torch.testing.assert_close(grad, expected_grad, rtol=1e-9, atol=1e-10)
+
+
 def test_a_long_history_stays_within_the_range_of_float16(attention):
     length = 1000
     generator = torch.Generator().manual_seed(0)
