@@ -29,15 +29,17 @@ WRITTEN = (
     *(".*.tmp", "creative_emb/.*.tmp", "candidates/.*.tmp"),
 )
 
+CODED = ("sparse", "array")  # kinds whose values are numbers of raw values
+
 
 class Column(NamedTuple):
     """A feature to write: one value per item (or user), the first belonging to re-id 1."""
 
     kind: str  # "sparse" | "array" | "continual", or a custom kind
     values: Sequence[Any]  # int >= 0 (0 unknown) | list of int >= 1 | float; None: missing
-    # What the numbers stand for: the raw values of 1, 2, ..., or what was done to them. A model is
-    # refused data in which that is something else. None: not known, so nothing is compared.
-    meaning: Iterable[Any] | None = None
+    # What the numbers stand for: the raw values of 1, 2, ..., each once, or what was done to them.
+    # A model is refused data in which that is something else. None: not known, nothing is compared.
+    meaning: Sequence[Any] | None = None
 
 
 def leave_one_out(events: np.ndarray, offsets: np.ndarray) -> dict[str, Sequences]:
@@ -94,7 +96,10 @@ def write_dataset(
     """
     data_dir, files, item_vectors = Path(data_dir), [], item_vectors or {}
     sides = {"item": item_features or {}, "user": user_features or {}}
-    indexer = {"u": _numbered("user_ids", user_ids), "i": _numbered("item_ids", item_ids), "f": {}}
+    columns = [*sides["item"].items(), *sides["user"].items()]
+    indexer = {"u": _numbered("user_ids", user_ids), "i": _numbered("item_ids", item_ids)}
+    coded = {i: c for i, c in columns if c.kind in CODED and c.meaning is not None}
+    indexer["f"] = {i: _raw_values(i, column) for i, column in coded.items()}
     if item_names is not None and len(item_names) != len(item_ids):
         raise ValueError(f"item_names: {len(item_names)} names, not {len(item_ids)}")
     if action_names is not None and len(set(action_names)) != num_action_types:
@@ -113,8 +118,8 @@ def write_dataset(
             file.writelines((" ".join(name.splitlines()) + "\n").encode() for name in item_names)
     counts = len(item_ids), len(user_ids), num_action_types
     targets = {s: "next" if s == "train" else "last" for s in splits} | dict(targets or {})
-    columns = (sides["item"] | sides["user"]).items()
-    digests = {i: digest_of_ids(c.meaning) for i, c in columns if c.meaning is not None}
+    meanings = {i: c.meaning for i, c in columns if c.meaning is not None} | indexer["f"]
+    digests = {i: digest_of_ids(meaning) for i, meaning in meanings.items()}
     names = None if action_names is None else list(action_names)
     manifest = Manifest(*counts, targets, digest_of_ids(indexer["i"]), names, digests)
     finish_folder(data_dir, manifest, files)
@@ -125,6 +130,14 @@ def _numbered(what: str, ids: Sequence[Any]) -> dict[Any, int]:
     numbers = {_plain(original): k for k, original in enumerate(ids, 1)}
     if len(numbers) != len(ids):
         raise ValueError(f"an original id occurs twice in {what}")
+    return numbers
+
+
+def _raw_values(feature_id: str, column: Column) -> dict[Any, int]:
+    """Number of each raw value."""
+    numbers = _numbered(f"the values of {feature_id}", column.meaning)
+    if len(numbers) < (largest := _largest(column)):
+        raise ValueError(f"{feature_id}: {len(numbers)} raw values, but a number is {largest}")
     return numbers
 
 
@@ -230,8 +243,9 @@ def _write_features(
         for feature_id, column in columns.items():
             types.setdefault(f"{side}_{column.kind}", []).append(feature_id)
             defaults[feature_id] = [] if column.kind == "array" else 0
-            if column.kind in ("sparse", "array"):
-                statistics[feature_id] = _cardinality(column)
+            if column.kind in CODED:
+                known = 0 if column.meaning is None else len(column.meaning)
+                statistics[feature_id] = max(known, _largest(column))
         if columns:
             path = data_dir / f"{side}_feat_dict.json"
             names.append(write_records(path, _records(columns)))
@@ -246,7 +260,7 @@ def write_schema(data_dir: Path, types: dict, statistics: dict, defaults: dict) 
     return names
 
 
-def _cardinality(column: Column) -> int:
+def _largest(column: Column) -> int:
     rows = column.values if column.kind == "array" else [column.values]
     return max((int(v) for row in rows if row is not None for v in row if v is not None), default=0)
 

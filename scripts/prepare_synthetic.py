@@ -37,6 +37,8 @@ SKEW = 0.7  # an item's weight in its cluster is rank ** -SKEW
 SHORT_GAP, PAUSE = (20, 300), (6 * 3600, 48 * 3600)  # seconds
 START = 1_700_000_000
 NUM_AISLES = 5  # a cluster is an aisle and a shelf
+AISLES = [f"aisle {number}" for number in range(1, NUM_AISLES + 1)]
+TAGS = [*(f"shelf {number}" for number in range(1, 10)), *(f"tag {n}" for n in range(10, 20))]
 VECTOR_WIDTH, VECTOR_NOISE, WITHOUT_VECTOR = 32, 0.5, 0.2
 EFFECTS = ("transitions", "actions", "time", "features")
 
@@ -199,9 +201,9 @@ def item_features(process: Process, generator: np.random.Generator) -> dict[str,
     shelves, aisles = np.divmod(process.clusters, NUM_AISLES)
     prices = (1 + shelves) * generator.lognormal(0, 0.3, len(shelves))
     return {
-        "aisle": Column("sparse", aisles + 1, ["aisle"]),
-        "tags": Column("array", listed(shelves + 1, generator), ["shelf"]),
-        "price": Column("continual", prices.round(2), ["price"]),
+        "aisle": Column("sparse", aisles + 1, AISLES),
+        "tags": Column("array", listed(shelves + 1, generator), TAGS),
+        "price": Column("continual", prices.round(2), ["x"]),
     }
 
 
@@ -211,9 +213,9 @@ def user_features(homes: np.ndarray, generator: np.random.Generator) -> dict[str
     interests = listed(shelves + 1, generator)
     ages = 20 + 10 * aisles + generator.integers(10, size=len(homes))
     return {
-        "region": Column("sparse", aisles + 1, ["aisle"]),
-        "interests": Column("array", interests, ["shelf"]),
-        "age": Column("continual", ages, ["age"]),
+        "region": Column("sparse", aisles + 1, AISLES),
+        "interests": Column("array", interests, TAGS),
+        "age": Column("continual", ages, ["x"]),
     }
 
 
