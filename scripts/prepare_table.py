@@ -23,8 +23,9 @@ from files.atomic_io import DataError, exit_code
 from files.data_writer import check_folder, write_dataset
 from files.sequences import Sequences, gather, gather_ranges
 from history_source import time_of
-from table_database import database
+from table_database import database, events_of_each
 from table_features import ROLES, make_features
+from table_like import read_earlier
 from table_log import Events, Log, read_log
 from table_sides import names_of, read_table
 from table_source import Form, files_of
@@ -50,6 +51,8 @@ def get_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("events", type=Path, nargs="+", help=events_help)
     parser.add_argument("data_dir", type=Path, help="folder to write")
     parser.add_argument("--overwrite", action="store_true", help="the data that data_dir holds")
+    like_help = "earlier folder: what it knows keeps its number, what is new gets the next ones"
+    parser.add_argument("--like", type=Path, metavar="DIR", help=like_help)
     add_event_flags(parser.add_argument_group("events").add_argument)
     add_form_flags(parser.add_argument_group("form of the files").add_argument)
     add_split_flags(parser.add_argument_group("splits").add_argument)
@@ -153,6 +156,7 @@ def convert(args: argparse.Namespace) -> None:
     for path in (args.item_features, args.user_features, args.item_vectors):
         if path is not None and not path.exists():  # before the log, which may take minutes
             raise DataError(f"{path}: No such file or directory")
+    earlier = read_earlier(args.like)
     log_files = [path for place in args.events for path in files_of(place)]
     form = Form(
         args.header,
@@ -163,14 +167,12 @@ def convert(args: argparse.Namespace) -> None:
         args.list_delimiter,
     )
     with database(args.data_dir) as connection:
-        log = read_log(connection, args, args.data_dir, form)
-        show_actions(connection, log.action_names)
+        log = read_log(connection, args, args.data_dir, form, earlier)
+        show_actions(connection, log.action_names, len(earlier.action_names))
         spans = split_events(connection, log, args)
         tables = read_tables(connection, args, log_files, form)
-        num_events = connection.execute(
-            "SELECT count(*) AS n FROM sorted GROUP BY item ORDER BY item"
-        ).fetchnumpy()["n"]
-        features = make_features(tables, {role: getattr(args, role) for role in ROLES}, num_events)
+        roles = {role: getattr(args, role) for role in ROLES}
+        features = make_features(tables, roles, events_of_each(connection, "item"), earlier)
         vectors = {}
         if args.item_vectors:
             temporary = args.data_dir / ".tables"
@@ -210,7 +212,7 @@ def read_tables(
     return tables
 
 
-def show_actions(connection: DuckDBPyConnection, names: list[str]) -> None:
+def show_actions(connection: DuckDBPyConnection, names: list[str], num_known: int) -> None:
     if not names:
         print("actions: unknown; if the log has a column of them, name it with --action")
         return
@@ -220,7 +222,8 @@ def show_actions(connection: DuckDBPyConnection, names: list[str]) -> None:
     shares = [
         f"{'unknown' if k < 0 else f'type {k} is {names[k]!r}'}: {share:.1%}" for k, share in found
     ]
-    print("actions: " + ", ".join(shares))
+    new = f"; new: {', '.join(names[num_known:])}" if 0 < num_known < len(names) else ""
+    print("actions: " + ", ".join(shares) + new)
 
 
 # ------------------------------------------------------------------------------------------- splits
@@ -294,13 +297,14 @@ def leave_one_out(_: DuckDBPyConnection, events: Events, args: argparse.Namespac
     last, before = ends - 1, ends - 2
     if args.target_types:
         last, before = last_targets(events, args.target_types)
-    is_long = before > starts
-    if few := int((~is_long).sum()):
+    is_long, is_there = before > starts, ends > starts
+    if few := int((is_there & ~is_long).sum()):
         print(
-            f"users: {few:,} of {len(users):,} have too few events to be evaluated, and only train"
+            f"users: {few:,} of {is_there.sum():,} have too few events to be evaluated, and only "
+            "train"
         )
     return {
-        "train": Span(starts, np.where(is_long, before, ends), users),
+        "train": chosen(starts, np.where(is_long, before, ends), is_there),
         "valid": Span(starts[is_long], before[is_long] + 1, users[is_long]),
         "test": Span(starts[is_long], last[is_long] + 1, users[is_long]),
     }
@@ -327,11 +331,7 @@ def split_by_time(
     """
     cuts = sorted(quantile(connection, c) if 0 < c < 1 else c for c in args.cuts)
     starts, ends = events.offsets[:-1], events.offsets[1:]
-    before = connection.execute(
-        f"SELECT count(*) FILTER (WHERE time < {cuts[0]!r}) AS a, "
-        f"count(*) FILTER (WHERE time < {cuts[1]!r}) AS b FROM sorted GROUP BY user ORDER BY user"
-    ).fetchnumpy()
-    first, second = starts + before["a"], starts + before["b"]
+    first, second = (starts + events_of_each(connection, "user", f"time < {cut!r}") for cut in cuts)
     spans = {"train": chosen(starts, first, first > starts)}
     for split, old, end in (("valid", first, second), ("test", second, ends)):
         spans[split] = chosen(starts, end, (end > old) & (end - starts >= 2))
@@ -360,7 +360,7 @@ def split_by_user(
     starts, ends = events.offsets[:-1], events.offsets[1:]
     users = np.random.default_rng(args.seed).permutation(np.flatnonzero(ends - starts >= 2))
     count = round(args.held_out * len(users))
-    part = np.zeros(len(starts), np.int8)
+    part = np.where(ends > starts, 0, -1)
     part[users[:count]], part[users[count : 2 * count]] = 1, 2
     names = ("train", "valid", "test")
     return {name: chosen(starts, ends, part == k) for k, name in enumerate(names)}

@@ -13,6 +13,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import numpy as np
+
 from files.atomic_io import DataError
 
 if TYPE_CHECKING:
@@ -152,6 +154,18 @@ def check_columns(table: Table, columns: Sequence[str]) -> None:
 
 def count(connection: duckdb.DuckDBPyConnection, relation: str) -> int:
     return connection.execute(f"SELECT count(*) FROM {relation}").fetchone()[0]
+
+
+def events_of_each(
+    connection: duckdb.DuckDBPyConnection, side: str, condition: str = "true"
+) -> np.ndarray:
+    """(n,) int64, how many events each user or item has of which `condition` holds."""
+    found = connection.execute(
+        f"SELECT {side} AS re_id, count(*) FILTER (WHERE {condition}) AS n FROM sorted GROUP BY ALL"
+    ).fetchnumpy()
+    counts = np.zeros(count(connection, f"{side}s"), np.int64)
+    counts[found["re_id"] - 1] = found["n"]
+    return counts
 
 
 def place(

@@ -13,6 +13,7 @@ import numpy as np
 
 from files.atomic_io import DataError
 from files.data_writer import Column
+from table_like import TRANSFORMATIONS, Earlier, Known
 from table_sides import SideTable, Texts, are_numbers, ranked
 from table_source import LIST_DELIMITER
 
@@ -27,12 +28,19 @@ FEW = 20  # items whose correlation with anything says little
 
 
 def make_features(
-    tables: dict[str, SideTable], roles: dict[str, list[str]], num_events: np.ndarray
+    tables: dict[str, SideTable],
+    roles: dict[str, list[str]],
+    num_events: np.ndarray,
+    earlier: Earlier,
 ) -> dict[str, dict[str, Column]]:
     """A feature per column that is worth one; what became of each column is shown.
 
     Args:
         num_events: (X,) int64, of each item.
+        earlier: its features stay what they were there, and new ones come on request alone.
+
+    Raises:
+        DataError: a flag or a table does not fit the columns, or the earlier features.
     """
     names = [name for table in tables.values() for name in table.columns]
     for pattern in itertools.chain(*roles.values()):
@@ -44,7 +52,13 @@ def make_features(
     for side, table in tables.items():
         kept: dict[bytes, str] = {}
         for name in table.columns:
+            feature_id = name
+            while any(feature_id in taken for taken in features.values()):
+                feature_id = f"user_{feature_id}"
+            known = earlier.features[side].get(feature_id)
             role, detail = asked_role(name, roles), "as asked"
+            if earlier.folder is not None:
+                role, detail = kept_role(name, role, known, earlier.folder)
             if role == "drop":
                 print(f"  {side}  {name:24} {role:10} {detail}")
                 continue
@@ -58,12 +72,27 @@ def make_features(
                 role, detail = ("drop", doubt) if doubt and role != "drop" else (role, detail)
             if role != "drop":
                 kept[content] = name
-                feature_id = name
-                while any(feature_id in taken for taken in features.values()):
-                    feature_id = f"user_{feature_id}"
-                features[side][feature_id], detail = BUILDERS[role](name, column)
+                features[side][feature_id], detail = BUILDERS[role](name, column, known)
             print(f"  {side}  {name:24} {role:10} {detail}")
+    for side, known_features in earlier.features.items():
+        if absent := sorted(known_features.keys() - features[side].keys()):
+            raise DataError(
+                f"{earlier.folder}: has the features {', '.join(absent)} of {side}s, but no column "
+                f"of these names is in a table of {side}s; name that table (--{side}_features)"
+            )
     return features
+
+
+def kept_role(name: str, asked: str | None, known: Known | None, folder: Path) -> tuple[str, str]:
+    """The role of a column in the earlier folder; a column that is no feature there is dropped."""
+    if known is None:
+        return (asked, "as asked") if asked else ("drop", f"no feature in {folder}")
+    if asked not in (None, known.role):
+        raise DataError(
+            f"column {name}: --{asked}, but it is {known.role} in {folder}; leave out the flag, or "
+            "--like"
+        )
+    return known.role, ""
 
 
 def asked_role(name: str, roles: dict[str, list[str]]) -> str | None:
@@ -130,28 +159,44 @@ def pieces_of(text: str, delimiter: str) -> list[str]:
     return [piece.strip() for piece in text.split(delimiter) if piece.strip()]
 
 
-def sparse_column(_: str, column: Texts) -> tuple[Column, str]:
-    ranks, known = ranked(column.texts)
-    detail = f"{len(known):,} values, {1 - missing(column).mean():.1%} known"
+def sparse_column(_: str, column: Texts, earlier: Known | None) -> tuple[Column, str]:
+    ranks, known = ranked(column.texts, earlier.values if earlier else ())
+    detail = f"{num_values(known, earlier)}, {1 - missing(column).mean():.1%} known"
     return Column("sparse", ranks[column.codes], known), detail
 
 
-def array_column(_: str, column: Texts) -> tuple[Column, str]:
+def num_values(values: list, earlier: Known | None) -> str:
+    new = f" ({len(values) - len(earlier.values):,} new)" if earlier else ""
+    return f"{len(values):,} values{new}"
+
+
+def array_column(_: str, column: Texts, earlier: Known | None) -> tuple[Column, str]:
     texts = column.texts
     used = [d for d in DELIMITERS if any(d in text for text in texts)]
     delimiter = delimiter_of(texts) or (used or DELIMITERS)[0]
+    if earlier:
+        delimiter = delimiter_of_known(texts, set(map(str, earlier.values)))
     lists = [pieces_of(text, delimiter) for text in texts]
     pieces = list(dict.fromkeys(itertools.chain(*lists)))
-    ranks, known = ranked(pieces)
+    ranks, known = ranked(pieces, earlier.values if earlier else ())
     rank = dict(zip(pieces, ranks.tolist(), strict=True))
     values = [[rank[piece] for piece in lists[code]] for code in column.codes]
     mean = sum(map(len, values)) / len(values)
-    detail = f"{len(pieces):,} values, {mean:.1f} per row, by {delimiter!r}"
+    detail = f"{num_values(known, earlier)}, {mean:.1f} per row, by {delimiter!r}"
     return Column("array", values, known), detail
 
 
-def continual_column(name: str, column: Texts) -> tuple[Column, str]:
-    """Numbers; a missing one is the median, and skewed ones become log(1 + x)."""
+def delimiter_of_known(texts: Sequence[str], known: set[str]) -> str:
+    """The delimiter that leaves the most known values."""
+    pieces = {d: {piece for text in texts for piece in pieces_of(text, d)} for d in DELIMITERS}
+    return max(DELIMITERS, key=lambda delimiter: len(pieces[delimiter] & known))
+
+
+def continual_column(name: str, column: Texts, earlier: Known | None) -> tuple[Column, str]:
+    """Numbers; a missing one is the median, and skewed ones become log(1 + x).
+
+    Where there is an earlier folder, the median and the choice of the logarithm are those of it.
+    """
     bad = [text for text in column.texts if text and not are_numbers([text])]
     if bad or not any(column.texts):
         raise DataError(f"column {name}: {bad[:1]} is no number; choose another role for it")
@@ -161,11 +206,17 @@ def continual_column(name: str, column: Texts) -> tuple[Column, str]:
     values[is_missing] = median
     detail = f"{values.min():.4g} to {values.max():.4g}, median {median:.4g}"
     if is_missing.any():
-        detail += f", {is_missing.sum():,} missing read as that"
-    transformation = "x"
-    if values.min() >= 0 and values.max() > SKEWED * median:
-        values, transformation = np.log1p(values), "log(1 + x)"
+        remark = "as in the earlier folder" if earlier else "as that"
+        detail += f", {is_missing.sum():,} missing read {remark}"
+    is_skewed = values.min() >= 0 and values.max() > SKEWED * median
+    (transformation,) = earlier.values if earlier else [TRANSFORMATIONS[int(is_skewed)]]
+    if transformation == "log(1 + x)":
+        if values.min() <= -1:
+            raise DataError(f"column {name}: {values.min():g} has no log(1 + x); correct it")
+        values = np.log1p(values)
         detail = f"{transformation}, x {detail}"
+    if earlier:
+        values[is_missing] = earlier.missing
     return Column("continual", values, [transformation]), detail
 
 

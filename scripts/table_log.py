@@ -14,7 +14,8 @@ import numpy as np
 
 from files.atomic_io import DataError
 from files.sequences import EVENT_DTYPE
-from table_database import Table, check_columns, count, place, reading, refuse, text
+from table_database import Table, check_columns, count, events_of_each, place, reading, refuse, text
+from table_like import Earlier, show_new
 from table_sides import are_numbers, ranked
 from table_source import Form, open_table
 from table_times import NUMBER, Times, read_times
@@ -50,9 +51,15 @@ class Log(NamedTuple):
 
 
 def read_log(
-    connection: DuckDBPyConnection, args: argparse.Namespace, folder: Path, form: Form
+    connection: DuckDBPyConnection,
+    args: argparse.Namespace,
+    folder: Path,
+    form: Form,
+    earlier: Earlier,
 ) -> Log:
     """The events; the tables `users` and `items` (id, re_id) stay in the database.
+
+    What `earlier` knows keeps its numbers, and has them even if it is not in this log.
 
     Raises:
         DataError: a value is not what it should be, or something is doubtful.
@@ -71,13 +78,13 @@ def read_log(
         words = ", ".join(map(text, PARTS))
         is_other = f"coalesce(lower(part), '') NOT IN ({words})"
         refuse(connection, table, is_other, "part", args.split_column, "train, valid or test")
-    types, names = action_types(connection, table, args)
+    types, names = action_types(connection, table, args, earlier.action_names)
     ties = tie_expression(connection, table, args)
     for side in ("user", "item"):
         give_codes(connection, table, args, side)
     make_events(connection, times, types, ties)
     keep_wanted(connection, table, args)
-    ids = [give_re_ids(connection, side) for side in ("user", "item")]
+    ids = [give_re_ids(connection, side, earlier) for side in ("user", "item")]
     sort_events(connection, times)
     if args.time != "none":
         times.show(connection, args)
@@ -208,20 +215,24 @@ def check_complete(connection: DuckDBPyConnection, table: Table, args: argparse.
 
 
 def action_types(
-    connection: DuckDBPyConnection, table: Table, args: argparse.Namespace
+    connection: DuckDBPyConnection,
+    table: Table,
+    args: argparse.Namespace,
+    earlier: list[str],
 ) -> tuple[str, list[str]]:
-    """An expression of an event's action type, and the types' names."""
+    """An expression of an event's action type, and the types' names, the earlier ones first."""
     if not args.action:
-        return "-1", []
+        return "-1", earlier
     if len(args.action) > 1:
+        names = list(dict.fromkeys([*earlier, "none", *reversed(args.action)]))
         cases = []
         for k, column in enumerate(args.action):
             is_set = f"CASE lower(a{k}) WHEN 'true' THEN 1 WHEN 'false' THEN 0 ELSE "
             is_set += f"CASE WHEN regexp_full_match(a{k}, '{NUMBER}') THEN a{k}::DOUBLE END END"
             bad = f"a{k} IS NOT NULL AND ({is_set}) IS NULL"
             refuse(connection, table, bad, f"a{k}", column, "0 or 1")
-            cases.append(f"WHEN ({is_set}) <> 0 THEN {len(args.action) - k}")
-        return f"CASE {' '.join(cases)} ELSE 0 END", ["none", *reversed(args.action)]
+            cases.append(f"WHEN ({is_set}) <> 0 THEN {names.index(column)}")
+        return f"CASE {' '.join(cases)} ELSE {names.index('none')} END", names
     found = connection.execute("SELECT DISTINCT a0 FROM log WHERE a0 IS NOT NULL").fetchall()
     where = f"{table.paths[0]}: "
     if len(found) > MAX_ACTION_TYPES:
@@ -229,7 +240,7 @@ def action_types(
             f"{where}{len(found):,} different values in {args.action[0]}, expected at most "
             f"{MAX_ACTION_TYPES:,} types"
         )
-    names = ranked([name for (name,) in found])[1]
+    names = ranked([name for (name,) in found], earlier)[1]
     if len(names) > MANY_ACTION_TYPES and are_numbers(names):
         print(
             f"warning: {args.action[0]} holds {len(names):,} different numbers ({names[0]}, "
@@ -359,11 +370,13 @@ def replace_events(connection: DuckDBPyConnection, query: str) -> None:
     connection.execute("DROP TABLE events; ALTER TABLE kept RENAME TO events")
 
 
-def give_re_ids(connection: DuckDBPyConnection, side: str) -> list:
+def give_re_ids(connection: DuckDBPyConnection, side: str, earlier: Earlier) -> list:
     """The table `users` or `items`: code, id (text), re_id from 1; the ids in this order.
 
-    They are rising, as whole numbers if all of them are.
+    Those of the earlier folder come first, the code of one that is not in the log is NULL. New ones
+    are rising, as whole numbers if all of the log are.
     """
+    known = earlier.ids[side]
     connection.execute(
         f"CREATE TABLE kept AS SELECT DISTINCT code, id FROM {side}_codes "
         f"WHERE code IN (SELECT {side} FROM events)"
@@ -373,11 +386,21 @@ def give_re_ids(connection: DuckDBPyConnection, side: str) -> list:
     ).fetchone()[0]
     key = "id::BIGINT" if is_whole else "id"
     connection.execute(
-        f"CREATE TABLE {side}s AS SELECT code, id, row_number() OVER (ORDER BY {key})::INTEGER "
-        f"AS re_id FROM kept ORDER BY re_id; DROP TABLE kept; DROP TABLE {side}_codes"
+        "CREATE TABLE earlier AS SELECT unnest($ids::VARCHAR[]) AS known, "
+        "generate_subscripts($ids::VARCHAR[], 1) AS number",
+        {"ids": list(map(str, known))},
     )
-    ids = connection.execute(f"SELECT {key} AS id FROM {side}s ORDER BY re_id").fetchnumpy()
-    return ids["id"].tolist()
+    new = f"row_number() OVER (PARTITION BY number IS NULL ORDER BY {key}) + {len(known)}"
+    connection.execute(
+        f"CREATE TABLE {side}s AS SELECT code, coalesce(id, known) AS id, "
+        f"coalesce(number, {new})::INTEGER AS re_id FROM kept FULL JOIN earlier ON id = known "
+        f"ORDER BY re_id; DROP TABLE kept; DROP TABLE earlier; DROP TABLE {side}_codes"
+    )
+    key = key if not any(isinstance(i, str) for i in known) else "id"
+    added = f"SELECT {key} AS id FROM {side}s WHERE re_id > {len(known)} ORDER BY re_id"
+    ids = [*known, *connection.execute(added).fetchnumpy()["id"].tolist()]
+    show_new(earlier, side, len(ids), count(connection, f"{side}s WHERE code IS NULL"))
+    return ids
 
 
 # ---------------------------------------------------------------------------- order
@@ -395,9 +418,7 @@ def sort_events(connection: DuckDBPyConnection, times: Times) -> None:
 
 def write_records(connection: DuckDBPyConnection, folder: Path) -> Events:
     """The table `sorted` as records in a file; a memory map of it."""
-    counts = connection.execute(
-        "SELECT count(*) AS n FROM sorted GROUP BY user ORDER BY user"
-    ).fetchnumpy()["n"]
+    counts = events_of_each(connection, "user")
     offsets = np.concatenate([np.zeros(1, np.int64), np.cumsum(counts)])
     num_events, num_repeated = int(offsets[-1]), 0
     records = np.memmap(folder / ".tables" / "events", EVENT_DTYPE, "w+", shape=(num_events,))

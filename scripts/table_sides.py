@@ -7,7 +7,7 @@ import json
 import math
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -78,12 +78,16 @@ def without_na(texts: Sequence[str]) -> Sequence[str]:
     return ["" if text == NOT_AVAILABLE else text for text in texts]
 
 
-def ranked(texts: Sequence[str]) -> tuple[np.ndarray, list[str]]:
-    """1, 2, ... for each distinct text, in order of number if all are numbers; 0 for a missing."""
-    known = [text for text in dict.fromkeys(texts) if text]
-    known.sort(key=float if are_numbers(known) else None)
-    rank = {text: k for k, text in enumerate(known, 1)}
-    return np.array([rank.get(text, 0) for text in texts], np.int32), known
+def ranked(texts: Sequence[str], earlier: Sequence[Any] = ()) -> tuple[np.ndarray, list]:
+    """1, 2, ... for each distinct text, in order of number if all are numbers; 0 for a missing.
+
+    The texts of `earlier` come first, in their order, whether there are any of them or not.
+    """
+    rank = {str(value): k for k, value in enumerate(earlier, 1)}
+    new = [text for text in dict.fromkeys(texts) if text and text not in rank]
+    new.sort(key=float if are_numbers(new) else None)
+    rank |= {text: k for k, text in enumerate(new, len(earlier) + 1)}
+    return np.array([rank.get(text, 0) for text in texts], np.int32), [*earlier, *new]
 
 
 def are_numbers(texts: Iterable[str]) -> bool:
