@@ -75,7 +75,7 @@ class Recommender:
 
     Args:
         path: a model_*.pt.
-        data_dir: the folder that it was trained on, or one of the same items.
+        data_dir: the folder that it was trained on, or one that extends it, as of `load_model`.
         device: cpu, cuda or cuda:N.
         trust_pickle: load .pkl files unchecked: they can run any code.
         model_class: your own, if it was trained with one.

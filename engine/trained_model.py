@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import Any, NamedTuple
 
+import torch.nn.functional as F
 from torch import Tensor
 
 from engine.kernels import choose_kernels
 from engine.setup import pick_device, read_features, vectors_on_host
 from files.atomic_io import DataError
 from files.checkpoint import differences, load_checkpoint, load_weights
-from files.data_folder import Manifest
+from files.data_folder import Manifest, digest_of_ids
+from files.vocabulary import Vocabulary, read_vocabulary
+from hstu_components import module_key
 from model import HSTUConfig, HSTUModel
 
 log = logging.getLogger("hstu")
@@ -33,16 +38,20 @@ def load_model(
 
     Args:
         path: a model_*.pt or resume_*.pt.
-        data_dir, manifest: the folder that it was trained on, or one of the same items.
+        data_dir, manifest: the folder that it was trained on, or one that extends it: with more
+            items, action types or feature values after those of the training. Their vectors are
+            zero, so a new item is known by its features alone.
         device, mm_emb_device, kernels, trust_pickle: as the flags of main.py.
         model_class: your own, if it was trained with one.
 
     Raises:
         DataError: no such checkpoint, or the data has other items or features than the model knows.
     """
-    config, weights = read_model(path)
+    trained, weights = read_model(path)
+    config = extended(trained, data_dir, manifest, trust=trust_pickle)
     check_data(path, data_dir, config, manifest)
     check_meanings(path, data_dir, config, manifest)
+    announce_new(path, data_dir, trained, config)
     sides = config.item_features, config.user_features
     vectors = [name for name, spec in sides[0].items() if spec["kind"] == "emb"]
     plain = [[name for name in side if name not in vectors] or ["none"] for side in sides]
@@ -55,7 +64,7 @@ def load_model(
     place = pick_device(device)
     kernels = choose_kernels(kernels, place, config)
     model = model_class(config, *features, on_host=on_host, kernels=kernels).to(place).eval()
-    load_weights(model, weights, path)
+    load_weights(model, padded(weights, trained, config), path)
     return model
 
 
@@ -74,6 +83,84 @@ def read_model(path: str | Path) -> tuple[HSTUConfig, Mapping[str, Tensor]]:
         return HSTUConfig(**config), weights
     except TypeError as error:  # a setting is missing or unknown
         raise DataError(f"{path}: {error}; export it with the version that trained it") from error
+
+
+def extended(
+    config: HSTUConfig, data_dir: str | Path, manifest: Manifest, *, trust: bool = False
+) -> HSTUConfig:
+    """The config with the numbers of data that extends the training's, else as it is.
+
+    Such data has the training's items, action names and values of a feature, in their order, and
+    then more of them.
+    """
+    known = config.item_ids_digest, config.feature_digests
+    vocabulary = Vocabulary([], {}, manifest.action_names)
+    if known != (manifest.item_ids_digest, manifest.feature_digests):
+        vocabulary = read_vocabulary(data_dir, manifest, trust=trust)
+    changes: dict[str, Any] = {}
+    if extends(vocabulary.item_ids, config.num_items, config.item_ids_digest):
+        changes |= {"num_items": manifest.num_items, "item_ids_digest": manifest.item_ids_digest}
+    names, num_known = manifest.action_names or [], len(config.action_names or [])
+    if num_known and names[:num_known] == config.action_names:
+        counts = ("num_action_types", "num_target_action_types")
+        changes |= {count: len(names) for count in counts if getattr(config, count)}
+        changes["action_names"] = names
+    digests = dict(config.feature_digests or {})
+    for side in ("item_features", "user_features"):
+        specs = changes[side] = dict(getattr(config, side))
+        for i, spec in specs.items():
+            values = vocabulary.feature_values.get(i, [])
+            if extends(values, spec["size"], digests.get(i)):
+                specs[i], digests[i] = spec | {"size": len(values)}, digest_of_ids(values)
+    return replace(config, **changes, feature_digests=digests)
+
+
+def extends(values: Sequence[Any], num_known: int, digest: str | None) -> bool:
+    """Whether the first `num_known` of more values are those of the digest."""
+    return len(values) > num_known and digest_of_ids(values[:num_known]) == digest
+
+
+class Table(NamedTuple):
+    """A table of the model with a row per item, action type or value of a feature."""
+
+    what: str  # its rows are, for people
+    weight: str  # name in the state dict
+    size: int  # rows after row 0, which is that of the unknown
+
+
+def tables(config: HSTUConfig) -> list[Table]:
+    """The tables that grow with the data."""
+    actions = {"action": config.num_action_types, "target_action": config.num_target_action_types}
+    features = config.item_features | config.user_features
+    coded = {i: s["size"] for i, s in features.items() if s["kind"] in ("sparse", "array")}
+    found = [Table("items", "embedding_module.item_emb.weight", config.num_items)]
+    for name, size in actions.items():
+        found.append(Table("action types", f"input_preprocessor.{name}_emb.weight", size))
+    for i, size in coded.items():
+        found.append(Table(f"values of {i}", f"sparse_emb.{module_key(i)}.weight", size))
+    return found
+
+
+def padded(
+    weights: Mapping[str, Tensor], trained: HSTUConfig, config: HSTUConfig
+) -> dict[str, Tensor]:
+    """The weights of the training, with rows of zeros for what is new in the data's `config`."""
+    changed = dict(weights)
+    for before, after in zip(tables(trained), tables(config), strict=True):
+        if after.size > before.size and after.weight in weights:
+            rows = (0, 0, 0, after.size - before.size)
+            changed[after.weight] = F.pad(weights[after.weight], rows)
+    return changed
+
+
+def announce_new(
+    path: str | Path, data_dir: str | Path, trained: HSTUConfig, config: HSTUConfig
+) -> None:
+    """A line that counts what the training did not know."""
+    pairs = zip(tables(trained), tables(config), strict=True)
+    new = {now.what: now.size - then.size for then, now in pairs if now.size > then.size}
+    if found := ", ".join(f"{number:,} {what}" for what, number in new.items()):
+        log.info("%s: new since the training of %s, without a vector: %s", data_dir, path, found)
 
 
 def check_data(

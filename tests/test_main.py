@@ -804,8 +804,14 @@ def test_a_checkpoint_is_for_data_whose_re_ids_mean_the_same_items_and_actions(
     assert export("fewer", same, 2, action_names=["view", "cart"]) == 0
     assert export("first gone", same, 2, action_names=["cart", "buy"]) == 1
     assert "action names: ['view', 'cart'] then" in capsys.readouterr().err
-    assert export("one more", same, 4, action_names=["view", "cart", "buy", "like"]) == 1
-    assert "action types: 3 then, 4 now" in capsys.readouterr().err
+    assert export("one more", same, 4, action_names=["view", "cart", "buy", "like"]) == 0
+    assert "without a vector: 1 action types" in capsys.readouterr().out
+    assert export("one between", same, 4, action_names=["view", "like", "cart", "buy"]) == 1
+    assert "action names: ['view', 'cart', 'buy'] then" in capsys.readouterr().err
+    assert export("more_items", [*same, 7]) == 0
+    assert "without a vector: 1 items" in capsys.readouterr().out
+    assert export("more_others", [7, *same]) == 1
+    assert "items: 23 then, 24 now" in capsys.readouterr().err
 
 
 def test_a_checkpoint_is_refused_data_whose_feature_values_mean_something_else(
@@ -830,6 +836,8 @@ def test_a_checkpoint_is_refused_data_whose_feature_values_mean_something_else(
     best = run(tmp_path, write("week1", ["blue", "green", "red"])) / "model_best.pt"
     assert export("week2", ["blue", "green", "red"]) == 0
     assert "not recorded" not in capsys.readouterr().out
+    assert export("more", ["blue", "green", "red", "zinc"]) == 0
+    assert "without a vector: 1 values of colour" in capsys.readouterr().out
     assert export("week3", ["green", "red", "zinc"]) == 1
     assert "week3: the values of feature colour are numbered" in capsys.readouterr().err
     assert export("unknown", None) == 0
