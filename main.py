@@ -32,6 +32,7 @@ from engine.signals import Stopped, stop_signal
 from engine.state import Run, resume, save_epoch, save_run
 from engine.training_setup import announce, eval_loader, prepare_run
 from engine.training_step import IF_NOT_FINITE
+from engine.warm_start import begin
 from files.atomic_io import DataError, cause, lock_folder, sweep_temporaries
 from model import HSTUModel
 from ops.collectives import LostProcessError, is_first_to_fail, is_main_process, leave, world_size
@@ -120,6 +121,8 @@ def train(args: argparse.Namespace, model_class: type[HSTUModel]) -> None:
                 announce(args, run)
                 if is_main_process():
                     (output_dir / "metrics.json").unlink(missing_ok=True)  # an earlier run's
+                if run.progress.step == 0:
+                    begin(run, args.init_from, args.data_dir, args.trust_pickle)
             if not run.progress.is_finished or args.projector:
                 lengths = run.training_step.options.total_steps, args.num_epochs, args.log_every
                 with RunLog(args.log_dir, run.progress.step + 1, *lengths) as run_log:

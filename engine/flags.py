@@ -108,6 +108,8 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     run("--kernels", choices=choices, default="auto", help=text)
     run("--shard_items", **switch, help="torchrun: each process has a part of the item table")
     run("--seed", type=at_least(0), default=42, help="of weights, order, dropout and negatives")
+    text = "model_*.pt whose weights a training starts with; one that goes on has its own state"
+    run("--init_from", metavar="PATH", help=text)
     text = "go on from output_dir's newest state, start afresh, or go on from that resume_*.pt"
     run("--resume", default="auto", metavar="auto|none|PATH", help=text)
     run("--overwrite", **switch, help="with --resume none: remove output_dir's checkpoints")
@@ -156,6 +158,8 @@ def refuse_other_use(parser: argparse.ArgumentParser, args: argparse.Namespace) 
         parser.error(f"{name} needs --state_dict_path: a model_*.pt file of a training")
     if args.state_dict_path and not (args.inference_only or args.evaluate):
         parser.error("--state_dict_path is for --inference_only and --evaluate")
+    if args.init_from and (args.inference_only or args.evaluate):
+        parser.error("--init_from is for a training; --state_dict_path names the model to use")
     asks = args.whole_history or args.request_time is not None or args.request_action != "-1"
     exports = args.candidates or asks or args.export_users != "test"
     if not args.inference_only and exports:

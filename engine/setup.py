@@ -57,6 +57,11 @@ def set_up_process(args: argparse.Namespace) -> None:
         raise DataError(f"--device {args.device}: each process takes its own; write --device cuda")
     if os.path.realpath(args.output_dir) == os.path.realpath(args.data_dir):
         raise DataError(f"{args.output_dir}: --output_dir is the data folder; name another one")
+    if args.init_from and Path(args.init_from).resolve().parent == Path(args.output_dir).resolve():
+        raise DataError(
+            f"{args.init_from}: --init_from lies in --output_dir, but a training replaces the "
+            "models there; name another --output_dir"
+        )
     if args.trust_pickle:
         log.warning("--trust_pickle: .pkl files are loaded unchecked and can run any code")
 

@@ -17,7 +17,9 @@ from engine.flags import ALL_NEGATIVES_UP_TO, FREE_FLAGS, MOST_REPEATS, get_args
 from engine.kernels import choose_kernels
 from engine.setup import make_loader, pick_device, read_features, vectors_on_host
 from engine.state import STATE_FORMAT, Run
+from engine.trained_model import read_model
 from engine.training_step import Optimization, TrainingStep
+from engine.warm_start import standardised_as
 from files.atomic_io import DataError
 from files.data_folder import Manifest, fingerprint, read_manifest
 from files.features import Feature
@@ -44,6 +46,8 @@ def prepare_run(args: argparse.Namespace, model_class: type[HSTUModel] = HSTUMod
     datasets, item_counts = open_datasets(args, manifest, features[0])
     train_set, device = datasets["train"], pick_device(args.device)
     config = make_config(args, manifest, features, datasets)
+    if args.init_from:
+        config = standardised_as(config, read_model(args.init_from)[0])
     kernels = choose_kernels(args.kernels, device, config, args.precision)
     torch.manual_seed(args.seed)
     options = {"kernels": kernels, "shards_items": shards_items(args, train_set)}

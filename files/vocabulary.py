@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from files.atomic_io import DataError, atomic_write
 from files.data_folder import Manifest, check_re_ids, read_indexer
+from files.safe_pickle import load_pickle
 
 
 class Vocabulary(NamedTuple):
@@ -31,6 +34,26 @@ def read_vocabulary(data_dir: str | Path, manifest: Manifest, *, trust: bool = F
     values = {str(i): numbers for i, numbers in indexer.get("f", {}).items() if is_dense(numbers)}
     values = {i: in_order(numbers) for i, numbers in values.items()}
     return Vocabulary(in_order(indexer["i"]), values, manifest.action_names)
+
+
+def write_vocabulary(path: Path, vocabulary: Vocabulary) -> None:
+    """Write a vocabulary.pkl: {"i": item ids, "f": {feature id: raw values}, "actions": names}."""
+    item_ids, feature_values, action_names = vocabulary
+    with atomic_write(path) as file:
+        content = {"i": item_ids, "f": feature_values, "actions": action_names}
+        pickle.dump(content, file, protocol=4)
+
+
+def load_vocabulary(path: Path) -> Vocabulary:
+    """The vocabulary in a vocabulary.pkl.
+
+    Raises:
+        DataError: the file is damaged, or another one.
+    """
+    content = load_pickle(path)
+    if not isinstance(content, dict) or content.keys() != {"i", "f", "actions"}:
+        raise DataError(f"{path}: no vocabulary of a training; name the folder of a training")
+    return Vocabulary(content["i"], content["f"], content["actions"])
 
 
 def is_dense(numbers: Mapping[Any, int]) -> bool:

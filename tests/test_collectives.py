@@ -30,8 +30,11 @@ from engine.flags import get_args
 from engine.state import Run
 from engine.training_setup import prepare_run
 from engine.training_step import TrainingStep
+from engine.warm_start import start_from
 from files.atomic_io import DataError, read_json
 from files.checkpoint import load_checkpoint
+from files.data_folder import read_manifest
+from files.vocabulary import read_vocabulary
 from model import HSTUModel
 from ops import collectives, sharded_table
 
@@ -448,6 +451,22 @@ def test_sharded_items_train_and_resume_like_whole_ones(data, on_all, tmp_path):
     third = on_all(train, data, tmp_path / "o", sharded, None, 2)[0]
     assert first + second + third == drawn
     assert_alike(tmp_path / "o", tmp_path / "whole")
+
+
+def carried_over(data: Path, model: Path) -> Any:
+    """The item table of a sharded run that starts with the weights of a model; of process 0."""
+    training_setup.DENSE_ROWS = 2
+    run = prepare(data, "mixed", "--shard_items", f"--init_from={model}")
+    start_from(run, model, read_vocabulary(data, read_manifest(data)))
+    table = run.model.state_dict()["embedding_module.item_emb.weight"]
+    return table.tolist() if collectives.is_main_process() else None
+
+
+def test_sharded_items_start_with_the_rows_of_an_earlier_model(data, on_all, tmp_path):
+    train(data, tmp_path / "o", [*EXACT, "--negatives=mixed"], None, 2)
+    model = tmp_path / "o" / "model_best.pt"
+    expected = load_checkpoint(model)["weights"]["embedding_module.item_emb.weight"]
+    assert on_all(carried_over, data, model)[0] == expected.tolist()
 
 
 # ------------------------------------------------------------------- signals and dead processes

@@ -123,6 +123,7 @@ def test_every_flag_is_tested_for_its_effect():
         "save_every_steps", "log_every", "remove_seen", "inference_only", "state_dict_path",
         "top_k", "whole_history", "request_time", "request_action", "debug", "mm_emb_device",
         "candidates", "projector", "shard_items", "kernels", "evaluate", "export_users",
+        "init_from",
     }  # fmt: skip
     assert set(vars(get_args([]))) == others | set(TRAINING_FLAGS)
 
