@@ -11,7 +11,7 @@ newest=$(sed -n 's/>=.*//p' requirements.txt)
 for set in lowest newest; do
   [ -x "$folder/$set/bin/python" ] || "$python" -m venv "$folder/$set"
   "$folder/$set/bin/python" -m pip install --quiet --upgrade ${!set} \
-    duckdb faiss-cpu hypothesis matplotlib pyarrow pytest pytest-xdist
+    duckdb faiss-cpu hypothesis matplotlib optuna pyarrow pytest pytest-xdist
   result=$(OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive PATH="$folder/$set/bin:$PATH" \
     "$folder/$set/bin/python" -m pytest -n auto -m "not slow" | tail -1) || true
   "$folder/$set/bin/python" - "$set" "$result" <<'END'
