@@ -23,7 +23,6 @@ from typing import Any, NamedTuple
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import numpy as np
-from screen import say
 from tune_space import STARTS, params_of, search_space, settings_of
 
 from engine.flags import between, get_args
@@ -127,11 +126,14 @@ def run_tune(args: argparse.Namespace, passed: list[str]) -> None:
         raise DataError(f"{args.data_dir}: no valid split with known targets, which trials need")
     lengths = np.diff(open_split(Path(args.data_dir), "train")[1])
     space = search_space(lengths, manifest.num_items, flags, named(passed))
+    if not space:
+        raise DataError("all flags that could be searched were given after --; leave one out")
     args.output_dir.mkdir(parents=True, exist_ok=True)
     with lock_folder(args.output_dir):
         tune = Tune(args, passed, flags, space, open_study(args, passed, flags))
         epochs = tune.study.user_attrs["num_epochs"]
-        say(f"searching {', '.join(space)}; {epochs} epochs a trial, {args.hours:g} hours in all")
+        names = ", ".join(space)
+        print(f"searching {names}; {epochs} epochs a trial, {args.hours:g} hours", flush=True)
         try:
             while has_time(tune) and run_trial(tune, next_trial(tune)):
                 pass
@@ -159,7 +161,7 @@ def open_study(
     if "num_epochs" not in study.user_attrs:
         began, num_epochs = time.monotonic(), flags["num_epochs"]
         if "num_epochs" not in named(passed):
-            say("timing an epoch with the defaults")
+            print("timing an epoch with the defaults", flush=True)
             words = command_of(args, passed, {"num_epochs": 1}, "pace")
             list(epochs_of([*words, "--resume=none", "--overwrite"], args.output_dir / "pace"))
             seconds = WHOLE_TRAININGS * (time.monotonic() - began)
@@ -193,7 +195,7 @@ def epochs_of(words: Sequence[str], folder: Path) -> Iterator[tuple[int, float]]
     options = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     process = subprocess.Popen(command, errors="replace", **options)
     try:
-        with open(folder / "train.log", "a") as log:
+        with open(folder / "train.log", "a", buffering=1) as log:  # by the line
             for line in process.stdout:
                 log.write(line)
                 if found := EPOCH_LINE.match(line):
@@ -252,7 +254,7 @@ def run_trial(tune: Tune, trial: optuna.Trial) -> bool:
                     end = f"pruned after epoch {epoch}"
                     break
                 if trial.number and last - began + to_come > seconds_left:
-                    say(f"{name} would take {duration(to_come)} more: --hours are over")
+                    print(f"{name} would take {duration(to_come)} more: --hours are over")
                     return False
             else:
                 metrics = read_json(folder / "metrics.json")
@@ -269,7 +271,7 @@ def run_trial(tune: Tune, trial: optuna.Trial) -> bool:
     for path in folder.glob("*.pt"):
         if value is None or path.name != "model_best.pt":
             path.unlink()
-    say(line_of(tune.study.trials[trial.number]))
+    print(line_of(tune.study.trials[trial.number]), flush=True)
     return True
 
 
@@ -277,16 +279,15 @@ def report(tune: Tune) -> None:
     """Print the best trials and the best one's command; write the table and the picture."""
     folder, best = tune.args.output_dir, tune.whole[0]
     trials = tune.study.get_trials(states=[TrialState.COMPLETE, TrialState.PRUNED])
-    say("")
-    say(f"{len(trials)} trials, {len(tune.whole)} of them to the end; the best:")
+    print(f"\n{len(trials)} trials, {len(tune.whole)} of them to the end; the best:")
     show_trials(tune.whole[:NUM_SHOWN], list(tune.space))
     write_trials(folder / "trials.csv", trials)
     with atomic_write(folder / "trials.png") as file:
         draw_trials(trials, list(tune.space)).savefig(file, dpi=110)
-    say(f"wrote {folder}/trials.csv and trials.png; the curves: tensorboard --logdir {folder}")
+    print(f"wrote {folder}/trials.csv and trials.png; the curves: tensorboard --logdir {folder}")
     defaults = trials[0].value
     more = f", {100 * (best.value / defaults - 1):.1f} % above the defaults" if defaults else ""
-    say(f"trial {best.number} has NDCG@10 {best.value:.4f} in the validation{more}; its command:")
+    print(f"trial {best.number} has NDCG@10 {best.value:.4f} in the validation{more}; its command:")
     print(shlex.join(command_of(tune.args, tune.passed, best.user_attrs["settings"], "best")))
 
 

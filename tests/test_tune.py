@@ -233,6 +233,27 @@ def test_a_flag_that_is_not_of_trainings_is_refused(flag, data, tmp_path, capsys
     assert "after --: no flag of a training, or not spelt out" in capsys.readouterr().err
 
 
+def test_nothing_to_search_is_refused(data, tmp_path, capsys):
+    flags = ["--batch_size=4", "--lr=.1", "--dropout_rate=0", "--infonce_temp=1", "--muon"]
+    assert run(data, tmp_path, 1, *flags, "--maxlen=5") == 1
+    assert_one_line(capsys.readouterr().err, "all flags that could be searched were given")
+
+
+def test_the_picture_has_a_point_per_trial_and_pruned_ones_are_hollow(data, tmp_path, monkeypatch):
+    figures, draw = [], tune.draw_trials
+    monkeypatch.setattr(tune, "draw_trials", lambda *of: figures.append(draw(*of)) or figures[0])
+    Trainings(monkeypatch, 0.2, 0.4, 0.1)
+    assert run(data, tmp_path, 25 / 60) == 0
+    settings = ["batch_size", "lr", "dropout_rate", "infonce_temp", "muon", "maxlen"]
+    assert [ax.get_title("left") for ax in figures[0].axes] == [f"--{name}" for name in settings]
+    (points,) = figures[0].axes[0].collections
+    rows = table_of(tmp_path)
+    shown = [[float(row["batch_size"]), float(row["NDCG@10"])] for row in rows]
+    assert points.get_offsets().tolist() == shown
+    is_hollow = [face[3] == 0 for face in points.get_facecolors()]
+    assert is_hollow == [row["end"].startswith("pruned") for row in rows] == [False, False, True]
+
+
 def test_the_folder_of_another_tune_is_refused(data, tmp_path, monkeypatch, capsys):
     Trainings(monkeypatch, 0.2)
     assert run(data, tmp_path / "o", 0.1) == 0
