@@ -97,7 +97,7 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     optim("--early_stop_on", choices=["loss", "ndcg"], default="ndcg", help=text)
     optim("--precision", choices=["fp32", "bf16", "fp16"], default="fp32", help="autocast type")
     optim("--gradient_checkpointing", **switch, help="less memory, a third more time")
-    optim("--compile", **switch, help="torch.compile the blocks, attention apart")
+    optim("--compile", **switch, help="torch.compile the blocks, on a CPU attention apart")
 
     run = parser.add_argument_group("run").add_argument
     run("--output_dir", default="./outputs", help="checkpoints, metrics and exports")

@@ -54,7 +54,7 @@ def prepare_run(args: argparse.Namespace, model_class: type[HSTUModel] = HSTUMod
     model = model_class(config, *features, on_host=train_set.host_vectors, **options).to(device)
     model.hstu.gradient_checkpointing = args.gradient_checkpointing
     if args.compile:
-        compile_blocks(model.hstu)
+        compile_blocks(model.hstu, kernels)
     num_batches = -(-len(train_set) // args.batch_size)
     total_steps = args.num_epochs * -(-num_batches // args.accumulate_steps)
     warmup = min(100, total_steps // 10) if args.warmup_steps is None else args.warmup_steps
@@ -193,14 +193,17 @@ def shards_items(args: argparse.Namespace, train_set: MyDataset) -> bool:
     return True
 
 
-def compile_blocks(hstu: HSTU) -> None:
-    """Compile what follows each block's attention, once for all lengths.
+def compile_blocks(hstu: HSTU, kernels: str) -> None:
+    """Compile each block, once for all lengths; without Triton's attention, what follows it alone.
 
     The attention in torch is a loop over groups, whose number and shapes follow the lengths.
     """
     for block in hstu.blocks:
         if isinstance(block, HSTUAttention):  # not one of your own
-            block.merge = torch.compile(block.merge, dynamic=True)
+            if kernels == "triton":
+                block.forward = torch.compile(block.forward, fullgraph=True, dynamic=True)
+            else:
+                block.merge = torch.compile(block.merge, dynamic=True)
 
 
 def announce(args: argparse.Namespace, run: Run) -> None:

@@ -12,6 +12,8 @@ in place. `first`: the first event of a sequence in the packed batch; int64, so 
 
 from __future__ import annotations
 
+import hashlib
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -35,14 +37,8 @@ NORM_EPS = tl.constexpr(1e-6)
 PADDED_BUCKETS = tl.constexpr(256)
 # Plain tf32 would keep 10 bits of a float32; three products of it keep about all.
 PRECISION = tl.constexpr("tf32x3")
-
-
-@triton.jit
-def _sequence(offsets, H: tl.constexpr):
-    """First event and length of this program's sequence, and its head."""
-    place = offsets + tl.program_id(0) // H
-    first = tl.load(place)
-    return first, (tl.load(place + 1) - first).to(tl.int32), tl.program_id(0) % H
+# torch.compile caches blocks on disk by the names of their operators: a changed file has others.
+VERSION = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:12]
 
 
 @triton.jit
@@ -92,9 +88,13 @@ def _forward_kernel(
     PADDED_QK: tl.constexpr, HAS_POSITION: tl.constexpr, HAS_TIME: tl.constexpr, B: tl.constexpr,
 ):  # fmt: skip
     """A V of B queries of a sequence and head."""
+    # No function loads from `offsets`: torch.compile would believe that its results may be written
+    # to as a part of them, and copy the offsets.
     WIDTH: tl.constexpr = 2 * DV + 2 * DQK
     SUM: tl.constexpr = attended.dtype.element_ty
-    first, length, head = _sequence(offsets, H)
+    head, sequence = tl.program_id(0) % H, tl.program_id(0) // H
+    first = tl.load(offsets + sequence)
+    length = (tl.load(offsets + sequence + 1) - first).to(tl.int32)
     block = tl.program_id(1)
     if block * B >= length:
         return
@@ -172,7 +172,9 @@ def _query_grads_kernel(
     """
     WIDTH: tl.constexpr = 2 * DV + 2 * DQK
     SUM: tl.constexpr = attended.dtype.element_ty
-    first, length, head = _sequence(offsets, H)
+    head, sequence = tl.program_id(0) % H, tl.program_id(0) // H
+    first = tl.load(offsets + sequence)
+    length = (tl.load(offsets + sequence + 1) - first).to(tl.int32)
     num_programs = tl.num_programs(1)
     partials = position_partials + (tl.program_id(1) * H + head).to(tl.int64) * T + first
     activated, attended_grad = activated + head * WIDTH, attended_grad + head * DV
@@ -224,7 +226,9 @@ def _key_grads_kernel(
     """Gradients of B rows of K and V of a sequence and head; tiles are (keys, queries)."""
     WIDTH: tl.constexpr = 2 * DV + 2 * DQK
     SUM: tl.constexpr = attended.dtype.element_ty
-    first, length, head = _sequence(offsets, H)
+    head, sequence = tl.program_id(0) % H, tl.program_id(0) // H
+    first = tl.load(offsets + sequence)
+    length = (tl.load(offsets + sequence + 1) - first).to(tl.int32)
     start = tl.program_id(1) * B
     if start >= length:
         return
@@ -274,9 +278,11 @@ def _position_grad_kernel(
 def _norm_gate_kernel(
     activated, attended, gated, gated_grad, grad, attended_grad, T, N,
     H: tl.constexpr, DV: tl.constexpr, DQK: tl.constexpr, ROWS: tl.constexpr, PADDED: tl.constexpr,
-    IS_BACKWARD: tl.constexpr,
 ):  # fmt: skip
-    """U * LayerNorm(A V) of ROWS events; or the gradients of U and, divided by N, of A V."""
+    """U * LayerNorm(A V) of ROWS events; or the gradients of U and, divided by N, of A V.
+
+    The latter if `gated` is None; else the last three tensors are.
+    """
     WIDTH: tl.constexpr = H * DV
     row = (tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS))[:, None]
     column = tl.arange(0, PADDED)[None, :]
@@ -287,7 +293,7 @@ def _norm_gate_kernel(
     rstd = (1 / tl.sqrt(tl.sum(x * x, 1) / WIDTH + NORM_EPS))[:, None]
     normed = x * rstd
     u = tl.load(activated + gate, mask=is_one, other=0.0).to(x.dtype)
-    if IS_BACKWARD:
+    if gated is None:
         g = tl.load(gated_grad + place, mask=is_one, other=0.0).to(x.dtype)
         tl.store(grad + gate, (g * normed).to(grad.dtype.element_ty), mask=is_one)
         g *= u
@@ -303,7 +309,7 @@ class PackedSequences(NamedTuple):
     """What the kernels need to know of a packed batch, shared by all blocks."""
 
     offsets: Tensor  # (B + 1,) int64 on the device
-    longest: int  # events of the longest sequence
+    longest: int  # events of the longest sequence, at least 2
     key_times: Tensor  # (T,) int64 seconds
     query_times: Tensor | None
 
@@ -313,7 +319,8 @@ def prepare(
 ) -> PackedSequences:
     """Arguments as `simplified_hstu.prepare`; sequences may be in any order of lengths."""
     on_device = offsets.to(key_times.device, non_blocking=True)
-    return PackedSequences(on_device, int(offsets.diff().max()), key_times, query_times)
+    longest = max(2, int(offsets.diff().max()))  # torch.compile would compile again for 1
+    return PackedSequences(on_device, longest, key_times, query_times)
 
 
 def gated_attention(
@@ -328,11 +335,6 @@ def gated_attention(
     activated = F.silu(F.linear(x, weight))  # (T, H * (2 dv + 2 dqk))
     biases = relative_bias.position_weight, relative_bias.time_weight
     return _gated_attention(activated, *sequences, *biases, widths[0], widths[2], maxlen)[0]
-
-
-def _launch(kernel: Any) -> Any:
-    """A kernel as torch.compile can see it; that of Triton's interpreter is called as it is."""
-    return wrap_triton(kernel) if isinstance(kernel, triton.JITFunction) else kernel
 
 
 def _sizes(activated: Tensor, dv: int, dqk: int) -> tuple[dict[str, int], dict[str, int]]:
@@ -355,7 +357,7 @@ def _padded(width: int) -> int:
     return max(16, triton.next_power_of_2(width))  # a product wants 16 at least
 
 
-@triton_op("hstu::gated_attention", mutates_args={})
+@triton_op(f"hstu::gated_attention_{VERSION}", mutates_args={})
 def _gated_attention(
     activated: Tensor, offsets: Tensor, longest: int, key_times: Tensor,
     query_times: Tensor | None, position_weight: Tensor | None, time_weight: Tensor | None,
@@ -367,14 +369,13 @@ def _gated_attention(
     attended = torch.empty_like(gated, dtype=torch.promote_types(gated.dtype, torch.float32))
     tables = _tables(offsets, key_times, query_times, position_weight, time_weight)
     grid = ((offsets.shape[0] - 1) * norm["H"], _ceil_div(longest, BLOCK))
-    _launch(_forward_kernel)[grid](
+    wrap_triton(_forward_kernel)[grid](
         activated, *tables, attended, maxlen, **attention, HAS_POSITION=position_weight is not None,
         HAS_TIME=time_weight is not None,
     )  # fmt: skip
     grid = (_ceil_div(T, norm["ROWS"]),)
-    unused = [gated] * 3
-    _launch(_norm_gate_kernel)[grid](
-        activated, attended, gated, *unused, T, maxlen, **norm, IS_BACKWARD=False
+    wrap_triton(_norm_gate_kernel)[grid](
+        activated, attended, gated, None, None, None, T, maxlen, **norm
     )
     return gated, attended
 
@@ -384,7 +385,7 @@ def _tables(offsets: Tensor, *tables: Tensor | None) -> list[Tensor]:
     return [offsets, *(offsets if table is None else table for table in tables)]
 
 
-@triton_op("hstu::gated_attention_grads", mutates_args={})
+@triton_op(f"hstu::gated_attention_grads_{VERSION}", mutates_args={})
 def _gated_attention_grads(
     gated_grad: Tensor, activated: Tensor, attended: Tensor, offsets: Tensor, longest: int,
     key_times: Tensor, query_times: Tensor | None, position_weight: Tensor | None,
@@ -397,26 +398,25 @@ def _gated_attention_grads(
     grad = torch.empty_like(activated)
     attended_grad = torch.empty_like(attended, dtype=activated.dtype)
     grid = (_ceil_div(T, norm["ROWS"]),)
-    _launch(_norm_gate_kernel)[grid](
-        activated, attended, gated_grad, gated_grad, grad, attended_grad, T, maxlen, **norm,
-        IS_BACKWARD=True,
-    )  # fmt: skip
+    wrap_triton(_norm_gate_kernel)[grid](
+        activated, attended, None, gated_grad, grad, attended_grad, T, maxlen, **norm
+    )
     programs = min(blocks, MOST_PROGRAMS)
     by_distance = attended.new_zeros(programs * H * has["HAS_POSITION"], T)
     by_bucket = attended.new_empty(
         num_sequences * H * programs * has["HAS_TIME"], NUM_TIME_BUCKETS.value
     )
     tables = _tables(offsets, key_times, query_times, position_weight, time_weight)
-    _launch(_query_grads_kernel)[(num_sequences * H, programs)](
+    wrap_triton(_query_grads_kernel)[(num_sequences * H, programs)](
         activated, attended_grad, *tables, attended, grad, by_distance, by_bucket, T,
         **attention, **has,
     )  # fmt: skip
-    _launch(_key_grads_kernel)[(num_sequences * H, blocks)](
+    wrap_triton(_key_grads_kernel)[(num_sequences * H, blocks)](
         activated, attended_grad, *tables, attended, grad, **attention, **has
     )
     position_grad = attended.new_empty(maxlen * has["HAS_POSITION"])
     if has["HAS_POSITION"]:
-        _launch(_position_grad_kernel)[(_ceil_div(maxlen, BLOCK),)](
+        wrap_triton(_position_grad_kernel)[(_ceil_div(maxlen, BLOCK),)](
             by_distance, offsets, position_grad, T, maxlen, num_sequences, programs * H, BLOCK
         )
     time_grad = by_bucket.sum(0) if has["HAS_TIME"] else attended.new_empty(0)

@@ -236,7 +236,7 @@ def test_gradient_checkpointing_saves_no_activation_of_a_block(events):
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler here")
 def test_compiled_blocks_give_the_same_for_all_lengths_without_compiling_again(events):
     plain, compiled = make_hstu(), make_hstu()
-    compile_blocks(compiled)
+    compile_blocks(compiled, "torch")
     for first in (0, 2, 3, 5):
         offsets = torch.tensor([0, 9 - first, 16 - first])
         recompiling = torch._dynamo.config.patch(error_on_recompile=first > 2)
@@ -250,7 +250,7 @@ def test_compiling_leaves_a_block_of_ones_own_as_it_is(events):
     hstu = make_hstu()
     hstu.blocks[0] = torch.nn.Identity()
     hstu.blocks[0].forward = lambda x, sequences: x
-    compile_blocks(hstu)
+    compile_blocks(hstu, "torch")
     assert not hasattr(hstu.blocks[0], "merge")
 
 

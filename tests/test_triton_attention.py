@@ -9,10 +9,12 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 CASES = Path(__file__).with_name("triton_cases.py")
+SOURCE = CASES.parent.parent / "ops/triton_attention.py"
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("triton") is None, reason="triton is not installed"
 )
@@ -22,7 +24,7 @@ SLOW = [
 ]  # fmt: skip
 
 
-def run_cases(folder: Path, *arguments: str) -> dict:
+def run_cases(folder: Path, *arguments: str) -> Any:
     interpret = {"TRITON_INTERPRET": "1"} if arguments[0] == "interpret" else {}
     env = os.environ | interpret | {"OMP_NUM_THREADS": "1", "TRITON_CACHE_DIR": str(folder)}
     command = [sys.executable, str(CASES), *arguments]
@@ -71,10 +73,25 @@ def test_kernels_compile_for_other_gpus_and_widths(
     assert_fits(run_cases(tmp_path, "compile", capability, dtype, width), most_spilled)
 
 
+def test_a_block_compiles_as_one_graph_for_batches_of_all_lengths(tmp_path):
+    assert run_cases(tmp_path, "trace") == [1] * 5
+
+
+def test_changed_kernels_are_no_cached_ones_for_torch_compile(tmp_path):
+    """Its cache on disk knows operators by their names."""
+    copy = tmp_path / "changed.py"
+    copy.write_text(SOURCE.read_text() + "# changed")
+    spec = importlib.util.spec_from_file_location("changed", copy)
+    changed = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(changed)
+    tuned = importlib.import_module("ops.triton_attention")
+    for name in ("_gated_attention", "_gated_attention_grads"):
+        assert str(getattr(changed, name)) != str(getattr(tuned, name))
+
+
 def test_sums_have_one_order():
     """No atomic operation: two runs give equal bits."""
-    source = CASES.parent.parent / "ops/triton_attention.py"
     names = {
-        n.attr for n in ast.walk(ast.parse(source.read_text())) if isinstance(n, ast.Attribute)
+        n.attr for n in ast.walk(ast.parse(SOURCE.read_text())) if isinstance(n, ast.Attribute)
     }
     assert not [name for name in names if "atomic" in name]

@@ -2,6 +2,7 @@
 
     TRITON_INTERPRET=1 python tests/triton_cases.py interpret NAME...
     python tests/triton_cases.py compile CAPABILITY DTYPE WIDTH
+    python tests/triton_cases.py trace
 
 Triton reads TRITON_INTERPRET when it is imported, so that one process cannot do both.
 """
@@ -14,6 +15,7 @@ import re
 import subprocess
 import sys
 import tempfile
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -101,6 +103,7 @@ def self_check_errors() -> list[float]:
 
 def interpret(names: list[str]) -> dict[str, list[float]]:
     tuned.F = SimpleNamespace(linear=F.linear, silu=lambda x: surround(F.silu(x)))
+    tuned.wrap_triton = lambda kernel: kernel  # it takes no interpreted one
     torch.use_deterministic_algorithms(True)  # fills new tensors with NaN
     others = {"checkpointing": checkpointed_error, "self-check": self_check_errors}
     found = {}
@@ -148,8 +151,42 @@ def compile_kernel(kernel, capability: int, dtype: str, width: int) -> dict[str,
             "wgmma": ptx.count("wgmma.mma")}  # fmt: skip
 
 
+def trace() -> list[int]:
+    """Graphs of a compiled block so far, after each of several batches; nothing is computed.
+
+    torch asks Triton's compiler which tensors a kernel writes: of one that it believes written to,
+    such as the offsets, the backward pass would fail.
+    """
+    from torch._dynamo.utils import counters
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    from triton.backends.compiler import GPUTarget
+
+    from engine.training_setup import compile_blocks
+
+    target = GPUTarget("cuda", 80, 32)
+    triton.runtime.driver.set_active(SimpleNamespace(get_current_target=lambda: target))
+    torch.compile = partial(torch.compile, backend="aot_eager")
+    num_graphs = []
+    with FakeTensorMode():
+        hstu = HSTU(
+            1, "request", hidden_units=D, num_heads=2, attention_dim=6, linear_dim=4,
+            dropout_rate=0.0, maxlen=300, has_position_bias=True, attention=TUNED,
+        )  # fmt: skip
+        compile_blocks(hstu, "triton")
+        # Lengths of one, two and many tiles; sequences of 1, 2 and more than there are heads.
+        for lengths in ([50, 20, 7], [60, 44, 3, 2], [290, 5], [5], [1, 1, 1]):
+            T, offsets = sum(lengths), [0, *itertools.accumulate(lengths)]
+            x, times = torch.randn(T, D, requires_grad=True), torch.zeros(T, dtype=torch.int64)
+            sequences = tuned.PackedSequences(torch.tensor(offsets), max(lengths), times, times)
+            hstu.blocks[0](x, sequences).sum().backward()
+            num_graphs.append(counters["stats"]["unique_graphs"])
+    return num_graphs
+
+
 if __name__ == "__main__":
     if sys.argv[1] == "interpret":
         print(json.dumps(interpret(sys.argv[2:])))
+    elif sys.argv[1] == "trace":
+        print(json.dumps(trace()))
     else:
         print(json.dumps(compile_kernels(int(sys.argv[2]), sys.argv[3], int(sys.argv[4]))))
