@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import itertools
 from types import SimpleNamespace
 
 import pytest
@@ -11,10 +13,11 @@ from test_attention import run as run_attention
 from test_main import run, scalars, weights
 from test_model import make_batch, make_model
 
-import simplified_hstu
-from engine.kernels import MOST_ERROR, why_not_triton
+from engine.kernels import MOST_ERROR, choose_kernels, why_not_triton
+from engine.training_setup import compile_blocks
 from engine.training_step import TrainingStep
 from model import find_kernels
+from simplified_hstu import HSTU
 
 pytestmark = [
     pytest.mark.gpu,
@@ -100,19 +103,41 @@ def test_training_on_the_gpu_lowers_the_loss(tmp_path, data, precision, negative
     assert all(weight.isfinite().all() for weight in weights(output_dir).values())
 
 
-def test_compiled_blocks_do_not_compile_again_for_other_lengths(tmp_path, data):
-    with torch._dynamo.config.patch(error_on_recompile=False):
-        run(tmp_path, data, "--device=cuda", "--compile", name="warm")
-    with torch._dynamo.config.patch(error_on_recompile=True):
-        run(tmp_path, data, "--device=cuda", "--compile", "--maxlen=7")
+def make_hstu(maxlen: int) -> tuple[HSTU, str]:
+    """One block with the attention of --kernels auto, and its name."""
+    shape = {"num_heads": 1, "attention_dim": 64, "linear_dim": 64, "maxlen": maxlen}
+    config = SimpleNamespace(**shape, hidden_units=64, position_bias=True, time_bias="request")
+    kernels = choose_kernels("auto", torch.device("cuda"), config)
+    hstu = HSTU(
+        1, "request", hidden_units=64, dropout_rate=0.0, has_position_bias=True, **shape,
+        attention=find_kernels(kernels).attention,
+    )  # fmt: skip
+    return hstu.cuda(), kernels
+
+
+def test_a_compiled_run_trains_and_validates(tmp_path, data):
+    output_dir = run(tmp_path, data, "--device=cuda", "--compile", "--num_epochs=8")
+    losses = [loss for _, loss in scalars(output_dir, "Loss/train_epoch")]
+    assert losses[-1] < losses[0]
+
+
+def test_compiled_blocks_give_the_same_for_all_lengths_without_compiling_again():
+    hstu, kernels = make_hstu(maxlen=300)
+    compiled = copy.deepcopy(hstu)
+    compile_blocks(compiled, kernels)
+    torch._dynamo.reset()
+    for lengths in ([50, 20, 7], [60, 44, 3, 2], [290, 5], [5], [1, 1, 1]):
+        x, times = torch.randn(sum(lengths), 64).cuda(), torch.arange(sum(lengths)).cuda()
+        offsets = torch.tensor([0, *itertools.accumulate(lengths)])
+        with torch._dynamo.config.patch(error_on_recompile=lengths[0] != 50):
+            y = compiled(x.requires_grad_(), offsets, times, times)
+            y.sum().backward()
+        torch.testing.assert_close(y, hstu(x, offsets, times, times), rtol=1e-4, atol=1e-5)
 
 
 def test_a_long_history_needs_no_square_of_memory():
+    hstu, _ = make_hstu(maxlen=8192)
     torch.cuda.reset_peak_memory_stats()
-    hstu = simplified_hstu.HSTU(
-        1, "request", hidden_units=64, num_heads=1, attention_dim=64, linear_dim=64,
-        dropout_rate=0.0, maxlen=8192, has_position_bias=True,
-    ).cuda()  # fmt: skip
     x = torch.randn(2 * 8192, 64, device="cuda", requires_grad=True)
     times = torch.arange(2 * 8192, device="cuda")
     before = torch.cuda.max_memory_allocated()
