@@ -7,7 +7,7 @@ import itertools
 import re
 from collections.abc import Sequence
 from fnmatch import fnmatchcase
-from typing import TYPE_CHECKING
+from pathlib import Path
 
 import numpy as np
 
@@ -16,9 +16,6 @@ from files.data_writer import Column
 from table_like import TRANSFORMATIONS, Earlier, Known
 from table_sides import SideTable, Texts, are_numbers, ranked
 from table_source import LIST_DELIMITER
-
-if TYPE_CHECKING:
-    pass
 
 DELIMITERS = LIST_DELIMITER + ";, "  # of lists
 ROLES = ("sparse", "array", "continual", "drop")
