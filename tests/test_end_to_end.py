@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import json
+import shlex
 import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
 import prepare_synthetic
+import prepare_table
 import pytest
+import recommend
 import torch
+import weeks
 
+from dataset import load_emb
 from files.sequences import EVENT_DTYPE
 from main import main
 
@@ -50,6 +55,37 @@ def test_a_training_says_what_it_does_and_what_comes_next(export):
     assert "train on cpu in fp32: 600 sequences, 400 items" in text
     assert "epoch 2/2: train loss" in text
     assert f"--inference_only --state_dict_path {output}/model_best.pt" in text
+
+
+def commands_of(heading: str) -> list[list[str]]:
+    """Script and arguments of each command below a heading of docs/running.md."""
+    section = (ROOT / "docs" / "running.md").read_text().split(f"\n## {heading}\n")[1]
+    lines = section.split("\n## ")[0].splitlines()
+    return [shlex.split(line)[1:] for line in lines if line.startswith("python ")]
+
+
+def test_the_week_of_a_small_shop_goes_as_the_documentation_says(tmp_path, monkeypatch, capsys):
+    for week in (1, 2):
+        (folder := tmp_path / f"week{week}").mkdir()
+        for name, rows in {"log": weeks.log_of(week), "items": weeks.items_of(week)}.items():
+            weeks.write_rows(folder / f"{name}.csv", rows)
+    monkeypatch.chdir(tmp_path)
+    scripts = {
+        "scripts/prepare_table.py": prepare_table.main,
+        "scripts/recommend.py": recommend.main,
+    }
+    scripts["main.py"] = lambda flags: main([*flags, *TRAIN[:2]])
+    commands = commands_of("The week of a small shop")
+    assert len(commands) == 10
+    for script, *flags in commands:
+        assert scripts[script](flags) == 0, capsys.readouterr()
+    assert "user 40: " in capsys.readouterr().out
+    week, day = (
+        load_emb(Path("outputs", n, "item_embeddings", "id.u64bin")) for n in ("week1", "day")
+    )
+    assert day.tolist() == [*week.tolist(), [weeks.NEW_ITEM]]
+    table = Path("outputs/week2/user_embeddings").glob("recommendations.*")
+    assert len(list(table)) == 1
 
 
 def read_matrix(path: Path, dtype: str) -> np.ndarray:
