@@ -126,6 +126,7 @@ class Table(NamedTuple):
     what: str  # its rows are, for people
     weight: str  # name in the state dict
     size: int  # rows after row 0, which is that of the unknown
+    feature_id: str | None = None  # of a feature's values
 
 
 def tables(config: HSTUConfig) -> list[Table]:
@@ -137,7 +138,7 @@ def tables(config: HSTUConfig) -> list[Table]:
     for name, size in actions.items():
         found.append(Table("action types", f"input_preprocessor.{name}_emb.weight", size))
     for i, size in coded.items():
-        found.append(Table(f"values of {i}", f"sparse_emb.{module_key(i)}.weight", size))
+        found.append(Table(f"values of {i}", f"sparse_emb.{module_key(i)}.weight", size, i))
     return found
 
 

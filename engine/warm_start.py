@@ -53,9 +53,14 @@ def is_carried(feature_id: str, config: HSTUConfig, earlier: HSTUConfig) -> bool
     specs = [c.item_features | c.user_features for c in (config, earlier)]
     if not all(feature_id in side for side in specs):
         return False
-    digests = [(c.feature_digests or {}).get(feature_id) for c in (config, earlier)]
     is_number = specs[0][feature_id]["kind"] == specs[1][feature_id]["kind"] == "continual"
-    return not is_number or None in digests or digests[0] == digests[1]
+    return not is_number or not means_something_else(feature_id, config, earlier)
+
+
+def means_something_else(feature_id: str, config: HSTUConfig, earlier: HSTUConfig) -> bool:
+    """Whether it is known that the numbers of a feature stand for something else in two models."""
+    digests = [(c.feature_digests or {}).get(feature_id) for c in (config, earlier)]
+    return None not in digests and digests[0] != digests[1]
 
 
 def begin(run: Run, init_from: str | None, data_dir: str, trust_pickle: bool) -> None:
@@ -93,7 +98,12 @@ def start_from(run: Run, path: Path, vocabulary: Vocabulary) -> None:
     for table in tables(config):
         before = known.get(table.weight)
         if before is not None and table.weight in weights and table.size:
-            rows = earlier_rows(*map(values_of, vocabularies, (before, table)), table, before)
+            values = [values_of(v, t) for v, t in zip(vocabularies, (before, table), strict=True)]
+            if None in values:
+                values = [range(1, t.size + 1) for t in (before, table)]  # by number
+                if table.feature_id and means_something_else(table.feature_id, config, earlier):
+                    values[0] = []
+            rows = earlier_rows(*values)
             copy_rows(run, table.weight, weights[table.weight], rows)
             counts[table.what] = (rows > 0).sum(), table.size, before.size
     copy_others(run, path, weights, earlier)
@@ -147,21 +157,15 @@ def values_of(vocabulary: Vocabulary, table: Table) -> Sequence[Any] | None:
         return vocabulary.item_ids
     if table.what == "action types":
         return vocabulary.action_names
-    values = vocabulary.feature_values.get(table.what.removeprefix("values of "))
+    values = vocabulary.feature_values.get(table.feature_id)
     return values if values is not None and len(values) == table.size else None
 
 
-def earlier_rows(
-    before: Sequence[Any] | None, now: Sequence[Any] | None, table: Table, known: Table
-) -> np.ndarray:
+def earlier_rows(before: Sequence[Any], now: Sequence[Any]) -> np.ndarray:
     """(n + 1,) int64 of each row of a table its row in the earlier one; -1: it has none.
 
-    By the texts of the values, as an id may be 5 in one folder and "5" in another; by number where
-    one of the two is not known.
+    By the texts of the values, as an id may be 5 in one folder and "5" in another.
     """
-    if before is None or now is None:
-        rows = np.arange(table.size + 1)
-        return np.where(rows <= known.size, rows, -1)
     row_of = {str(value): row for row, value in enumerate(before, 1)}
     return np.array([0, *(row_of.get(str(value), -1) for value in now)])
 

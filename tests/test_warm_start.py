@@ -18,6 +18,7 @@ from engine.flags import get_args
 from engine.state import Run
 from engine.trained_model import load_model
 from engine.training_setup import prepare_run
+from files.atomic_io import read_json, write_json
 from files.checkpoint import load_checkpoint
 from files.data_folder import read_indexer, read_manifest
 from files.vocabulary import load_vocabulary, read_vocabulary
@@ -177,6 +178,27 @@ def test_features_of_one_model_alone_are_new_or_gone(weeks, tmp_path, capsys):
     train(tmp_path, weeks.second, "other", *more, f"--init_from={model}")
     new = "feature colour new; feature city new; feature price gone"
     assert f"items 14 known, 1 new, 0 gone; {new}\n" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("is_same", [True, False])
+def test_values_that_are_not_recorded_are_carried_over_by_number_unless_they_differ(
+    tmp_path, is_same
+):
+    def without_values(folder: Path) -> Path:
+        indexer = read_indexer(folder) | {"f": {}}
+        (folder / "indexer.pkl").write_bytes(pickle.dumps(indexer))
+        manifest = read_json(folder / "manifest.json")
+        del manifest["files"]["indexer.pkl"]  # whose size is another one
+        write_json(folder / "manifest.json", manifest)
+        return folder
+
+    first = without_values(convert(tmp_path, 1))
+    second = first if is_same else without_values(convert(tmp_path, 2))
+    model = train(tmp_path, first, "run", "--target_action")
+    run, drawn = started(second, model, tmp_path)
+    name = "sparse_emb.feature_colour.weight"
+    before, after = load_checkpoint(model)["weights"][name], run.model.state_dict()[name]
+    assert torch.equal(after, before if is_same else drawn[name])
 
 
 def remove_vocabulary(folder: Path) -> None:
