@@ -75,8 +75,11 @@ def begin(run: Run, init_from: str | None, data_dir: str, trust_pickle: bool) ->
     vocabulary = read_vocabulary(data_dir, manifest, trust=trust_pickle)
     if init_from:
         start_from(run, Path(init_from), vocabulary)
+    used = run.model.config.item_features | run.model.config.user_features
+    values = {i: v for i, v in vocabulary.feature_values.items() if i in used}
     if is_main_process():
-        write_vocabulary(run.output_dir / VOCABULARY, vocabulary)
+        kept = vocabulary._replace(feature_values=values)
+        write_vocabulary(run.output_dir / VOCABULARY, kept)
 
 
 @torch.no_grad()

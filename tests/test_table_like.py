@@ -176,6 +176,8 @@ def test_lists_are_split_as_the_known_values_are(tmp_path):
     assert tags("one", "a;b", "b;a", flags=("--array", "tags")) == {"a": 1, "b": 2}
     like = ("--like", tmp_path / "one")
     assert tags("two", "b", "a;c,d", flags=like) == {"a": 1, "b": 2, "c,d": 3}
+    assert tags("three", "x,y;z", "z;x,y", flags=("--array", "tags")) == {"x,y": 1, "z": 2}
+    assert tags("four", "x,y", "z", flags=("--like", tmp_path / "three")) == {"x,y": 1, "z": 2}
 
 
 def test_columns_that_are_new_are_features_on_request_alone(tmp_path):

@@ -173,6 +173,7 @@ def test_without_an_indexer_items_are_carried_over_by_number(tmp_path):
 def test_features_of_one_model_alone_are_new_or_gone(weeks, tmp_path, capsys):
     flags = ("--item_features", "price", "--user_features", "none", "--no-actions")
     model = train(weeks.folder, weeks.first, "few", *flags)
+    assert load_vocabulary(model.parent / "vocabulary.pkl").feature_values == {}
     capsys.readouterr()
     more = ("--item_features", "colour", "--user_features", "city")
     train(tmp_path, weeks.second, "other", *more, f"--init_from={model}")
