@@ -96,10 +96,9 @@ def write_dataset(
     """
     data_dir, files, item_vectors = Path(data_dir), [], item_vectors or {}
     sides = {"item": item_features or {}, "user": user_features or {}}
-    columns = [*sides["item"].items(), *sides["user"].items()]
+    columns = sides["item"] | sides["user"]
     indexer = {"u": _numbered("user_ids", user_ids), "i": _numbered("item_ids", item_ids)}
-    coded = {i: c for i, c in columns if c.kind in CODED and c.meaning is not None}
-    indexer["f"] = {i: _raw_values(i, column) for i, column in coded.items()}
+    indexer["f"] = _raw_values(columns)
     if item_names is not None and len(item_names) != len(item_ids):
         raise ValueError(f"item_names: {len(item_names)} names, not {len(item_ids)}")
     if action_names is not None and len(set(action_names)) != num_action_types:
@@ -118,7 +117,7 @@ def write_dataset(
             file.writelines((" ".join(name.splitlines()) + "\n").encode() for name in item_names)
     counts = len(item_ids), len(user_ids), num_action_types
     targets = {s: "next" if s == "train" else "last" for s in splits} | dict(targets or {})
-    meanings = {i: c.meaning for i, c in columns if c.meaning is not None} | indexer["f"]
+    meanings = {i: c.meaning for i, c in columns.items() if c.meaning is not None} | indexer["f"]
     digests = {i: digest_of_ids(meaning) for i, meaning in meanings.items()}
     names = None if action_names is None else list(action_names)
     manifest = Manifest(*counts, targets, digest_of_ids(indexer["i"]), names, digests)
@@ -133,11 +132,13 @@ def _numbered(what: str, ids: Sequence[Any]) -> dict[Any, int]:
     return numbers
 
 
-def _raw_values(feature_id: str, column: Column) -> dict[Any, int]:
-    """Number of each raw value."""
-    numbers = _numbered(f"the values of {feature_id}", column.meaning)
-    if len(numbers) < (largest := _largest(column)):
-        raise ValueError(f"{feature_id}: {len(numbers)} raw values, but a number is {largest}")
+def _raw_values(columns: Mapping[str, Column]) -> dict[str, dict[Any, int]]:
+    """Number of each raw value, by feature id, where the values are known."""
+    coded = {i: c for i, c in columns.items() if c.kind in CODED and c.meaning is not None}
+    numbers = {i: _numbered(f"the values of {i}", c.meaning) for i, c in coded.items()}
+    for i, column in coded.items():
+        if len(numbers[i]) < (largest := _largest(column)):
+            raise ValueError(f"{i}: {len(numbers[i])} raw values, but a number is {largest}")
     return numbers
 
 

@@ -694,6 +694,16 @@ ONES, VECTORS = Column("sparse", [1] * NUM_ITEMS), np.ones((NUM_ITEMS, 6))
         ),
         ({"item_names": ["one"]}, ValueError, "item_names: 1 names, not 19"),
         ({"user_ids": ["u"] * NUM_USERS}, ValueError, "an original id occurs twice"),
+        (
+            {"item_features": {"a": ONES._replace(meaning=["red", "red"])}},
+            ValueError,
+            "an original id occurs twice in the values of a",
+        ),
+        (
+            {"item_features": {"a": Column("sparse", [2] * NUM_ITEMS, ["red"])}},
+            ValueError,
+            "a: 1 raw values, but a number is 2",
+        ),
     ],
 )
 def test_what_could_not_be_read_again_is_refused_before_anything_is_written(
@@ -703,6 +713,17 @@ def test_what_could_not_be_read_again_is_refused_before_anything_is_written(
     with pytest.raises(error, match=message):
         write(folder, {"train": read(folder, "test")}, **options)
     assert {name: (folder / name).read_bytes() for name in names_in(folder)} == before
+
+
+def test_raw_values_are_written_with_their_numbers_used_or_not(tmp_path):
+    colours = Column("sparse", [2] * NUM_ITEMS, ["blue", "red", "teal"])
+    tags = Column("array", [[1]] * NUM_ITEMS, range(1990, 1992))
+    features = {"colour": colours, "tags": tags, "price": Column("continual", [1.0] * NUM_ITEMS)}
+    splits = {"train": make_sequences(np.random.default_rng(0), [2])}
+    folder = write(tmp_path, splits, item_features=features)
+    numbers = {"colour": {"blue": 1, "red": 2, "teal": 3}, "tags": {1990: 1, 1991: 2}}
+    assert read_indexer(folder)["f"] == numbers
+    assert load_features(folder, "item", NUM_ITEMS)["colour"].size == 3
 
 
 def write_names(folder: Path, names: list[str]) -> Path:
