@@ -10,6 +10,7 @@ import torch
 
 from files.atomic_io import DataError
 from model import HSTUConfig, find_kernels
+from ops.collectives import all_gather_objects
 from simplified_hstu import DEFINITION, Attention, RelativeAttentionBias
 
 log = logging.getLogger("hstu")
@@ -23,7 +24,7 @@ CHECKED_LENGTHS = (70, 33, 1)  # three tiles, two and one
 def choose_kernels(
     asked: str, device: torch.device, config: HSTUConfig, precision: str = "fp32"
 ) -> str:
-    """A name for `model.find_kernels`. `asked`: as --kernels.
+    """A name for `model.find_kernels`, in all processes the same. `asked`: as --kernels.
 
     Raises:
         DataError: triton is asked for and impossible.
@@ -32,7 +33,8 @@ def choose_kernels(
         return asked
     if asked == "auto" and device.type != "cuda":
         return "torch"
-    reason = why_not_triton(device, config, precision)
+    reasons = all_gather_objects(why_not_triton(device, config, precision))
+    reason = next(filter(None, reasons), None)
     if reason is None:
         return "triton"
     if asked == "triton":

@@ -10,6 +10,7 @@ import os
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -92,6 +93,15 @@ def all_gather_ints(values: Sequence[int]) -> list[list[int]]:
     with waiting_for_others():
         dist.all_gather(gathered, own)
     return [part.tolist() for part in gathered]
+
+
+def all_gather_objects(value: Any) -> list[Any]:
+    """The value of each process, in order of rank; of any kind that pickles."""
+    values = [value] * world_size()
+    if world_size() > 1:
+        with waiting_for_others():
+            dist.all_gather_object(values, value)
+    return values
 
 
 def barrier() -> None:

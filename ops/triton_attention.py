@@ -369,14 +369,15 @@ def _gated_attention(
     attended = torch.empty_like(gated, dtype=torch.promote_types(gated.dtype, torch.float32))
     tables = _tables(offsets, key_times, query_times, position_weight, time_weight)
     grid = ((offsets.shape[0] - 1) * norm["H"], _ceil_div(longest, BLOCK))
-    wrap_triton(_forward_kernel)[grid](
-        activated, *tables, attended, maxlen, **attention, HAS_POSITION=position_weight is not None,
-        HAS_TIME=time_weight is not None,
-    )  # fmt: skip
-    grid = (_ceil_div(T, norm["ROWS"]),)
-    wrap_triton(_norm_gate_kernel)[grid](
-        activated, attended, gated, None, None, None, T, maxlen, **norm
-    )
+    # Triton launches on the current device; that of a backward pass is its tensors' anyway.
+    with torch.cuda.device_of(activated):
+        wrap_triton(_forward_kernel)[grid](
+            activated, *tables, attended, maxlen, **attention,
+            HAS_POSITION=position_weight is not None, HAS_TIME=time_weight is not None,
+        )  # fmt: skip
+        wrap_triton(_norm_gate_kernel)[(_ceil_div(T, norm["ROWS"]),)](
+            activated, attended, gated, None, None, None, T, maxlen, **norm
+        )
     return gated, attended
 
 

@@ -25,7 +25,7 @@ import hstu_components
 import main as main_module
 from dataset import BatchSampler, MyDataset, share_of
 from dot_product_similarity import DotProductSimilarity
-from engine import training_setup
+from engine import kernels, training_setup
 from engine.flags import get_args
 from engine.state import Run
 from engine.training_setup import prepare_run
@@ -569,6 +569,34 @@ def test_a_process_without_a_number_on_its_machine_is_one_line_on_cuda(monkeypat
     monkeypatch.delenv("LOCAL_RANK", raising=False)
     with pytest.raises(collectives.LostProcessError, match="but not LOCAL_RANK"):
         collectives.join(is_on_cuda=True)
+
+
+# ------------------------------------------------------------------------------------ their kernels
+
+
+def kernels_of(asked: str, unable: int | None) -> tuple[str, list[str]]:
+    """What a process computes with, and its log, where Triton fails in process `unable`."""
+    lines = []
+
+    def why_not_triton(*_: object) -> str | None:
+        return "its self-check failed" if collectives.rank() == unable else None
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(kernels, "why_not_triton", why_not_triton)
+        patch.setattr(kernels.log, "info", lambda text, *values: lines.append(text % values))
+        try:
+            return kernels.choose_kernels(asked, torch.device("cuda"), None), lines
+        except DataError as error:
+            return str(error), lines
+
+
+def test_one_process_without_triton_is_torch_or_its_reason_in_all(on_all):
+    assert on_all(kernels_of, "auto", None) == [("triton", [])] * 2
+    line = "attention without Triton: its self-check failed"
+    for unable in range(NUM_PROCESSES):
+        assert on_all(kernels_of, "auto", unable) == [("torch", [line])] * 2
+        for error, _ in on_all(kernels_of, "triton", unable):
+            assert error.startswith("--kernels triton: its self-check failed; use")
 
 
 @pytest.mark.slow
