@@ -20,6 +20,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from ops.rows import sum_unsorted
+
 TILE = 128  # queries in a tile; keys after its last query are not computed
 # Scores of a tile: 2 MB on the CPU, where they stay in its cache; 256 MB on a GPU, which is faster
 # with few large kernels.
@@ -360,8 +362,15 @@ def _add_bias_grads(
         width = position_grad.shape[1]
         diagonal = by_pair.shape[1:], (width - 1, 1), width - TILE - tile.queries.start
         position_grad.as_strided(*diagonal).add_(by_pair.sum(0))
-    if time_grad is not None:
+    if time_grad is not None and by_pair.device.type == "cpu":
         time_grad[: len(by_pair)].scatter_add_(1, buckets, by_pair.flatten(1))
+    elif time_grad is not None:  # scatter_add_ would sum on CUDA in any order
+        time_grad[0] += _sum_by_bucket(by_pair, buckets)
+
+
+def _sum_by_bucket(by_pair: Tensor, buckets: Tensor) -> Tensor:
+    """(129,): sums over all pairs, in the same order every time."""
+    return sum_unsorted(by_pair.reshape(-1, 1), buckets.flatten(), NUM_TIME_BUCKETS).flatten()
 
 
 def _sum_dtype(x: Tensor) -> torch.dtype:

@@ -96,7 +96,7 @@ class _TakeTableRows(torch.autograd.Function):
         elif ctx.num_rows <= SMALL_TABLE:  # in few kernels, however often a row is taken
             table_grad = (ids == rows[:-1, None]).to(grad.dtype) @ grad
         else:
-            table_grad = _sum_unsorted(grad, ids, ctx.num_rows)
+            table_grad = sum_unsorted(grad, ids, ctx.num_rows)
         return table_grad, None, None, None
 
 
@@ -118,11 +118,11 @@ def _merge_rows_without_wait(grad: Tensor) -> Tensor:
     firsts = torch.searchsorted(group, torch.arange(len(rows), device=rows.device))
     distinct = F.pad(rows, (0, 1))[firsts]  # (n,), n is the place of the 0 for those left over
     values = grad._values().index_select(0, places)
-    sums = _sum_unsorted(values, group, len(rows))
+    sums = sum_unsorted(values, group, len(rows))
     return sparse_rows(distinct, sums, len(grad), is_coalesced=True)
 
 
-def _sum_unsorted(values: Tensor, ids: Tensor, num_rows: int) -> Tensor:
+def sum_unsorted(values: Tensor, ids: Tensor, num_rows: int) -> Tensor:
     """(n, D) -> (num_rows, D): the sum of each row's values, `ids` (n,), in the same order always.
 
     A row that is most of them is split over threads, unlike in `sum_rows`.

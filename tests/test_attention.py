@@ -100,3 +100,10 @@ def test_groups_have_each_event_once_within_the_limit_of_scores(monkeypatch):
 def test_time_buckets_equal_the_definition_up_to_a_year():
     seconds = torch.arange(-60, 366 * 86_400, 7)
     assert torch.equal(attention.time_buckets(seconds.double()), time_buckets(seconds))
+
+
+def test_the_ordered_sums_for_a_gpu_are_those_by_bucket():
+    by_pair = torch.randn(3, 5, 7, dtype=torch.float64)
+    buckets = torch.randint(0, attention.NUM_TIME_BUCKETS, (3, 35))
+    expected = torch.bincount(buckets.flatten(), by_pair.flatten(), attention.NUM_TIME_BUCKETS)
+    torch.testing.assert_close(attention._sum_by_bucket(by_pair, buckets), expected)
