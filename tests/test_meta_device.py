@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import importlib
 import inspect
 import re
+from collections import Counter, defaultdict
 from types import SimpleNamespace
+from typing import Any
 
 import conftest
 import pytest
@@ -122,6 +125,29 @@ def test_a_step_keeps_to_its_launches_on_a_gpu(data, monkeypatch):
     assert operations.total("optimiser") <= 40
     assert operations.total("rest") <= 77
     assert operations.total("copies") <= 2  # of integers and of floats
+
+
+@pytest.mark.parametrize(("num_blocks", "most"), [(2, 165), (8, 315)])
+def test_a_step_with_triton_keeps_to_its_launches(data, monkeypatch, num_blocks, most):
+    """The kernels, and in each block's backward pass the zeros before and the sum after them."""
+    pytest.importorskip("triton")
+    tuned, kernels = importlib.import_module("ops.triton_attention"), Counter()
+
+    def wrap(kernel: Any) -> Any:
+        return defaultdict(lambda: lambda *_, **__: kernels.update([kernel.__name__]))
+
+    monkeypatch.setattr(tuned, "wrap_triton", wrap)
+    monkeypatch.setattr(engine.training_setup, "choose_kernels", lambda *_: "triton")
+    flags = ["--history_residual=off", f"--num_blocks={num_blocks}"]
+    operations = count_operations(prepare(data, *FEATURES["ids"], *flags), monkeypatch)
+    # Of two steps, forward and backward pass.
+    assert kernels.total() == 2 * (2 + 4) * num_blocks
+    own = [name for part in operations.parts.values() for name in part if "hstu." in name]
+    assert len(own) == 2
+    found = operations.total(*operations.parts) - 2 * num_blocks + (2 + 4 + 2) * num_blocks
+    assert found <= most
+    assert not [name for part in operations.parts.values() for name in part
+                if NOT_ORDERED.match(name)]  # fmt: skip
 
 
 @pytest.mark.parametrize("features", FEATURES)
