@@ -14,6 +14,7 @@ import prepare_table
 import pytest
 import recommend
 import torch
+import tune
 import weeks
 
 from dataset import load_emb
@@ -65,6 +66,7 @@ def commands_of(heading: str) -> list[list[str]]:
 
 
 def test_the_week_of_a_small_shop_goes_as_the_documentation_says(tmp_path, monkeypatch, capsys):
+    pytest.importorskip("optuna", reason="scripts/tune.py needs requirements-tune.txt")
     for week in (1, 2):
         (folder := tmp_path / f"week{week}").mkdir()
         for name, rows in {"log": weeks.log_of(week), "items": weeks.items_of(week)}.items():
@@ -73,10 +75,12 @@ def test_the_week_of_a_small_shop_goes_as_the_documentation_says(tmp_path, monke
     scripts = {
         "scripts/prepare_table.py": prepare_table.main,
         "scripts/recommend.py": recommend.main,
+        # The defaults alone: two hours are for people.
+        "scripts/tune.py": lambda flags: tune.main([*flags[:-1], "0.001", "--", *TRAIN[:2]]),
     }
     scripts["main.py"] = lambda flags: main([*flags, *TRAIN[:2]])
     commands = commands_of("The week of a small shop")
-    assert len(commands) == 10
+    assert len(commands) == 11
     for script, *flags in commands:
         assert scripts[script](flags) == 0, capsys.readouterr()
     assert "user 40: " in capsys.readouterr().out
