@@ -219,8 +219,10 @@ def json_table(connection: duckdb.DuckDBPyConnection, source: Source) -> Table:
     if bad:
         raise DataError(f"{files[0]}: holds {bad[0]!r:.60}, expected JSON objects alone")
     keys = connection.execute(
-        f"SELECT key FROM (SELECT unnest(json_keys(json)) AS key, row_number() OVER () AS row "
-        f"FROM (SELECT json FROM {relation} LIMIT {JSON_SAMPLE})) GROUP BY key ORDER BY min(row)"
+        "SELECT key FROM (SELECT unnest(keys) AS key, unnest(range(len(keys))) AS place, row FROM "
+        "(SELECT json_keys(json) AS keys, row_number() OVER () AS row FROM "
+        f"(SELECT json FROM {relation} LIMIT {JSON_SAMPLE}))) "
+        "GROUP BY key ORDER BY min(row), arg_min(place, row)"
     ).fetchall()
     columns = {key: f"json ->> {text(pointer(key))}" for (key,) in keys}
     return Table(files, relation, columns, [])
