@@ -112,9 +112,7 @@ def write_dataset(
     files += ["indexer.pkl", *_write_features(data_dir, sides, list(item_vectors))]
     files += [_write_vectors(data_dir, name, vectors) for name, vectors in item_vectors.items()]
     if item_names is not None:
-        files.append("item_names.txt")
-        with atomic_write(data_dir / "item_names.txt") as file:
-            file.writelines((" ".join(name.splitlines()) + "\n").encode() for name in item_names)
+        files.append(_write_names(data_dir, item_names))
     counts = len(item_ids), len(user_ids), num_action_types
     targets = {s: "next" if s == "train" else "last" for s in splits} | dict(targets or {})
     meanings = {i: c.meaning for i, c in columns.items() if c.meaning is not None} | indexer["f"]
@@ -283,6 +281,12 @@ def write_records(path: Path, records: Iterable[tuple[int, str]]) -> str:
             separator = ","
         file.write(b"{}\n" if separator == "{" else b"\n}\n")
     return path.name
+
+
+def _write_names(data_dir: Path, item_names: Sequence[str]) -> str:
+    with atomic_write(data_dir / "item_names.txt") as file:
+        file.writelines((" ".join(name.splitlines()) + "\n").encode() for name in item_names)
+    return "item_names.txt"
 
 
 def _write_vectors(data_dir: Path, feature_id: str, vectors: np.ndarray) -> str:
