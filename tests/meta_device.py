@@ -52,9 +52,11 @@ def patch_torch(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "is_autocast_enabled", lambda _: Autocast.dtype is not None)
     monkeypatch.setattr(torch, "get_autocast_dtype", lambda _: Autocast.dtype)
     monkeypatch.setattr(F, "linear", linear)
-    # torch.optim hides the module that has the check.
-    adam = importlib.import_module("torch.optim.adam")
-    monkeypatch.setattr(adam, "_device_dtype_check_for_fused", lambda _: None)
+    # torch.optim hides the modules that have the check; from 2.7 on AdamW has that of Adam.
+    for name in ("adam", "adamw"):
+        module = importlib.import_module(f"torch.optim.{name}")
+        check = "_device_dtype_check_for_fused"
+        monkeypatch.setattr(module, check, lambda _: None, raising=False)
     monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: tensor)
     # The scaler of fp16 reads a number in each step: the one wait that there is.
     no_scaler = torch.amp.GradScaler("cpu", enabled=False)
