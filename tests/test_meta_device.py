@@ -158,8 +158,8 @@ def test_a_step_on_a_gpu_adds_nothing_up_in_any_order(data, monkeypatch, feature
     run = prepare(data, *FEATURES[features], "--negatives=mixed")
     parts = count_operations(run, monkeypatch).parts
     found = {(part, name) for part in parts for name in parts[part] if NOT_ORDERED.match(name)}
-    # Under this mode, torch takes sparse gradients on the meta device for merged ones; torch 2.6 does
-    # not, and counts distinct rows, in whole numbers.
+    # Under this mode, torch takes sparse gradients on the meta device for merged ones; torch 2.6
+    # does not, and counts distinct rows, in whole numbers.
     assert found <= {("optimiser", "aten.cumsum.default")}
     ordered = "ordered aten.embedding_dense_backward.default"
     assert (ordered in parts["rest"]) == (dense_rows > 3)
