@@ -97,7 +97,9 @@ def _list_columns(data_dir: Path, side: str, wanted: str | Sequence[str]) -> dic
     coded = [i for i, kind in kinds.items() if kind in ("sparse", "array")]
     if bad := [i for i in coded if type(sizes.get(i)) is not int or not 0 <= sizes[i] < 2**31]:
         found = ", ".join(f"{i} ({sizes.get(i, 'missing')!r:.20})" for i in bad)
-        raise DataError(f"{sizes_path}: no cardinality (a whole number) for {found}; add it")
+        raise DataError(
+            f"{sizes_path}: no cardinality (a whole number) for {found} of {path.name}; add it"
+        )
     absent = [i for i in kinds if i not in defaults]
     if absent and defaults_path.exists():
         names = ", ".join(absent)

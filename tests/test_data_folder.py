@@ -154,6 +154,15 @@ def test_the_manifest_tells_counts_and_targets(tmp_path):
     assert read_manifest(folder)[:4] == Manifest(*counts, targets)[:4]
 
 
+@pytest.mark.parametrize("field", ["num_items", "num_users"])
+def test_a_manifest_with_more_items_or_users_than_its_files_can_hold_is_refused(folder, field):
+    """Tables of so many rows would take more memory than there is."""
+    path = folder / "manifest.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {field: 2**31 - 1}))
+    with pytest.raises(DataError, match=r"manifest\.json: .*2147483647.* cannot be"):
+        read_manifest(folder)
+
+
 def test_an_action_is_known_by_its_name_and_by_its_number_unless_names_are_numbers(tmp_path):
     def types(names):
         write(tmp_path, {"train": make_sequences(np.random.default_rng(1), [3])}, **names)
