@@ -214,6 +214,7 @@ def test_without_a_temporary_folder_loaders_are_refused_before_they_hang(data, m
         setup.make_loader(open_dataset(data, "train", 6), 4, 1, torch.device("cpu"), 1)
 
 
+@pytest.mark.slow
 def test_accumulated_batches_equal_one_large_batch(tmp_path, data):
     flags = ["--dropout_rate=0", "--num_epochs=1"]
     one = run(tmp_path, data, *flags, "--batch_size=6")

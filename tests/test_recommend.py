@@ -28,6 +28,8 @@ from files.data_folder import read_manifest
 from files.data_writer import leave_one_out, write_dataset
 from files.sequences import EVENT_DTYPE, Sequences, open_split
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).resolve().parent.parent
 TRAIN = [
     "--device=cpu", "--num_workers=0", "--num_epochs=1", "--batch_size=4", "--maxlen=6",

@@ -23,6 +23,8 @@ from files.checkpoint import load_checkpoint
 from main import main
 from model import HSTUModel
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).resolve().parent.parent
 NUM_STEPS = 7  # of an epoch
 FLAGS = [

@@ -62,6 +62,7 @@ def assert_fits(kernels: dict[str, dict[str, int]], most_spilled: int) -> None:
         assert not kernel["wgmma"], f"{name}: see BLOCK"
 
 
+@pytest.mark.slow
 def test_kernels_compile_for_a_gpu_without_spills(tmp_path):
     assert_fits(run_cases(tmp_path, "compile", "80", "bf16", "50"), 32)
 
@@ -77,6 +78,7 @@ def test_kernels_compile_for_other_gpus_and_widths(
     assert_fits(run_cases(tmp_path, "compile", capability, dtype, width), most_spilled)
 
 
+@pytest.mark.slow
 def test_a_block_compiles_as_one_graph_for_batches_of_all_lengths(tmp_path):
     assert run_cases(tmp_path, "trace") == [1] * 5
 

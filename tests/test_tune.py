@@ -28,6 +28,8 @@ from engine.signals import Stopped
 from files.atomic_io import DataError, read_json, write_json
 from main import main
 
+pytestmark = pytest.mark.slow
+
 DEFAULTS = vars(get_args([]))
 
 
