@@ -33,6 +33,8 @@ from files.embeddings import check_size, warn_of_zeros
 from files.sequences import EVENT_DTYPE
 from main import main
 
+pytestmark = pytest.mark.slow
+
 SMALL = [
     "--device=cpu", "--num_workers=0", "--num_epochs=1", "--batch_size=6", "--maxlen=6",
     "--warmup_steps=0", "--hidden_units=8", "--attention_dim=5", "--linear_dim=6", "--num_blocks=1",

@@ -38,6 +38,8 @@ from files.vocabulary import read_vocabulary
 from model import HSTUModel
 from ops import collectives, sharded_table
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).resolve().parent.parent
 NUM_PROCESSES = 2
 SMALL = [

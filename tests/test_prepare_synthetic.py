@@ -16,6 +16,8 @@ from files.features import load_features
 from files.item_vectors import load_vectors
 from files.sequences import open_split
 
+pytestmark = pytest.mark.slow
+
 NUM_USERS, NUM_ITEMS, SEED = 601, 260, 3
 
 

@@ -27,6 +27,8 @@ from files.features import load_features
 from files.item_vectors import find_vectors, load_vectors
 from files.sequences import EVENT_DTYPE, Sequences
 
+pytestmark = pytest.mark.slow
+
 SECONDS = 2.0  # of CPU time, the longest that opening a damaged folder may take
 
 
