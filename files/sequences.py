@@ -308,6 +308,22 @@ class Split:
         return counts
 
 
+def last_two_of(
+    action_types: np.ndarray, offsets: np.ndarray, wanted: Sequence[int]
+) -> tuple[np.ndarray, np.ndarray]:
+    """(S,) places of each sequence's last event of the wanted types, and of the one before.
+
+    `action_types`: (E,) of all events. `offsets`: (S + 1,). -1: there is none.
+    """
+    places = np.flatnonzero(np.isin(action_types, wanted))
+    rows = np.searchsorted(offsets, places, "right") - 1
+    last, before = (np.full(len(offsets) - 1, -1) for _ in range(2))
+    last[rows] = places  # of several places the last one stays
+    is_earlier = places < last[rows]
+    before[rows[is_earlier]] = places[is_earlier]
+    return last, before
+
+
 def order_of_rows(index: np.ndarray, num_rows: int) -> tuple[np.ndarray, np.ndarray]:
     """Where `index`, (n,) in 0..num_rows-1, names each row: an order for ops.rows.take_rows.
 

@@ -21,7 +21,7 @@ from table_vectors import read_vectors
 from engine.flags import at_least, between
 from files.atomic_io import DataError, exit_code
 from files.data_writer import check_folder, write_dataset
-from files.sequences import Sequences, gather, gather_ranges
+from files.sequences import Sequences, gather, gather_ranges, last_two_of
 from history_source import time_of
 from table_database import database, events_of_each
 from table_features import ROLES, make_features
@@ -296,7 +296,8 @@ def leave_one_out(_: DuckDBPyConnection, events: Events, args: argparse.Namespac
     users = np.arange(1, len(ends) + 1)
     last, before = ends - 1, ends - 2
     if args.target_types:
-        last, before = last_targets(events, args.target_types)
+        actions = events.records["action_type"]
+        last, before = last_two_of(actions, events.offsets, args.target_types)
     is_long, is_there = before > starts, ends > starts
     if few := int((is_there & ~is_long).sum()):
         print(
@@ -308,17 +309,6 @@ def leave_one_out(_: DuckDBPyConnection, events: Events, args: argparse.Namespac
         "valid": Span(starts[is_long], before[is_long] + 1, users[is_long]),
         "test": Span(starts[is_long], last[is_long] + 1, users[is_long]),
     }
-
-
-def last_targets(events: Events, types: list[int]) -> tuple[np.ndarray, np.ndarray]:
-    """(S,) places of each user's last event of these types, and of the one before; -1: none."""
-    places = np.flatnonzero(np.isin(events.records["action_type"], types))
-    users = np.searchsorted(events.offsets, places, "right") - 1
-    last, before = (np.full(len(events.offsets) - 1, -1) for _ in range(2))
-    last[users] = places  # of several places the last one stays
-    is_earlier = places < last[users]
-    before[users[is_earlier]] = places[is_earlier]
-    return last, before
 
 
 def split_by_time(

@@ -42,7 +42,7 @@ from files.data_writer import (
     write_split,
 )
 from files.item_vectors import find_vectors
-from files.sequences import EVENT_DTYPE, USER_DTYPE, Sequences, gather
+from files.sequences import EVENT_DTYPE, USER_DTYPE, Sequences, gather, last_two_of
 from tencentgr_source import (
     ACTIONS,
     FAULTS,
@@ -311,18 +311,15 @@ def choose_valid(
     It is the last click, or the last event where there is none; users without an event before it
     are passed over.
     """
-    wanted, targets = min(valid_users, max(1, len(lengths) // 10)), {}
-    for row in np.random.default_rng(seed).permutation(len(lengths)).tolist():
-        if len(targets) == wanted:
-            break
-        start = history.offsets[row]
-        actions = history.events[start : start + lengths[row]]["action_type"]
-        clicks = np.flatnonzero(actions == CLICK)
-        target = clicks[-1] if len(clicks) else len(actions) - 1
-        if target > 0:
-            targets[row] = target
-    rows = np.array(sorted(targets), np.int64)
-    return rows, np.array([targets[row] for row in rows.tolist()], np.int64)
+    starts, actions = history.offsets[:-1], history.events["action_type"].copy()
+    ends = history.offsets[1:]
+    actions[ends[lengths < ends - starts] - 1] = -1  # at most the last event is not among them
+    last_click, _ = last_two_of(actions, history.offsets, [CLICK])
+    targets = np.where(last_click >= 0, last_click - starts, lengths - 1)
+    rows = np.random.default_rng(seed).permutation(len(lengths))
+    wanted = min(valid_users, max(1, len(lengths) // 10))
+    rows = np.sort(rows[targets[rows] > 0][:wanted])
+    return rows, targets[rows]
 
 
 def prefixes(split: Split) -> Iterator[Sequences]:
