@@ -116,6 +116,13 @@ def test_flag_changes_what_is_trained(flag, trained):
     assert not are_equal(one, other)
 
 
+def test_target_actions_that_the_data_lacks_are_refused_with_those_it_has(tmp_path, data, capsys):
+    flags = [f"--data_dir={data}", f"--output_dir={tmp_path}/o", *SMALL]
+    assert main([*flags, "--target_actions", "1", "buy", "9"]) == 1
+    found = f"error: --target_actions buy 9: no action of {data}, expected 0, 1, 2\n"
+    assert capsys.readouterr().err == found
+
+
 def test_every_flag_is_tested_for_its_effect():
     others = {
         "data_dir", "output_dir", "log_dir", "num_workers", "device", "trust_pickle", "patience",
