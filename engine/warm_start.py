@@ -71,6 +71,8 @@ def begin(run: Run, init_from: str | None, data_dir: str, trust_pickle: bool) ->
     Raises:
         DataError: as `start_from`.
     """
+    if not init_from and not is_main_process():
+        return  # the ids of millions of items take a gigabyte
     manifest = read_manifest(data_dir, trust=trust_pickle)
     vocabulary = read_vocabulary(data_dir, manifest, trust=trust_pickle)
     if init_from:
