@@ -67,23 +67,31 @@ def prepare(data: str, source: str | None, work_dir: Path) -> Path:
 
 
 def table() -> str:
-    """A Markdown row per setting from its result files: mean and standard deviation over seeds."""
+    """Markdown rows of all settings that have result files: mean and deviation over seeds."""
     lines = [
-        "| setting | seeds | HR@10 | NDCG@10 | HR@200 | epochs | minutes |",
-        "|---|" + "---|" * 6,
+        "| setting | seeds | valid | test | HR@200 | epochs | minutes | recorded |",
+        "|---|" + "---|" * 7,
     ]
     for name in SETTINGS:
         results = [json.loads(path.read_text()) for path in sorted(RESULTS.glob(f"{name}_seed*"))]
-        if not results:
-            continue
-        scores = [
-            spread([result["test"][metric] for result in results])
-            for metric in ("HR@10", "NDCG@10", "HR@200")
-        ]
-        epochs = "/".join(str(result["best_epoch"]) for result in results)
-        minutes = "/".join(f"{result['curve'][-1]['seconds'] / 60:.0f}" for result in results)
-        lines.append("| " + " | ".join([name, str(len(results)), *scores, epochs, minutes]) + " |")
+        if results:
+            lines.append("| " + " | ".join([name, *row(results)]) + " |")
     return "\n".join(lines)
+
+
+def row(results: list[dict]) -> list[str]:
+    """The cells of one setting's runs; "recorded" has the last one's date, and the CPUs."""
+
+    def scores(split: str, *names: str) -> str:
+        return " / ".join(spread([result[split][name] for result in results]) for name in names)
+
+    of_ranking = scores("valid", "HR@10", "NDCG@10"), scores("test", "HR@10", "NDCG@10")
+    epochs = "/".join(str(result["best_epoch"]) for result in results)
+    minutes = "/".join(f"{result['curve'][-1]['seconds'] / 60:.0f}" for result in results)
+    cpus = {"Xeon" if "Xeon" in result["cpu"] else "EPYC" for result in results}
+    recorded = f"{max(result['date'] for result in results)[5:]} {', '.join(sorted(cpus))}"
+    hits = scores("test", "HR@200")
+    return [str(len(results)), *of_ranking, hits, epochs, minutes, recorded]
 
 
 def spread(values: list[float]) -> str:

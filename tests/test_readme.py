@@ -10,6 +10,7 @@ from pathlib import Path
 import prepare_table
 import pytest
 import recommend
+from reproduce import table
 from settings import SETTINGS
 
 from engine.flags import FREE_FLAGS, get_args
@@ -126,3 +127,7 @@ def test_the_parser_is_argparse_and_help_fits(capsys):
     groups = re.findall(r"^\*\*(.*)\*\*$", FLAGS, re.MULTILINE)
     assert groups == [g for g in re.findall(r"^(\w+):$", text, re.MULTILINE) if g != "options"]
     assert isinstance(get_args([]), argparse.Namespace)
+
+
+def test_the_table_of_results_is_what_the_result_files_say():
+    assert table() in (ROOT / "docs" / "results.md").read_text()
