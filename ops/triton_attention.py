@@ -26,9 +26,8 @@ from torch.library import triton_op, wrap_triton
 MOST_WIDTH = 128  # of queries and values; wider tiles spill
 # Tiles of 32 x 32 hardly spill, and use no wgmma: kernels of several such products had illegal
 # accesses in Triton 3.6 to 3.7 (triton-lang/triton #10486, #11366).
-BLOCK = 32
-# Programs per sequence and head that sum the biases' gradients; so many partial sums are kept.
-MOST_PROGRAMS = 64
+BLOCK = tl.constexpr(32)
+MOST_PROGRAMS = 2048  # or a few more, that sum the biases' gradients; each has its partial sums
 NORM_ELEMENTS = 2048  # of a program for norm and gate
 # As in simplified_hstu.
 BUCKET_LOG_WIDTH = tl.constexpr(0.301)
@@ -37,110 +36,100 @@ NORM_EPS = tl.constexpr(1e-6)
 PADDED_BUCKETS = tl.constexpr(256)
 # Plain tf32 would keep 10 bits of a float32; three products of it keep about all.
 PRECISION = tl.constexpr("tf32x3")
+SUM = tl.constexpr(tl.float32)  # of all sums; the interpreter's tests have float64
 # torch.compile caches blocks on disk by the names of their operators: a changed file has others.
 VERSION = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:12]
 
 
 @triton.jit
-def _load(table, events, is_event, STRIDE: tl.constexpr, WIDTH: tl.constexpr, PADDED: tl.constexpr):
-    """Rows of a table, (events, PADDED); 0 where there is no event, and beyond WIDTH."""
-    columns = tl.arange(0, PADDED)
-    places = table + events[:, None] * STRIDE + columns[None, :]
-    return tl.load(places, mask=is_event[:, None] & (columns < WIDTH)[None, :], other=0.0)
+def _load(table, rows, length, STRIDE: tl.constexpr, WIDTH: tl.constexpr, PADDED: tl.constexpr):
+    """Rows of a sequence's table, (rows, PADDED); 0 from `length` on, and beyond WIDTH."""
+    columns = tl.arange(0, PADDED)[None, :]
+    places = table + rows.to(tl.int64)[:, None] * STRIDE + columns
+    return tl.load(places, mask=(rows < length)[:, None] & (columns < WIDTH), other=0.0)
 
 
 @triton.jit
-def _store(table, events, is_event, values, STRIDE: tl.constexpr, WIDTH: tl.constexpr):
-    columns = tl.arange(0, values.shape[1])
-    places = table + events[:, None] * STRIDE + columns[None, :]
-    values = values.to(table.dtype.element_ty)
-    tl.store(places, values, mask=is_event[:, None] & (columns < WIDTH)[None, :])
+def _store(table, rows, length, values, STRIDE: tl.constexpr, WIDTH: tl.constexpr):
+    columns = tl.arange(0, values.shape[1])[None, :]
+    places = table + rows.to(tl.int64)[:, None] * STRIDE + columns
+    tl.store(places, values, mask=(rows < length)[:, None] & (columns < WIDTH))
 
 
 @triton.jit
-def _time_buckets(query_times, key_times, queries, keys, is_pair):
-    """Of each pair of a tile, int32 in 0..128. Differences are int64: float32 loses seconds."""
-    seconds = tl.load(query_times + queries, mask=is_pair, other=0)
-    seconds = tl.abs(seconds - tl.load(key_times + keys, mask=is_pair, other=0))
-    buckets = tl.log(tl.maximum(seconds, 1).to(tl.float32)) / BUCKET_LOG_WIDTH
-    return tl.minimum(buckets.to(tl.int32), NUM_TIME_BUCKETS - 1)
-
-
-@triton.jit
-def _scores(
-    a, b, first, query, key, is_pair, query_times, key_times, position_weight, time_weight,
-    SUM: tl.constexpr, HAS_POSITION: tl.constexpr, HAS_TIME: tl.constexpr,
-):  # fmt: skip
-    """A tile: products of a and b, and the biases. `query`, `key`: positions, that broadcast."""
+def _scores(a, b, query, key, sequence):
+    """Of a tile of positions: a b^T with the biases, which ones are pairs, time buckets (or 0)."""
+    first, length, key_times, query_times, position_weight, time_weight = sequence
+    is_pair = (key <= query) & (query < length)
     scores = tl.dot(a, tl.trans(b), input_precision=PRECISION, out_dtype=SUM)
-    if HAS_POSITION:
-        scores += tl.load(position_weight + (query - key), mask=is_pair, other=0.0)
-    if HAS_TIME:
-        buckets = _time_buckets(query_times, key_times, first + query, first + key, is_pair)
+    buckets = tl.zeros(scores.shape, tl.int32)
+    if time_weight is not None:
+        seconds = tl.load(query_times + first + query, mask=query < length, other=0)
+        seconds -= tl.load(key_times + first + key, mask=key < length, other=0)  # int64, exact
+        log_seconds = tl.log(tl.maximum(tl.abs(seconds), 1).to(tl.float32))
+        buckets = tl.minimum((log_seconds / BUCKET_LOG_WIDTH).to(tl.int32), NUM_TIME_BUCKETS - 1)
         scores += tl.load(time_weight + buckets, mask=is_pair, other=0.0)
-    return scores
+    if position_weight is not None:
+        scores += tl.load(position_weight + (query - key), mask=is_pair, other=0.0)
+    return scores, is_pair, buckets
 
 
 @triton.jit
 def _forward_kernel(
     activated, offsets, key_times, query_times, position_weight, time_weight, attended, N,
-    H: tl.constexpr, DV: tl.constexpr, DQK: tl.constexpr, PADDED_V: tl.constexpr,
-    PADDED_QK: tl.constexpr, HAS_POSITION: tl.constexpr, HAS_TIME: tl.constexpr, B: tl.constexpr,
+    H: tl.constexpr, DV: tl.constexpr, DQK: tl.constexpr, PAD_V: tl.constexpr, PAD_QK: tl.constexpr,
 ):  # fmt: skip
-    """A V of B queries of a sequence and head."""
+    """A V of BLOCK queries of a sequence and head."""
     # No function loads from `offsets`: torch.compile would believe that its results may be written
     # to as a part of them, and copy the offsets.
     WIDTH: tl.constexpr = 2 * DV + 2 * DQK
-    SUM: tl.constexpr = attended.dtype.element_ty
-    head, sequence = tl.program_id(0) % H, tl.program_id(0) // H
-    first = tl.load(offsets + sequence)
-    length = (tl.load(offsets + sequence + 1) - first).to(tl.int32)
+    head, index = tl.program_id(0) % H, tl.program_id(0) // H
+    first = tl.load(offsets + index)
+    length = (tl.load(offsets + index + 1) - first).to(tl.int32)
+    sequence = first, length, key_times, query_times, position_weight, time_weight
     block = tl.program_id(1)
-    if block * B >= length:
+    if block * BLOCK >= length:
         return
-    activated += head * WIDTH
-    query = block * B + tl.arange(0, B)
-    q = _load(activated + 2 * DV, first + query, query < length, H * WIDTH, DQK, PADDED_QK)
-    sums = tl.zeros([B, PADDED_V], SUM)
-    for start in range(0, block * B + 1, B):
-        key = start + tl.arange(0, B)
-        k = _load(activated + 2 * DV + DQK, first + key, key < length, H * WIDTH, DQK, PADDED_QK)
-        v = _load(activated + DV, first + key, key < length, H * WIDTH, DV, PADDED_V)
-        is_pair = (key[None, :] <= query[:, None]) & (query < length)[:, None]
-        scores = _scores(
-            q, k, first, query[:, None], key[None, :], is_pair, query_times, key_times,
-            position_weight, time_weight, SUM, HAS_POSITION, HAS_TIME,
-        )  # fmt: skip
+    activated += (first * H + head) * WIDTH
+    query = block * BLOCK + tl.arange(0, BLOCK)
+    q = _load(activated + 2 * DV, query, length, H * WIDTH, DQK, PAD_QK)
+    sums = tl.zeros([BLOCK, PAD_V], SUM)
+    for start in range(0, block * BLOCK + 1, BLOCK):
+        key = start + tl.arange(0, BLOCK)
+        k = _load(activated + 2 * DV + DQK, key, length, H * WIDTH, DQK, PAD_QK)
+        v = _load(activated + DV, key, length, H * WIDTH, DV, PAD_V)
+        scores, is_pair, _ = _scores(q, k, query[:, None], key[None, :], sequence)
         weights = tl.where(is_pair, scores / (1 + tl.exp(-scores)), 0.0).to(v.dtype)
         sums += tl.dot(weights, v, input_precision=PRECISION, out_dtype=SUM)
-    _store(attended + head * DV, first + query, query < length, sums / N, H * DV, DV)
+    _store(attended + (first * H + head) * DV, query, length, sums / N, H * DV, DV)
 
 
 @triton.jit
-def _pair_grads(scores, weights_grad, is_pair):
-    """SiLU of scores and the scores' gradient, 0 where there is no pair."""
+def _pair_grads(scores, a, b, is_pair):
+    """SiLU of scores, whose gradient is a b^T, and that of the scores; 0 where there is no pair."""
+    weights_grad = tl.dot(a, tl.trans(b), input_precision=PRECISION, out_dtype=SUM)
     share = 1 / (1 + tl.exp(-scores))
     scores_grad = weights_grad * share * (1 + scores * (1 - share))
     return tl.where(is_pair, scores * share, 0.0), tl.where(is_pair, scores_grad, 0.0)
 
 
 @triton.jit
-def _add_by_distance(scores_grad, carried, partials, distance, length, B: tl.constexpr):
-    """Add a tile's gradients by distance, to those from `distance` - B on; return the carry.
+def _add_by_distance(scores_grad, carried, partials, distance, length):
+    """Add a tile's gradients, and those carried, to distances below `distance`; return the others.
 
-    Row r is rolled by r columns, so that column c has pairs of distance c or c - B, plus that of
-    the tile's corner. Those of c - B complete the tile before, which lies B distances nearer.
+    Row r is rolled by r columns: column c then has the distance `distance` + c or, where c > r,
+    BLOCK less, which no later tile of these queries has.
     """
-    row, column = tl.arange(0, B)[:, None], tl.arange(0, B)[None, :]
-    rolled = tl.gather(scores_grad, (row - column) & (B - 1), 1)
+    row, column = tl.arange(0, BLOCK)[:, None], tl.arange(0, BLOCK)[None, :]
+    rolled = tl.gather(scores_grad, (row - column) & (BLOCK - 1), 1)
     complete = carried + tl.sum(tl.where(column > row, rolled, 0.0), 0)
-    _add(partials, distance - B, complete, length, B)
+    _add(partials, distance - BLOCK, complete, length)
     return tl.sum(tl.where(column > row, 0.0, rolled), 0)
 
 
 @triton.jit
-def _add(partials, start, values, length, B: tl.constexpr):
-    distance = start + tl.arange(0, B)
+def _add(partials, start, values, length):
+    distance = start + tl.arange(0, BLOCK)
     is_one = (distance >= 0) & (distance < length)
     values += tl.load(partials + distance, mask=is_one, other=0.0)
     tl.store(partials + distance, values, mask=is_one)
@@ -158,120 +147,81 @@ def _add_by_bucket(time_sums, scores_grad, buckets, is_pair):
     return time_sums
 
 
-@triton.jit(do_not_specialize=["T"])
+@triton.jit
 def _query_grads_kernel(
     activated, attended_grad, offsets, key_times, query_times, position_weight, time_weight,
-    attended, grad, position_partials, time_partials, T,
-    H: tl.constexpr, DV: tl.constexpr, DQK: tl.constexpr, PADDED_V: tl.constexpr,
-    PADDED_QK: tl.constexpr, HAS_POSITION: tl.constexpr, HAS_TIME: tl.constexpr, B: tl.constexpr,
+    grad, partials, N,
+    H: tl.constexpr, DV: tl.constexpr, DQK: tl.constexpr, PAD_V: tl.constexpr, PAD_QK: tl.constexpr,
 ):  # fmt: skip
     """Gradients of Q and partial sums of the biases', of every P-th block of a sequence and head.
 
-    `position_partials`: (P * H, T), of each sequence by distance; `time_partials`: (B * H * P,
-    129). Zero at first.
+    `partials`: a row for each program, by distance (N) and by time bucket (129); zero at first.
     """
     WIDTH: tl.constexpr = 2 * DV + 2 * DQK
-    SUM: tl.constexpr = attended.dtype.element_ty
-    head, sequence = tl.program_id(0) % H, tl.program_id(0) // H
-    first = tl.load(offsets + sequence)
-    length = (tl.load(offsets + sequence + 1) - first).to(tl.int32)
-    num_programs = tl.num_programs(1)
-    partials = position_partials + (tl.program_id(1) * H + head).to(tl.int64) * T + first
-    activated, attended_grad = activated + head * WIDTH, attended_grad + head * DV
+    head, index = tl.program_id(0) % H, tl.program_id(0) // H
+    first = tl.load(offsets + index)
+    length = (tl.load(offsets + index + 1) - first).to(tl.int32)
+    sequence = first, length, key_times, query_times, position_weight, time_weight
+    program, num_programs = tl.program_id(1), tl.num_programs(1)
+    partials += (tl.program_id(0).to(tl.int64) * num_programs + program) * (N + NUM_TIME_BUCKETS)
+    activated += (first * H + head) * WIDTH
+    attended_grad += (first * H + head) * DV
+    grad += (first * H + head) * WIDTH
     time_sums = tl.zeros([PADDED_BUCKETS], SUM)
-    for block in range(tl.program_id(1), tl.cdiv(length, B), num_programs):
-        query = block * B + tl.arange(0, B)
-        q = _load(activated + 2 * DV, first + query, query < length, H * WIDTH, DQK, PADDED_QK)
-        g = _load(attended_grad, first + query, query < length, H * DV, DV, PADDED_V)
-        q_grad = tl.zeros([B, PADDED_QK], SUM)
-        carried = tl.zeros([B], SUM)
+    for block in range(program, tl.cdiv(length, BLOCK), num_programs):
+        query = block * BLOCK + tl.arange(0, BLOCK)
+        q = _load(activated + 2 * DV, query, length, H * WIDTH, DQK, PAD_QK)
+        g = _load(attended_grad, query, length, H * DV, DV, PAD_V)
+        q_grad = tl.zeros([BLOCK, PAD_QK], SUM)
+        carried = tl.zeros([BLOCK], SUM)
         for step in range(0, block + 1):
-            key = (block - step) * B + tl.arange(0, B)
-            is_key = key < length
-            k = _load(activated + 2 * DV + DQK, first + key, is_key, H * WIDTH, DQK, PADDED_QK)
-            v = _load(activated + DV, first + key, is_key, H * WIDTH, DV, PADDED_V)
-            is_pair = (key[None, :] <= query[:, None]) & (query < length)[:, None]
-            scores = _scores(
-                q, k, first, query[:, None], key[None, :], is_pair, query_times, key_times,
-                position_weight, time_weight, SUM, HAS_POSITION, HAS_TIME,
-            )  # fmt: skip
-            weights_grad = tl.dot(g, tl.trans(v), input_precision=PRECISION, out_dtype=SUM)
-            _, scores_grad = _pair_grads(scores, weights_grad, is_pair)
+            key = (block - step) * BLOCK + tl.arange(0, BLOCK)
+            k = _load(activated + 2 * DV + DQK, key, length, H * WIDTH, DQK, PAD_QK)
+            v = _load(activated + DV, key, length, H * WIDTH, DV, PAD_V)
+            scores, is_pair, buckets = _scores(q, k, query[:, None], key[None, :], sequence)
+            _, scores_grad = _pair_grads(scores, g, v, is_pair)
             q_grad += tl.dot(scores_grad.to(k.dtype), k, input_precision=PRECISION, out_dtype=SUM)
-            if HAS_POSITION:
-                carried = _add_by_distance(scores_grad, carried, partials, step * B, length, B)
-            if HAS_TIME:
-                buckets = _time_buckets(
-                    query_times, key_times, first + query[:, None], first + key[None, :], is_pair
-                )
+            if position_weight is not None:
+                carried = _add_by_distance(scores_grad, carried, partials, step * BLOCK, length)
+            if time_weight is not None:
                 time_sums = _add_by_bucket(time_sums, scores_grad, buckets, is_pair)
-        if HAS_POSITION:
-            _add(partials, block * B, carried, length, B)
+        if position_weight is not None:
+            _add(partials, block * BLOCK, carried, length)
             tl.debug_barrier()  # the next block's sums are read by other threads
-        _store(grad + head * WIDTH + 2 * DV, first + query, query < length, q_grad, H * WIDTH, DQK)
-    if HAS_TIME:
-        columns = tl.arange(0, PADDED_BUCKETS)
-        program = (tl.program_id(0) * num_programs + tl.program_id(1)).to(tl.int64)
-        places = time_partials + program * NUM_TIME_BUCKETS + columns
-        tl.store(places, time_sums, mask=columns < NUM_TIME_BUCKETS)
+        _store(grad + 2 * DV, query, length, q_grad, H * WIDTH, DQK)
+    columns = tl.arange(0, PADDED_BUCKETS)
+    tl.store(partials + N + columns, time_sums, mask=columns < NUM_TIME_BUCKETS)
 
 
 @triton.jit
 def _key_grads_kernel(
-    activated, attended_grad, offsets, key_times, query_times, position_weight, time_weight,
-    attended, grad,
-    H: tl.constexpr, DV: tl.constexpr, DQK: tl.constexpr, PADDED_V: tl.constexpr,
-    PADDED_QK: tl.constexpr, HAS_POSITION: tl.constexpr, HAS_TIME: tl.constexpr, B: tl.constexpr,
+    activated, attended_grad, offsets, key_times, query_times, position_weight, time_weight, grad,
+    H: tl.constexpr, DV: tl.constexpr, DQK: tl.constexpr, PAD_V: tl.constexpr, PAD_QK: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of B rows of K and V of a sequence and head; tiles are (keys, queries)."""
+    """Gradients of BLOCK rows of K and V of a sequence and head; tiles are (keys, queries)."""
     WIDTH: tl.constexpr = 2 * DV + 2 * DQK
-    SUM: tl.constexpr = attended.dtype.element_ty
-    head, sequence = tl.program_id(0) % H, tl.program_id(0) // H
-    first = tl.load(offsets + sequence)
-    length = (tl.load(offsets + sequence + 1) - first).to(tl.int32)
-    start = tl.program_id(1) * B
-    if start >= length:
-        return
-    activated, attended_grad = activated + head * WIDTH, attended_grad + head * DV
-    key = start + tl.arange(0, B)
-    k = _load(activated + 2 * DV + DQK, first + key, key < length, H * WIDTH, DQK, PADDED_QK)
-    v = _load(activated + DV, first + key, key < length, H * WIDTH, DV, PADDED_V)
-    k_grad = tl.zeros([B, PADDED_QK], SUM)
-    v_grad = tl.zeros([B, PADDED_V], SUM)
-    for query_start in range(start, length, B):
-        query = query_start + tl.arange(0, B)
-        q = _load(activated + 2 * DV, first + query, query < length, H * WIDTH, DQK, PADDED_QK)
-        g = _load(attended_grad, first + query, query < length, H * DV, DV, PADDED_V)
-        is_pair = (key[:, None] <= query[None, :]) & (query < length)[None, :]
-        scores = _scores(
-            k, q, first, query[None, :], key[:, None], is_pair, query_times, key_times,
-            position_weight, time_weight, SUM, HAS_POSITION, HAS_TIME,
-        )  # fmt: skip
-        weights_grad = tl.dot(v, tl.trans(g), input_precision=PRECISION, out_dtype=SUM)
-        weights, scores_grad = _pair_grads(scores, weights_grad, is_pair)
+    head, index = tl.program_id(0) % H, tl.program_id(0) // H
+    first = tl.load(offsets + index)
+    length = (tl.load(offsets + index + 1) - first).to(tl.int32)
+    sequence = first, length, key_times, query_times, position_weight, time_weight
+    activated += (first * H + head) * WIDTH
+    attended_grad += (first * H + head) * DV
+    grad += (first * H + head) * WIDTH
+    key = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    k = _load(activated + 2 * DV + DQK, key, length, H * WIDTH, DQK, PAD_QK)
+    v = _load(activated + DV, key, length, H * WIDTH, DV, PAD_V)
+    k_grad = tl.zeros([BLOCK, PAD_QK], SUM)
+    v_grad = tl.zeros([BLOCK, PAD_V], SUM)
+    for start in range(tl.program_id(1) * BLOCK, length, BLOCK):
+        query = start + tl.arange(0, BLOCK)
+        q = _load(activated + 2 * DV, query, length, H * WIDTH, DQK, PAD_QK)
+        g = _load(attended_grad, query, length, H * DV, DV, PAD_V)
+        scores, is_pair, _ = _scores(k, q, query[None, :], key[:, None], sequence)
+        weights, scores_grad = _pair_grads(scores, v, g, is_pair)
         v_grad += tl.dot(weights.to(g.dtype), g, input_precision=PRECISION, out_dtype=SUM)
         k_grad += tl.dot(scores_grad.to(q.dtype), q, input_precision=PRECISION, out_dtype=SUM)
-    grad += head * WIDTH
-    _store(grad + 2 * DV + DQK, first + key, key < length, k_grad, H * WIDTH, DQK)
-    _store(grad + DV, first + key, key < length, v_grad, H * WIDTH, DV)
-
-
-@triton.jit(do_not_specialize=["T", "num_sequences", "num_partials"])
-def _position_grad_kernel(
-    partials, offsets, position_grad, T, N, num_sequences, num_partials, B: tl.constexpr
-):
-    """Sums of (num_partials, T) over partials and sequences, of B distances."""
-    distance = tl.program_id(0) * B + tl.arange(0, B)
-    sums = tl.zeros([B, B], position_grad.dtype.element_ty)
-    for start in range(0, num_sequences, B):
-        sequence = start + tl.arange(0, B)
-        first = tl.load(offsets + sequence, mask=sequence < num_sequences, other=0)
-        end = tl.load(offsets + sequence + 1, mask=sequence < num_sequences, other=0)
-        events = first[:, None] + distance[None, :]
-        for partial in range(0, num_partials):
-            places = partials + tl.cast(partial, tl.int64) * T + events
-            sums += tl.load(places, mask=events < end[:, None], other=0.0)
-    tl.store(position_grad + distance, tl.sum(sums, 0), mask=distance < N)
+    _store(grad + 2 * DV + DQK, key, length, k_grad, H * WIDTH, DQK)
+    _store(grad + DV, key, length, v_grad, H * WIDTH, DV)
 
 
 @triton.jit(do_not_specialize=["T"])
@@ -279,10 +229,7 @@ def _norm_gate_kernel(
     activated, attended, gated, gated_grad, grad, attended_grad, T, N,
     H: tl.constexpr, DV: tl.constexpr, DQK: tl.constexpr, ROWS: tl.constexpr, PADDED: tl.constexpr,
 ):  # fmt: skip
-    """U * LayerNorm(A V) of ROWS events; or the gradients of U and, divided by N, of A V.
-
-    The latter if `gated` is None; else the last three tensors are.
-    """
+    """U * LayerNorm(A V) of ROWS events; without `gated`, gradients of U and (over N) of A V."""
     WIDTH: tl.constexpr = H * DV
     row = (tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS))[:, None]
     column = tl.arange(0, PADDED)[None, :]
@@ -295,14 +242,12 @@ def _norm_gate_kernel(
     u = tl.load(activated + gate, mask=is_one, other=0.0).to(x.dtype)
     if gated is None:
         g = tl.load(gated_grad + place, mask=is_one, other=0.0).to(x.dtype)
-        tl.store(grad + gate, (g * normed).to(grad.dtype.element_ty), mask=is_one)
+        tl.store(grad + gate, g * normed, mask=is_one)
         g *= u
-        mean = (tl.sum(g, 1) / WIDTH)[:, None]
-        shared = (tl.sum(g * normed, 1) / WIDTH)[:, None]
-        g = (g - mean - normed * shared) * rstd / N
-        tl.store(attended_grad + place, g.to(attended_grad.dtype.element_ty), mask=is_one)
+        g -= (tl.sum(g, 1)[:, None] + normed * tl.sum(g * normed, 1)[:, None]) / WIDTH
+        tl.store(attended_grad + place, g * rstd / N, mask=is_one)
     else:
-        tl.store(gated + place, (u * normed).to(gated.dtype.element_ty), mask=is_one)
+        tl.store(gated + place, u * normed, mask=is_one)
 
 
 class PackedSequences(NamedTuple):
@@ -324,13 +269,9 @@ def prepare(
 
 
 def gated_attention(
-    x: Tensor,
-    weight: Tensor,
-    relative_bias: Any,
-    sequences: PackedSequences,
-    widths: list[int],
+    x: Tensor, weight: Tensor, relative_bias: Any, sequences: PackedSequences, widths: list[int],
     maxlen: int,
-) -> Tensor:
+) -> Tensor:  # fmt: skip
     """U * LayerNorm(A V), (T, D) -> (T, H * dv); arguments as `simplified_hstu.gated_attention`."""
     activated = F.silu(F.linear(x, weight))  # (T, H * (2 dv + 2 dqk))
     biases = relative_bias.position_weight, relative_bias.time_weight
@@ -340,21 +281,17 @@ def gated_attention(
 def _sizes(activated: Tensor, dv: int, dqk: int) -> tuple[dict[str, int], dict[str, int]]:
     """The constants of the attention's kernels, and of that for norm and gate."""
     H = activated.shape[1] // (2 * dv + 2 * dqk)
-    sizes, padded = {"H": H, "DV": dv, "DQK": dqk}, triton.next_power_of_2(H * dv)
-    pads = {"PADDED_V": _padded(dv), "PADDED_QK": _padded(dqk)}
-    rows = {"ROWS": max(1, NORM_ELEMENTS // padded), "PADDED": padded}
+    # A product wants widths of 16 at least.
+    padded, pad_v, pad_qk = map(triton.next_power_of_2, (H * dv, max(16, dv), max(16, dqk)))
     # Three products in the place of one in float32 want more registers.
-    launch = {"B": BLOCK, "num_warps": 4 if activated.itemsize == 2 else 8, "num_stages": 2}
-    return {**sizes, **pads, **launch}, {**sizes, **rows}
+    launch = {"num_warps": 4 if activated.itemsize == 2 else 8, "num_stages": 2}
+    sizes = {"H": H, "DV": dv, "DQK": dqk}
+    rows = {"ROWS": max(1, NORM_ELEMENTS // padded), "PADDED": padded}
+    return sizes | {"PAD_V": pad_v, "PAD_QK": pad_qk} | launch, sizes | rows
 
 
 def _ceil_div(a: int, b: int) -> int:
-    # With triton.cdiv, or len of a tensor, torch.compile would compile again for another batch.
-    return -(-a // b)
-
-
-def _padded(width: int) -> int:
-    return max(16, triton.next_power_of_2(width))  # a product wants 16 at least
+    return -(-a // b)  # with triton.cdiv, torch.compile would compile again for another batch
 
 
 @triton_op(f"hstu::gated_attention_{VERSION}", mutates_args={})
@@ -367,61 +304,15 @@ def _gated_attention(
     T, (attention, norm) = activated.shape[0], _sizes(activated, dv, dqk)
     gated = activated.new_empty(T, norm["H"] * dv)
     attended = torch.empty_like(gated, dtype=torch.promote_types(gated.dtype, torch.float32))
-    tables = _tables(offsets, key_times, query_times, position_weight, time_weight)
-    grid = ((offsets.shape[0] - 1) * norm["H"], _ceil_div(longest, BLOCK))
+    tables = offsets, key_times, query_times, position_weight, time_weight
+    grid = ((offsets.shape[0] - 1) * norm["H"], _ceil_div(longest, BLOCK.value))
     # Triton launches on the current device; that of a backward pass is its tensors' anyway.
     with torch.cuda.device_of(activated):
-        wrap_triton(_forward_kernel)[grid](
-            activated, *tables, attended, maxlen, **attention,
-            HAS_POSITION=position_weight is not None, HAS_TIME=time_weight is not None,
-        )  # fmt: skip
+        wrap_triton(_forward_kernel)[grid](activated, *tables, attended, maxlen, **attention)
         wrap_triton(_norm_gate_kernel)[(_ceil_div(T, norm["ROWS"]),)](
             activated, attended, gated, None, None, None, T, maxlen, **norm
         )
     return gated, attended
-
-
-def _tables(offsets: Tensor, *tables: Tensor | None) -> list[Tensor]:
-    """With a tensor that no kernel reads in the place of each that there is not."""
-    return [offsets, *(offsets if table is None else table for table in tables)]
-
-
-@triton_op(f"hstu::gated_attention_grads_{VERSION}", mutates_args={})
-def _gated_attention_grads(
-    gated_grad: Tensor, activated: Tensor, attended: Tensor, offsets: Tensor, longest: int,
-    key_times: Tensor, query_times: Tensor | None, position_weight: Tensor | None,
-    time_weight: Tensor | None, dv: int, dqk: int, maxlen: int,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Gradients of `activated` and of both biases; of a bias that there is not, (0,)."""
-    T, (attention, norm) = activated.shape[0], _sizes(activated, dv, dqk)
-    H, num_sequences, blocks = norm["H"], offsets.shape[0] - 1, _ceil_div(longest, BLOCK)
-    has = {"HAS_POSITION": position_weight is not None, "HAS_TIME": time_weight is not None}
-    grad = torch.empty_like(activated)
-    attended_grad = torch.empty_like(attended, dtype=activated.dtype)
-    grid = (_ceil_div(T, norm["ROWS"]),)
-    wrap_triton(_norm_gate_kernel)[grid](
-        activated, attended, None, gated_grad, grad, attended_grad, T, maxlen, **norm
-    )
-    programs = min(blocks, MOST_PROGRAMS)
-    by_distance = attended.new_zeros(programs * H * has["HAS_POSITION"], T)
-    by_bucket = attended.new_empty(
-        num_sequences * H * programs * has["HAS_TIME"], NUM_TIME_BUCKETS.value
-    )
-    tables = _tables(offsets, key_times, query_times, position_weight, time_weight)
-    wrap_triton(_query_grads_kernel)[(num_sequences * H, programs)](
-        activated, attended_grad, *tables, attended, grad, by_distance, by_bucket, T,
-        **attention, **has,
-    )  # fmt: skip
-    wrap_triton(_key_grads_kernel)[(num_sequences * H, blocks)](
-        activated, attended_grad, *tables, attended, grad, **attention, **has
-    )
-    position_grad = attended.new_empty(maxlen * has["HAS_POSITION"])
-    if has["HAS_POSITION"]:
-        wrap_triton(_position_grad_kernel)[(_ceil_div(maxlen, BLOCK),)](
-            by_distance, offsets, position_grad, T, maxlen, num_sequences, programs * H, BLOCK
-        )
-    time_grad = by_bucket.sum(0) if has["HAS_TIME"] else attended.new_empty(0)
-    return grad, position_grad, time_grad
 
 
 def _save(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
@@ -431,17 +322,29 @@ def _save(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
     ctx.sizes = longest, dv, dqk, maxlen
 
 
-def _backward(ctx: Any, gated_grad: Tensor, _: None) -> tuple:
-    activated, attended, offsets, *tables = ctx.saved_tensors
-    longest, *sizes = ctx.sizes
-    grads = _gated_attention_grads(
-        gated_grad.contiguous(), activated, attended, offsets, longest, *tables, *sizes
+def _backward(ctx: Any, gated_grad: Tensor, _: None) -> tuple[Tensor | None, ...]:
+    activated, attended, *tables = ctx.saved_tensors
+    longest, dv, dqk, N = ctx.sizes
+    T, (attention, norm) = activated.shape[0], _sizes(activated, dv, dqk)
+    grad = torch.empty_like(activated)
+    attended_grad = torch.empty_like(attended, dtype=activated.dtype)
+    wrap_triton(_norm_gate_kernel)[(_ceil_div(T, norm["ROWS"]),)](
+        activated, attended, None, gated_grad.contiguous(), grad, attended_grad, T, N, **norm
     )
-    position_grad, time_grad = (
-        None if weight is None else grad.to(weight.dtype)
-        for weight, grad in zip(tables[2:], grads[1:], strict=True)
+    num_heads = (tables[0].shape[0] - 1) * norm["H"]  # of all sequences
+    blocks = _ceil_div(longest, BLOCK.value)
+    programs = min(blocks, _ceil_div(MOST_PROGRAMS, num_heads))
+    partials = attended.new_zeros(num_heads * programs, N + NUM_TIME_BUCKETS.value)
+    wrap_triton(_query_grads_kernel)[(num_heads, programs)](
+        activated, attended_grad, *tables, grad, partials, N, **attention
     )
-    return grads[0], None, None, None, None, position_grad, time_grad, None, None, None
+    wrap_triton(_key_grads_kernel)[(num_heads, blocks)](
+        activated, attended_grad, *tables, grad, **attention
+    )
+    sums = partials.sum(0)
+    position_grad = None if tables[3] is None else sums[:N]
+    time_grad = None if tables[4] is None else sums[N:]
+    return grad, None, None, None, None, position_grad, time_grad, None, None, None
 
 
 _gated_attention.register_autograd(_backward, setup_context=_save)
