@@ -7,6 +7,7 @@ Importing this puts the project's root on the path, from which scripts import th
 from __future__ import annotations
 
 import json
+import os
 import platform
 import shlex
 import subprocess
@@ -34,12 +35,19 @@ def write_by_cpu(name: str, result: dict[str, object]) -> None:
     print(json.dumps(result))
 
 
+def cpu_name() -> str:
+    """How many cores of which kind."""
+    info = Path("/proc/cpuinfo")  # Linux has it, and on x86 the model's name
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = [line.split(":")[1].strip() for line in lines if "model name" in line]
+    return f"{os.cpu_count()} x {names[0] if names else platform.machine()}"
+
+
 def environment(device: str) -> dict[str, object]:
     """What a figure depends on besides the code: command, commit, machine, versions, date."""
     commit = subprocess.run(
         ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=ROOT
     )
-    cpus = [li for li in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in li]
     script = f"benchmarks/{Path(sys.argv[0]).name}"
     # Of a folder outside, its name: where it lies is a matter of the machine.
     arguments = [Path(a).name if Path(a).is_absolute() else a for a in sys.argv[1:]]
@@ -47,7 +55,7 @@ def environment(device: str) -> dict[str, object]:
         "command": shlex.join(["python", script, *arguments]),
         "commit": commit.stdout.strip(),
         "device": device,
-        "cpu": f"{len(cpus)} x {cpus[0].split(':')[1].strip()}",
+        "cpu": cpu_name(),
         "versions": {name: version(name) for name in ("torch", "numpy")},
         "python": platform.python_version(),
         "date": date.today().isoformat(),
