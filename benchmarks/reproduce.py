@@ -35,23 +35,29 @@ def main() -> None:
     if args.name == "table":
         print(table())
         return
-    data, flags = SETTINGS[args.name]
-    data_dir = prepare(data, args.source, Path(args.work_dir))
-    run_dir = Path(args.work_dir) / f"{args.name}_seed{args.seed}"
+    result = train(args.name, args.source, Path(args.work_dir), args.seed, args.device)
+    peak_rss = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
+    result |= {"peak_rss_gb": round(peak_rss / 1e6, 2), **environment(args.device)}
+    write(f"{args.name}_seed{args.seed}", result)
+
+
+def train(
+    name: str, source: str | None, work_dir: Path, seed: int, device: str
+) -> dict[str, object]:
+    """The training's command, curve and metrics."""
+    data, flags = SETTINGS[name]
+    data_dir, run_dir = prepare(data, source, work_dir), work_dir / f"{name}_seed{seed}"
     folders = [f"--data_dir={data_dir}", f"--output_dir={run_dir}", f"--log_dir={run_dir}/logs"]
-    where = [f"--seed={args.seed}", f"--device={args.device}", "--num_workers=1"]
+    where = [f"--seed={seed}", f"--device={device}", "--num_workers=1"]
     command = ["main.py", *flags.split(), *where]
     call([*command, *folders])
-    result = {
-        "name": args.name,
+    return {
+        "name": name,
         "training": f"python {' '.join(command)}",
-        "seed": args.seed,
+        "seed": seed,
         **json.loads((run_dir / "metrics.json").read_text()),
         "curve": read_curve(run_dir / "logs"),
-        "peak_rss_gb": round(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1e6, 2),
-        **environment(args.device),
     }
-    write(f"{args.name}_seed{args.seed}", result)
 
 
 def prepare(data: str, source: str | None, work_dir: Path) -> Path:

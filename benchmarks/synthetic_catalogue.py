@@ -21,16 +21,20 @@ KNOWN_ITEMS, LENGTH, BATCH, WIDTH, NEGATIVES = 10_000, 101, 128, 64, 1024
 
 
 def write_data(data_dir: Path, num_items: int, num_batches: int) -> Path:
-    """As many sequences as that; popularity as it is: a few items make most events."""
+    """As many sequences as that, of LENGTH inputs and a last target."""
+    return write_sequences(data_dir, num_items, np.full(BATCH * num_batches, LENGTH + 1))
+
+
+def write_sequences(data_dir: Path, num_items: int, lengths: np.ndarray) -> Path:
+    """Sequences of these lengths; popularity as it is: a few items make most events."""
     generator = np.random.default_rng(1)
-    count = BATCH * num_batches
-    events = np.zeros((count, LENGTH + 1), EVENT_DTYPE)
-    ranks = generator.zipf(1.2, 4 * events.size)
-    ranks = ranks[ranks <= KNOWN_ITEMS][: events.size].reshape(events.shape)
-    events["item_id"] = ranks * (num_items // KNOWN_ITEMS)
-    events["timestamp"] = 1_700_000_000 + generator.integers(1, 90_000, events.shape).cumsum(1)
-    offsets = np.arange(count + 1) * (LENGTH + 1)
-    sequences = Sequences(events.ravel(), offsets, np.arange(1, count + 1))
+    count, offsets = len(lengths), np.concatenate([[0], lengths.cumsum()])
+    events = np.zeros(offsets[-1], EVENT_DTYPE)
+    ranks = generator.zipf(1.2, 4 * len(events))
+    events["item_id"] = ranks[ranks <= KNOWN_ITEMS][: len(events)] * (num_items // KNOWN_ITEMS)
+    seconds = generator.integers(1, 90_000, len(events)).cumsum()
+    events["timestamp"] = 1_700_000_000 + seconds - np.repeat(seconds[offsets[:-1]], lengths)
+    sequences = Sequences(events, offsets, np.arange(1, count + 1))
     begin_folder(data_dir)
     names = write_split(data_dir, "train", [sequences])
     finish_folder(data_dir, Manifest(num_items, count, 1, {"train": "next"}), names)
