@@ -57,9 +57,8 @@ def _store(table, rows, length, values, STRIDE: tl.constexpr, WIDTH: tl.constexp
 
 
 @triton.jit
-def _scores(a, b, query, key, sequence):
+def _scores(a, b, query, key, first, length, key_times, query_times, position_weight, time_weight):
     """Of a tile of positions: a b^T with the biases, which ones are pairs, time buckets (or 0)."""
-    first, length, key_times, query_times, position_weight, time_weight = sequence
     is_pair = (key <= query) & (query < length)
     scores = tl.dot(a, tl.trans(b), input_precision=PRECISION, out_dtype=SUM)
     buckets = tl.zeros(scores.shape, tl.int32)
@@ -86,7 +85,6 @@ def _forward_kernel(
     head, index = tl.program_id(0) % H, tl.program_id(0) // H
     first = tl.load(offsets + index)
     length = (tl.load(offsets + index + 1) - first).to(tl.int32)
-    sequence = first, length, key_times, query_times, position_weight, time_weight
     block = tl.program_id(1)
     if block * BLOCK >= length:
         return
@@ -98,7 +96,10 @@ def _forward_kernel(
         key = start + tl.arange(0, BLOCK)
         k = _load(activated + 2 * DV + DQK, key, length, H * WIDTH, DQK, PAD_QK)
         v = _load(activated + DV, key, length, H * WIDTH, DV, PAD_V)
-        scores, is_pair, _ = _scores(q, k, query[:, None], key[None, :], sequence)
+        scores, is_pair, _ = _scores(
+            q, k, query[:, None], key[None, :], first, length, key_times, query_times,
+            position_weight, time_weight,
+        )  # fmt: skip
         weights = tl.where(is_pair, scores / (1 + tl.exp(-scores)), 0.0).to(v.dtype)
         sums += tl.dot(weights, v, input_precision=PRECISION, out_dtype=SUM)
     _store(attended + (first * H + head) * DV, query, length, sums / N, H * DV, DV)
@@ -161,24 +162,24 @@ def _query_grads_kernel(
     head, index = tl.program_id(0) % H, tl.program_id(0) // H
     first = tl.load(offsets + index)
     length = (tl.load(offsets + index + 1) - first).to(tl.int32)
-    sequence = first, length, key_times, query_times, position_weight, time_weight
     program, num_programs = tl.program_id(1), tl.num_programs(1)
     partials += (tl.program_id(0).to(tl.int64) * num_programs + program) * (N + NUM_TIME_BUCKETS)
     activated += (first * H + head) * WIDTH
-    attended_grad += (first * H + head) * DV
-    grad += (first * H + head) * WIDTH
     time_sums = tl.zeros([PADDED_BUCKETS], SUM)
     for block in range(program, tl.cdiv(length, BLOCK), num_programs):
         query = block * BLOCK + tl.arange(0, BLOCK)
         q = _load(activated + 2 * DV, query, length, H * WIDTH, DQK, PAD_QK)
-        g = _load(attended_grad, query, length, H * DV, DV, PAD_V)
+        g = _load(attended_grad + (first * H + head) * DV, query, length, H * DV, DV, PAD_V)
         q_grad = tl.zeros([BLOCK, PAD_QK], SUM)
         carried = tl.zeros([BLOCK], SUM)
         for step in range(0, block + 1):
             key = (block - step) * BLOCK + tl.arange(0, BLOCK)
             k = _load(activated + 2 * DV + DQK, key, length, H * WIDTH, DQK, PAD_QK)
             v = _load(activated + DV, key, length, H * WIDTH, DV, PAD_V)
-            scores, is_pair, buckets = _scores(q, k, query[:, None], key[None, :], sequence)
+            scores, is_pair, buckets = _scores(
+                q, k, query[:, None], key[None, :], first, length, key_times, query_times,
+                position_weight, time_weight,
+            )  # fmt: skip
             _, scores_grad = _pair_grads(scores, g, v, is_pair)
             q_grad += tl.dot(scores_grad.to(k.dtype), k, input_precision=PRECISION, out_dtype=SUM)
             if position_weight is not None:
@@ -188,7 +189,7 @@ def _query_grads_kernel(
         if position_weight is not None:
             _add(partials, block * BLOCK, carried, length)
             tl.debug_barrier()  # the next block's sums are read by other threads
-        _store(grad + 2 * DV, query, length, q_grad, H * WIDTH, DQK)
+        _store(grad + (first * H + head) * WIDTH + 2 * DV, query, length, q_grad, H * WIDTH, DQK)
     columns = tl.arange(0, PADDED_BUCKETS)
     tl.store(partials + N + columns, time_sums, mask=columns < NUM_TIME_BUCKETS)
 
@@ -203,9 +204,7 @@ def _key_grads_kernel(
     head, index = tl.program_id(0) % H, tl.program_id(0) // H
     first = tl.load(offsets + index)
     length = (tl.load(offsets + index + 1) - first).to(tl.int32)
-    sequence = first, length, key_times, query_times, position_weight, time_weight
     activated += (first * H + head) * WIDTH
-    attended_grad += (first * H + head) * DV
     grad += (first * H + head) * WIDTH
     key = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     k = _load(activated + 2 * DV + DQK, key, length, H * WIDTH, DQK, PAD_QK)
@@ -215,8 +214,11 @@ def _key_grads_kernel(
     for start in range(tl.program_id(1) * BLOCK, length, BLOCK):
         query = start + tl.arange(0, BLOCK)
         q = _load(activated + 2 * DV, query, length, H * WIDTH, DQK, PAD_QK)
-        g = _load(attended_grad, query, length, H * DV, DV, PAD_V)
-        scores, is_pair, _ = _scores(k, q, query[None, :], key[:, None], sequence)
+        g = _load(attended_grad + (first * H + head) * DV, query, length, H * DV, DV, PAD_V)
+        scores, is_pair, _ = _scores(
+            k, q, query[None, :], key[:, None], first, length, key_times, query_times,
+            position_weight, time_weight,
+        )  # fmt: skip
         weights, scores_grad = _pair_grads(scores, v, g, is_pair)
         v_grad += tl.dot(weights.to(g.dtype), g, input_precision=PRECISION, out_dtype=SUM)
         k_grad += tl.dot(scores_grad.to(q.dtype), q, input_precision=PRECISION, out_dtype=SUM)
@@ -335,12 +337,9 @@ def _backward(ctx: Any, gated_grad: Tensor, _: None) -> tuple[Tensor | None, ...
     blocks = _ceil_div(longest, BLOCK.value)
     programs = min(blocks, _ceil_div(MOST_PROGRAMS, num_heads))
     partials = attended.new_zeros(num_heads * programs, N + NUM_TIME_BUCKETS.value)
-    wrap_triton(_query_grads_kernel)[(num_heads, programs)](
-        activated, attended_grad, *tables, grad, partials, N, **attention
-    )
-    wrap_triton(_key_grads_kernel)[(num_heads, blocks)](
-        activated, attended_grad, *tables, grad, **attention
-    )
+    inputs = activated, attended_grad, *tables
+    wrap_triton(_query_grads_kernel)[(num_heads, programs)](*inputs, grad, partials, N, **attention)
+    wrap_triton(_key_grads_kernel)[(num_heads, blocks)](*inputs, grad, **attention)
     sums = partials.sum(0)
     position_grad = None if tables[3] is None else sums[:N]
     time_grad = None if tables[4] is None else sums[N:]
