@@ -217,6 +217,8 @@ def announce(args: argparse.Namespace, run: Run) -> None:
         f"{num_weights(run.model):,} weights, {train_set.negatives.kind} negatives; "
         f"{args.num_epochs} epochs, {total_steps:,} steps"
     )
+    if args.precision != "fp32" and run.device.type == "cpu":
+        log.warning("--precision %s: fp32 is faster on a CPU (docs/speed.md)", args.precision)
     if args.warmup_steps and args.warmup_steps > total_steps / 5:
         found = f"--warmup_steps {args.warmup_steps}, but there are {total_steps} steps"
         remark = (

@@ -363,6 +363,13 @@ def test_a_flag_that_changes_nothing_is_named(tmp_path, data, capsys, flags, exp
     assert sorted(found) == expected.split()
 
 
+def test_bf16_on_a_cpu_is_said_to_be_slower(tmp_path, data, capsys):
+    run(tmp_path, data, name="fp32")
+    assert "fp32 is faster" not in capsys.readouterr().out
+    run(tmp_path, data, "--precision=bf16", name="bf16")
+    assert "--precision bf16: fp32 is faster on a CPU" in capsys.readouterr().out
+
+
 def test_target_action_is_named_as_idle_where_no_action_is_known(tmp_path, data, capsys):
     ids = {"item_ids": range(1, NUM_ITEMS + 1), "user_ids": range(1, 12), "num_action_types": 0}
     split = read_split(data, "train")
