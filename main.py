@@ -147,7 +147,7 @@ def train_epochs(args: argparse.Namespace, run: Run, run_log: RunLog) -> None:
     """
     progress, train_set = run.progress, run.datasets["train"]
     train_loader = make_loader(
-        train_set, args.batch_size, args.seed, run.device, args.num_workers, is_shuffled=True
+        train_set, run.batch_size, args.seed, run.device, args.num_workers, is_shuffled=True
     )
     valid_loader = eval_loader(args, run, "valid")
     while not progress.is_finished:

@@ -10,6 +10,7 @@ from typing import Any
 # Up to this many items "--negatives auto" ranks against all of them: it learns most per second
 # there (docs/log.md); beyond, the cost of a step would follow the catalogue.
 ALL_NEGATIVES_UP_TO = 20_000
+BATCH_SIZE, MIN_UPDATES = 128, 300
 # Up to this share of validation targets that their users had before, "--remove_seen auto" is on.
 MOST_REPEATS = 0.05
 # Up to this many bytes "--mm_emb_device auto" puts vectors on the device of the model.
@@ -83,7 +84,12 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     loss("--logq", **on_off, default=True, help="correct in-batch negatives for their popularity")
 
     optim = parser.add_argument_group("optimisation").add_argument
-    optim("--batch_size", type=at_least(1), default=128, help="sequences per batch")
+    optim("--batch_size", type=at_least(1), default=BATCH_SIZE, help="sequences per batch")
+    text = (
+        "steps an epoch, for which a small log's batches are cut; 0: never; not given: "
+        f"{MIN_UPDATES} with the default --batch_size, else 0"
+    )
+    optim("--min_updates", type=at_least(0), help=text)
     optim("--num_epochs", type=at_least(1), default=3, help="passes over the training sequences")
     optim("--lr", type=positive, default=0.001, help="highest learning rate")
     optim("--weight_decay", type=not_negative, default=0.01, help="of matrices, not tables; 0: off")

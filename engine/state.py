@@ -66,6 +66,7 @@ class Run:
     training_step: TrainingStep
     datasets: dict[str, MyDataset]  # by split
     item_counts: torch.Tensor  # (X + 1,) int64, events of each item in training
+    batch_size: int  # sequences in a training batch
     output_dir: Path
     binding: dict[str, Any]  # flags and data that a resumed run must share
     kernels: str  # of model.find_kernels

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import math
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -13,7 +14,14 @@ import torch
 from torch.utils.data import DataLoader
 
 from dataset import MyDataset, Negatives
-from engine.flags import ALL_NEGATIVES_UP_TO, FREE_FLAGS, MOST_REPEATS, get_args
+from engine.flags import (
+    ALL_NEGATIVES_UP_TO,
+    BATCH_SIZE,
+    FREE_FLAGS,
+    MIN_UPDATES,
+    MOST_REPEATS,
+    get_args,
+)
 from engine.kernels import choose_kernels
 from engine.setup import make_loader, pick_device, read_features, vectors_on_host
 from engine.state import STATE_FORMAT, Run
@@ -31,6 +39,9 @@ from ops.sharded_table import ShardedEmbedding
 from simplified_hstu import HSTU, HSTUAttention
 
 log = logging.getLogger("hstu")
+
+# Targets of a step, below which --min_updates cuts no batch: fewer did worse (docs/results.md).
+LEAST_TARGETS = 4096
 
 
 def prepare_run(args: argparse.Namespace, model_class: type[HSTUModel] = HSTUModel) -> Run:
@@ -55,7 +66,8 @@ def prepare_run(args: argparse.Namespace, model_class: type[HSTUModel] = HSTUMod
     model.hstu.gradient_checkpointing = args.gradient_checkpointing
     if args.compile:
         compile_blocks(model.hstu, kernels)
-    num_batches = -(-len(train_set) // args.batch_size)
+    batch_size = cut_batch_size(args, train_set)
+    num_batches = -(-len(train_set) // batch_size)
     total_steps = args.num_epochs * -(-num_batches // args.accumulate_steps)
     warmup = min(100, total_steps // 10) if args.warmup_steps is None else args.warmup_steps
     names = ("lr", "weight_decay", "muon", "clip_grad", "precision", "seed")
@@ -72,7 +84,21 @@ def prepare_run(args: argparse.Namespace, model_class: type[HSTUModel] = HSTUMod
         "data files": fingerprint(args.data_dir),
     }
     counts = torch.from_numpy(item_counts)
-    return Run(model, training_step, datasets, counts, Path(args.output_dir), binding, kernels)
+    parts = model, training_step, datasets, counts, batch_size
+    return Run(*parts, Path(args.output_dir), binding, kernels)
+
+
+def cut_batch_size(args: argparse.Namespace, train_set: MyDataset) -> int:
+    """Sequences in a training batch: --batch_size, or fewer for --min_updates steps an epoch."""
+    least = args.min_updates
+    if least is None:
+        least = MIN_UPDATES if args.batch_size == BATCH_SIZE else 0
+    if not least:
+        return args.batch_size
+    targets = train_set.negatives.target_counts.sum() / len(train_set)  # of a sequence, in the mean
+    for_steps = len(train_set) / (least * args.accumulate_steps)
+    for_targets = LEAST_TARGETS / (targets * args.accumulate_steps)
+    return min(args.batch_size, math.ceil(max(for_steps, for_targets)))
 
 
 def open_datasets(
@@ -217,6 +243,9 @@ def announce(args: argparse.Namespace, run: Run) -> None:
         f"{num_weights(run.model):,} weights, {train_set.negatives.kind} negatives; "
         f"{args.num_epochs} epochs, {total_steps:,} steps"
     )
+    if run.batch_size < args.batch_size:
+        found = f"batches of {run.batch_size} sequences instead of {args.batch_size}"
+        log.info("%s: a small log makes few steps otherwise (--min_updates 0: no)", found)
     if args.precision != "fp32" and run.device.type == "cpu":
         log.warning("--precision %s: fp32 is faster on a CPU (docs/speed.md)", args.precision)
     if args.warmup_steps and args.warmup_steps > total_steps / 5:

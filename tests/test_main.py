@@ -22,7 +22,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 import main as main_module
 from dataset import load_emb
-from engine import setup
+from engine import setup, training_setup
 from engine.flags import get_args
 from engine.training_setup import prepare_run
 from engine.training_step import TrainingStep
@@ -130,9 +130,42 @@ def test_every_flag_is_tested_for_its_effect():
         "save_every_steps", "log_every", "remove_seen", "inference_only", "state_dict_path",
         "top_k", "whole_history", "request_time", "request_action", "debug", "mm_emb_device",
         "candidates", "projector", "shard_items", "kernels", "evaluate", "export_users",
-        "init_from",
+        "init_from", "min_updates",
     }  # fmt: skip
     assert set(vars(get_args([]))) == others | set(TRAINING_FLAGS)
+
+
+def test_min_updates_cuts_the_batches_of_a_small_log(tmp_path, data, capsys, monkeypatch):
+    expected = weights(run(tmp_path, data, "--batch_size=3", name="cut"))
+    flags = "--batch_size=8", "--min_updates=4"  # of 11 sequences
+    uncut = weights(run(tmp_path, data, *flags, name="few_targets"))
+    assert "batches of" not in capsys.readouterr().out
+    monkeypatch.setattr(training_setup, "LEAST_TARGETS", 1)
+    found = weights(run(tmp_path, data, *flags, name="min_updates"))
+    assert "batches of 3 sequences instead of 8" in capsys.readouterr().out
+    assert are_equal(found, expected)
+    assert not are_equal(uncut, expected)
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        ([], 50),  # the targets of 50 sequences are enough for a step
+        (["--accumulate_steps=2"], 25),
+        (["--min_updates=200"], 60),  # 12,000 sequences make 200 steps of 60
+        (["--min_updates=0"], 128),
+        (["--batch_size=100"], 100),
+        (["--batch_size=100", "--min_updates=300"], 50),
+        (["--batch_size=7", "--min_updates=300"], 7),
+    ],
+)
+def test_a_batch_keeps_enough_targets_and_the_size_that_was_asked_for(flags, expected, monkeypatch):
+    class Windows(list):
+        negatives = SimpleNamespace(target_counts=np.array([0, 500_000, 460_000]))
+
+    monkeypatch.setattr(training_setup, "LEAST_TARGETS", 4000)
+    args = get_args(flags)
+    assert training_setup.cut_batch_size(args, Windows(range(12_000))) == expected
 
 
 def test_plain_kernels_train_validate_and_export_the_same(tmp_path, data, trained, monkeypatch):
