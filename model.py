@@ -115,6 +115,7 @@ class HSTUConfig:
     feature_digests: dict[str, str] | None = None  # of what features' numbers mean; None: not known
     removes_seen: bool = True  # rankings leave out what a user has seen; so its export does
     history_residual: bool = False  # the history's items are added to the query
+    id_dropout: float = 0.0  # share of id vectors left out in training, where items have features
 
 
 class HSTUModel(nn.Module):
@@ -259,6 +260,8 @@ class HSTUModel(nn.Module):
         x = self.embedding_module(item_ids, are_distinct)  # (n, D)
         if not self.config.item_features:
             return x
+        if self.training and self.config.id_dropout:  # unscaled: a vector is left out as a whole
+            x = x * (torch.rand(len(x), 1, device=x.device) >= self.config.id_dropout)
         return x + self._encode_features(self.config.item_features, tables, rows, vectors or {})
 
     def _encode_features(

@@ -48,7 +48,7 @@ SETTINGS = {
     "beauty-ids": ("beauty", f"{IDS} {BEAUTY}"),
     "beauty-event": ("beauty", f"{IDS_AND_TIMES} --time_bias=event {BEAUTY}"),
     "beauty-request": ("beauty", f"{IDS_AND_TIMES} {BEAUTY}"),
-    "beauty-features": ("beauty", f"--mm_emb_id --time_bias=off {BEAUTY}"),
+    "beauty-features": ("beauty", f"--mm_emb_id --time_bias=off {BEAUTY} --id_dropout=0.2"),
     "kuairand-ids": ("kuairand", f"{IDS} {KUAIRAND}"),
     "kuairand-actions": (
         "kuairand",

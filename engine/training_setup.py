@@ -166,7 +166,7 @@ def make_config(
     )
     same = (
         "maxlen", "hidden_units", "num_blocks", "num_heads", "attention_dim", "linear_dim",
-        "dropout_rate", "position_bias", "infonce_temp",
+        "dropout_rate", "id_dropout", "position_bias", "infonce_temp",
     )  # fmt: skip
     return HSTUConfig(
         num_items=manifest.num_items,
@@ -280,5 +280,6 @@ def idle_flags(run: Run) -> list[tuple[str, bool, str]]:
         ("logq", kind in ("all", "uniform"), f"with {kind} negatives"),
         ("shard_items", world_size() == 1, "in a single process"),
         ("target_action", not train_set.num_action_types, "without actions in the data"),
+        ("id_dropout", not specs, "without item features"),
         *((name, not has_vectors, "without multimodal vectors") for name in of_vectors),
     ]

@@ -242,6 +242,23 @@ def test_a_cold_candidate_is_encoded_from_its_features_alone(tiny):
     assert torch.equal(cold, model.item_tower(unknown, FeatureTables(items), rows))
 
 
+def test_id_dropout_leaves_whole_items_with_their_features_alone_in_training(tiny):
+    model = make_model(tiny, id_dropout=0.5)
+    ids = torch.arange(1, model.config.num_items + 1)
+    whole = model.eval().item_tower(ids)
+    features = whole - model.embedding_module(ids)
+    trained = model.train().item_tower(ids)
+    is_whole = (trained - whole).abs().amax(1) < 1e-5
+    is_alone = (trained - features).abs().amax(1) < 1e-5
+    assert is_whole.any() and is_alone.any() and (is_whole ^ is_alone).all()
+
+
+def test_id_dropout_changes_nothing_without_item_features(tiny):
+    model = make_model(tiny, ({}, {}), id_dropout=0.5)
+    ids = torch.arange(1, model.config.num_items + 1)
+    assert torch.equal(model.train().item_tower(ids), model.embedding_module(ids))
+
+
 def test_lists_of_any_length_are_pooled_by_their_mean(tiny):
     items, _ = read_all_features(tiny)
     model = make_model(tiny)
