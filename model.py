@@ -260,9 +260,12 @@ class HSTUModel(nn.Module):
         x = self.embedding_module(item_ids, are_distinct)  # (n, D)
         if not self.config.item_features:
             return x
+        features = self._encode_features(self.config.item_features, tables, rows, vectors or {})
         if self.training and self.config.id_dropout:  # unscaled: a vector is left out as a whole
-            x = x * (torch.rand(len(x), 1, device=x.device) >= self.config.id_dropout)
-        return x + self._encode_features(self.config.item_features, tables, rows, vectors or {})
+            is_left_out = torch.rand(len(x), 1, device=x.device) < self.config.id_dropout
+            # Of an item without features nothing would be left.
+            x = x.masked_fill(is_left_out & features.detach().any(1, keepdim=True), 0)
+        return x + features
 
     def _encode_features(
         self, specs: Mapping, tables: FeatureTables, rows: Tensor, given: Mapping[str, tuple]

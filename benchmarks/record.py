@@ -12,6 +12,7 @@ import platform
 import shlex
 import subprocess
 import sys
+from contextlib import suppress
 from datetime import date
 from importlib.metadata import version
 from pathlib import Path
@@ -43,17 +44,22 @@ def cpu_name() -> str:
     return f"{os.cpu_count()} x {names[0] if names else platform.machine()}"
 
 
+def commit() -> str:
+    """Of the code; empty where there is no git."""
+    command = ["git", "rev-parse", "--short", "HEAD"]
+    with suppress(FileNotFoundError):
+        return subprocess.run(command, capture_output=True, text=True, cwd=ROOT).stdout.strip()
+    return ""
+
+
 def environment(device: str) -> dict[str, object]:
     """What a figure depends on besides the code: command, commit, machine, versions, date."""
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=ROOT
-    )
     script = f"benchmarks/{Path(sys.argv[0]).name}"
     # Of a folder outside, its name: where it lies is a matter of the machine.
     arguments = [Path(a).name if Path(a).is_absolute() else a for a in sys.argv[1:]]
     return {
         "command": shlex.join(["python", script, *arguments]),
-        "commit": commit.stdout.strip(),
+        "commit": commit(),
         "device": device,
         "cpu": cpu_name(),
         "versions": {name: version(name) for name in ("torch", "numpy")},

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import resource
 import statistics
 import subprocess
 import sys
@@ -35,6 +34,8 @@ def main() -> None:
     if args.name == "table":
         print(table())
         return
+    import resource  # which Windows lacks, where other scripts import this one
+
     result = train(args.name, args.source, Path(args.work_dir), args.seed, args.device)
     peak_rss = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
     result |= {"peak_rss_gb": round(peak_rss / 1e6, 2), **environment(args.device)}
@@ -94,7 +95,8 @@ def row(results: list[dict]) -> list[str]:
     of_ranking = scores("valid", "HR@10", "NDCG@10"), scores("test", "HR@10", "NDCG@10")
     epochs = "/".join(str(result["best_epoch"]) for result in results)
     minutes = "/".join(f"{result['curve'][-1]['seconds'] / 60:.0f}" for result in results)
-    cpus = {"Xeon" if "Xeon" in result["cpu"] else "EPYC" for result in results}
+    kinds = "Xeon", "EPYC"
+    cpus = {next((k for k in kinds if k in r["cpu"]), r["cpu"]) for r in results}
     recorded = f"{max(result['date'] for result in results)[5:]} {', '.join(sorted(cpus))}"
     hits = scores("test", "HR@200")
     return [str(len(results)), *of_ranking, hits, epochs, minutes, recorded]

@@ -59,10 +59,13 @@ SETTINGS = {
     "kuairand-time": ("kuairand", KUAIRAND),
     "kuairand-target-action": ("kuairand", f"{KUAIRAND} --target_action"),
     "retailrocket-default": ("retailrocket", "--num_epochs=12"),
-    "retailrocket-no-residual": ("retailrocket", "--num_epochs=12 --history_residual=off"),
+    "retailrocket-no-residual": (
+        "retailrocket",
+        "--num_epochs=12 --min_updates=0 --history_residual=off",
+    ),
     "retailrocket-wide": (
         "retailrocket",
-        "--num_epochs=12 --hidden_units=128 --attention_dim=128 --linear_dim=128",
+        "--num_epochs=12 --min_updates=0 --hidden_units=128 --attention_dim=128 --linear_dim=128",
     ),
 }
 # The defaults, and the same inputs and shape with other flags of optimisation.

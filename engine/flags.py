@@ -89,7 +89,7 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     optim("--batch_size", type=at_least(1), default=BATCH_SIZE, help="sequences per batch")
     text = (
         "steps an epoch, for which a small log's batches are cut; 0: never; not given: "
-        f"{MIN_UPDATES} with the default --batch_size, else 0"
+        f"{MIN_UPDATES} with the defaults of --batch_size and --accumulate_steps, else 0"
     )
     optim("--min_updates", type=at_least(0), help=text)
     optim("--num_epochs", type=at_least(1), default=3, help="passes over the training sequences")

@@ -23,7 +23,7 @@ from ops.collectives import all_gather_ints, barrier, is_main_process
 log = logging.getLogger("hstu")
 
 # Of resume_*.pt; states of other formats hold other random numbers or optimiser states.
-STATE_FORMAT = 5
+STATE_FORMAT = 6
 
 
 @dataclass

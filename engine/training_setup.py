@@ -40,7 +40,8 @@ from simplified_hstu import HSTU, HSTUAttention
 
 log = logging.getLogger("hstu")
 
-# Targets of a step, below which --min_updates cuts no batch: fewer did worse (docs/results.md).
+# Targets of a step, below which --min_updates cuts no batch: in short histories, of few targets
+# each, smaller batches did worse (docs/log.md).
 LEAST_TARGETS = 4096
 
 
@@ -79,6 +80,7 @@ def prepare_run(args: argparse.Namespace, model_class: type[HSTUModel] = HSTUMod
     training_step = TrainingStep(model, optimization, train_set.negatives.kind == "all")
     binding = {name: value for name, value in vars(args).items() if name not in FREE_FLAGS} | {
         "state format": STATE_FORMAT,
+        "sequences in a batch": batch_size,
         "config": asdict(config),
         "data": manifest._asdict() | {"sequences": len(train_set)},
         "data files": fingerprint(args.data_dir),
@@ -92,13 +94,14 @@ def cut_batch_size(args: argparse.Namespace, train_set: MyDataset) -> int:
     """Sequences in a training batch: --batch_size, or fewer for --min_updates steps an epoch."""
     least = args.min_updates
     if least is None:
-        least = MIN_UPDATES if args.batch_size == BATCH_SIZE else 0
+        is_default = (args.batch_size, args.accumulate_steps) == (BATCH_SIZE, 1)
+        least = MIN_UPDATES if is_default else 0
     if not least:
         return args.batch_size
     targets = train_set.negatives.target_counts.sum() / len(train_set)  # of a sequence, in the mean
-    for_steps = len(train_set) / (least * args.accumulate_steps)
-    for_targets = LEAST_TARGETS / (targets * args.accumulate_steps)
-    return min(args.batch_size, math.ceil(max(for_steps, for_targets)))
+    for_steps = len(train_set) // (least * args.accumulate_steps)
+    for_targets = math.ceil(LEAST_TARGETS / (targets * args.accumulate_steps))
+    return min(args.batch_size, max(1, for_steps, for_targets))
 
 
 def open_datasets(

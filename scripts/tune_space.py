@@ -22,12 +22,12 @@ STARTS = {
         "batch_size": 512, "lr": 0.006, "dropout_rate": 0.4, "infonce_temp": 0.06, "muon": False,
     },
 }  # fmt: skip
-# The best batches of docs/results.md have 16 to 1,024 sequences, but all some thousand events.
+# The best batches of benchmarks/settings.py have 16 to 1,024 sequences, all some thousand events.
 EVENTS_PER_BATCH = 500, 16_000
 FEWEST_STEPS = 10  # in an epoch, with the largest batch that is tried
 MAXLENS = 20, 50, 101, 200
-# The best rates of docs/results.md, from .003 with 16 sequences to .008 with 1,024, grow about as
-# this power of the batch; for RATE_BATCH sequences all of them come to .004 to .005.
+# The best rates of benchmarks/settings.py, from .003 with 16 sequences to .008 with 1,024, grow
+# about as this power of the batch; for RATE_BATCH sequences all of them come to .004 to .005.
 RATE_POWER, RATE_BATCH = 0.25, 128
 
 

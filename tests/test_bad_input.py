@@ -557,7 +557,7 @@ def test_28_a_state_of_another_version_is_refused(good, tmp_path, call, monkeypa
     with monkeypatch.context() as before:
         before.setattr("engine.training_setup.STATE_FORMAT", 1)
         assert call(good).code == 0
-    assert_refused(call(good), "was trained with other settings: state format: 1 then, 5 now")
+    assert_refused(call(good), "was trained with other settings: state format: 1 then, 6 now")
 
 
 # ------------------------------------------------------------------------------- 2, 13, 30: exports

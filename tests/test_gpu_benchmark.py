@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from device_time import device_rates, measure
-from gpu import Shape, has_equal_bits, measure_all, minutes_to, write_like_movielens
+from gpu import Shape, equal_bits, measure_all, minutes_to, write_like_movielens
 from step import hstu_flop, least_bytes
 
 from files.data_folder import read_manifest
@@ -29,20 +29,20 @@ SHAPES = {
 def test_every_measurement_runs_and_says_a_positive_number(data):
     rates = device_rates(CPU, 64)
     assert all(rate > 0 for rate in rates.values())
-    found = measure_all(data, TRAININGS, SHAPES, rates, CPU)
-    kinds = [(row["name"], row["precision"]) for row in found["rows"]]
+    rows = measure_all(data, TRAININGS, SHAPES, rates, CPU)
+    kinds = [(row["name"], row["precision"]) for row in rows]
     assert kinds == [
         ("small", "fp32"), ("small, bf16", "bf16"), ("block", "fp32"), ("block", "bf16"),
         ("attention", "fp32"), ("attention", "bf16"),
     ]  # fmt: skip
-    for row in found["rows"]:
+    for row in rows:
         assert row["kernels"] == "torch"
         for name in ("ms", "host_ms", "busy_ms", "launches", "share_of_limit", "tokens_per_s"):
             assert row[name] > 0, name
         assert row["longest_ms"]
-    assert found["equal_bits"] == dict.fromkeys(TRAININGS, True)
-    errors = found["errors_from_float64"]
-    assert 0 < errors["block, fp32"] < 1e-5 < errors["block, bf16"] < 0.1
+    assert [row["equal_bits"] for row in rows[:2]] == [True, True]
+    errors = [row["error_from_float64"] for row in rows[2:]]
+    assert 0 < errors[0] < 1e-5 < errors[1] < 0.1
 
 
 def test_two_trainings_with_other_weights_have_no_equal_bits(data, monkeypatch):
@@ -50,7 +50,7 @@ def test_two_trainings_with_other_weights_have_no_equal_bits(data, monkeypatch):
     plain = gpu.Ours
     monkeypatch.setattr(gpu, "Ours", lambda a, b, c, flags, *rest: plain(
         a, b, c, f"{flags} {next(seeds)}", *rest))  # fmt: skip
-    assert not has_equal_bits(data, TRAININGS["small"], CPU)
+    assert equal_bits(data, TRAININGS["small"], CPU) == {"equal_bits": False}
 
 
 def test_a_step_that_does_not_fit_is_a_row_that_says_so():
@@ -59,6 +59,15 @@ def test_a_step_that_does_not_fit_is_a_row_that_says_so():
 
     row = gpu.report("large", "fp32", make, {}, CPU)
     assert row == {"name": "large", "precision": "fp32", "failed": "OutOfMemoryError: 80 GB"}
+
+
+def test_a_check_that_fails_leaves_the_other_rows(data, monkeypatch):
+    def fail(*_):
+        raise RuntimeError("an illegal access")
+
+    monkeypatch.setattr(gpu, "largest_error", fail)
+    rows = measure_all(data, {}, SHAPES, device_rates(CPU, 64), CPU)
+    assert [row["failed"] for row in rows] == ["RuntimeError: an illegal access"] * 4
 
 
 def test_a_step_is_timed_with_its_host_and_its_operations():

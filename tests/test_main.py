@@ -138,7 +138,7 @@ def test_every_flag_is_tested_for_its_effect():
 
 def test_min_updates_cuts_the_batches_of_a_small_log(tmp_path, data, capsys, monkeypatch):
     expected = weights(run(tmp_path, data, "--batch_size=3", name="cut"))
-    flags = "--batch_size=8", "--min_updates=4"  # of 11 sequences
+    flags = "--batch_size=8", "--min_updates=3"  # of 11 sequences
     uncut = weights(run(tmp_path, data, *flags, name="few_targets"))
     assert "batches of" not in capsys.readouterr().out
     monkeypatch.setattr(training_setup, "LEAST_TARGETS", 1)
@@ -152,7 +152,8 @@ def test_min_updates_cuts_the_batches_of_a_small_log(tmp_path, data, capsys, mon
     ("flags", "expected"),
     [
         ([], 50),  # the targets of 50 sequences are enough for a step
-        (["--accumulate_steps=2"], 25),
+        (["--accumulate_steps=2"], 128),
+        (["--accumulate_steps=2", "--min_updates=300"], 25),
         (["--min_updates=200"], 60),  # 12,000 sequences make 200 steps of 60
         (["--min_updates=0"], 128),
         (["--batch_size=100"], 100),
@@ -389,6 +390,7 @@ def test_a_warm_up_of_more_than_a_fifth_of_the_run_is_a_warning(tmp_path, data, 
             "mm_emb_device mm_missing",
         ),
         (["--shard_items"], "shard_items"),
+        (["--item_features=none", "--mm_emb_id", "--id_dropout=0.5"], "id_dropout"),
     ],
 )
 def test_a_flag_that_changes_nothing_is_named(tmp_path, data, capsys, flags, expected):

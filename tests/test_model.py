@@ -253,6 +253,13 @@ def test_id_dropout_leaves_whole_items_with_their_features_alone_in_training(tin
     assert is_whole.any() and is_alone.any() and (is_whole ^ is_alone).all()
 
 
+def test_id_dropout_keeps_the_id_of_an_item_whose_features_are_all_zero(tiny):
+    model = make_model(tiny, id_dropout=0.999999)
+    ids = torch.arange(1, model.config.num_items + 1)
+    model._encode_features = lambda *_: torch.zeros(len(ids), model.config.hidden_units)
+    assert torch.equal(model.train().item_tower(ids), model.embedding_module(ids))
+
+
 def test_id_dropout_changes_nothing_without_item_features(tiny):
     model = make_model(tiny, ({}, {}), id_dropout=0.5)
     ids = torch.arange(1, model.config.num_items + 1)
