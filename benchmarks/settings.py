@@ -71,6 +71,7 @@ SETTINGS = {
 # The defaults, and the same inputs and shape with other flags of optimisation.
 SETTINGS |= {
     "ml-1m-default": ("ml-1m", "--num_epochs=12"),
+    "ml-1m-default-uncut": ("ml-1m", "--num_epochs=12 --min_updates=0"),
     "ml-1m-default-tuned": (
         "ml-1m",
         f"{ML_1M} --num_epochs=12 --batch_size=16 --lr=0.003",
