@@ -1,9 +1,10 @@
 """What a training step launches on a GPU, counted without one, on a null device.
 
-    bash NULL/run.sh VENV OUT benchmarks/gpu_launches.py --nullcuda NULL --data_dir data/ml-1m
+    python benchmarks/gpu_launches.py --null_device NULL --data_dir data/ml-1m
 
-A null device stands below torch's CUDA build, counts each kernel, product, copy and wait, and runs
-none; NULL has its counts.py. So the self-check of Triton's attention is taken for passed.
+A null device is a library preloaded below torch's CUDA build that counts each kernel, product, copy
+and wait, and runs none; the folder NULL has its Python side, counts.py, with functions reset() and
+counts(). As nothing is computed, the self-check of Triton's attention is taken for passed.
 """
 
 from __future__ import annotations
@@ -57,10 +58,10 @@ def count(ours: Ours, counts: ModuleType) -> dict[str, float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--nullcuda", required=True, help="folder of the null device's counts.py")
+    parser.add_argument("--null_device", required=True, help="folder with counts.py")
     parser.add_argument("--data_dir", required=True, help="MovieLens-1M, converted")
     args = parser.parse_args()
-    sys.path.insert(0, args.nullcuda)
+    sys.path.insert(0, args.null_device)
     counts = importlib.import_module("counts")
     kernels.largest_error = lambda *_: 0.0
     result = {"flags": f"{PLAIN} {LOSS}", "steps": STEPS}
