@@ -278,6 +278,22 @@ class LearnablePositionalEmbeddingInputFeaturesPreprocessor(nn.Module):
         return self.dropout(x)
 
 
+class MixPrevious(nn.Module):
+    """Adds to an event's input a learnt share of the input before it: y_t = x_t + w * x_(t-1).
+
+    A causal convolution of width 2 with a weight per dimension, from 0 at first; nothing comes
+    before a sequence's first event. Not in the paper; it helps short histories (docs/log.md).
+    """
+
+    def __init__(self, hidden_units: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(hidden_units))
+
+    def forward(self, x: Tensor, positions: Tensor) -> Tensor:
+        """(T, D) -> (T, D); `positions`: (T,) int64, of each event in its sequence, from 0."""
+        return x + self.weight * x.roll(1, 0) * (positions > 0)[:, None]
+
+
 class HistoryResidual(nn.Module):
     """Adds a history's items to its query, for logs in which users come back to what they had.
 

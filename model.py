@@ -22,6 +22,7 @@ from hstu_components import (
     L2NormEmbeddingPostprocessor,
     LearnablePositionalEmbeddingInputFeaturesPreprocessor,
     LocalEmbeddingModule,
+    MixPrevious,
     module_key,
 )
 from ops.last_events import block_of_last
@@ -115,6 +116,7 @@ class HSTUConfig:
     feature_digests: dict[str, str] | None = None  # of what features' numbers mean; None: not known
     removes_seen: bool = True  # rankings leave out what a user has seen; so its export does
     history_residual: bool = False  # the history's items are added to the query
+    mix_previous: bool = False  # an event's input has a share of the one before
     id_dropout: float = 0.0  # share of id vectors left out in training, where items have features
 
 
@@ -153,6 +155,7 @@ class HSTUModel(nn.Module):
         self.input_preprocessor = LearnablePositionalEmbeddingInputFeaturesPreprocessor(
             config.maxlen, width, *action_types, config.dropout_rate
         )
+        self.mix_previous = MixPrevious(width) if config.mix_previous else None
         self.hstu = HSTU(
             num_blocks=config.num_blocks,
             time_bias=config.time_bias,
@@ -220,6 +223,8 @@ class HSTUModel(nn.Module):
         actions, users = (batch.action_types, batch.target_action_types), self._users(batch)
         order = batch.orders.get("positions")
         x = self.input_preprocessor(items, batch.positions, *actions, users, order)  # (T, D)
+        if self.mix_previous is not None:
+            x = self.mix_previous(x, batch.positions)
         last = batch.last_events() if only_last else None
         x = self.hstu(x, batch.offsets, batch.timestamps, batch.target_timestamps, last)
         if self.history_residual is not None:

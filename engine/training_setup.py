@@ -169,7 +169,7 @@ def make_config(
     )
     same = (
         "maxlen", "hidden_units", "num_blocks", "num_heads", "attention_dim", "linear_dim",
-        "dropout_rate", "id_dropout", "position_bias", "infonce_temp",
+        "dropout_rate", "id_dropout", "mix_previous", "position_bias", "infonce_temp",
     )  # fmt: skip
     return HSTUConfig(
         num_items=manifest.num_items,

@@ -9,6 +9,7 @@ from hstu_components import (
     ArrayEncoder,
     Dropout,
     HistoryResidual,
+    MixPrevious,
     gather_lists,
     pad_lists,
     running_sums,
@@ -48,6 +49,20 @@ def test_dropout_passes_gradients_where_it_keeps():
 def test_dropout_is_off_in_evaluation():
     x = torch.randn(5, 7)
     assert torch.equal(Dropout(0.5).eval()(x), x)
+
+
+def test_an_event_gets_a_share_of_the_one_before_in_its_sequence_alone():
+    x, positions = torch.randn(5, 3), torch.tensor([0, 1, 2, 0, 1])
+    mix = MixPrevious(3)
+    torch.testing.assert_close(mix(x, positions), x)
+    with torch.no_grad():
+        mix.weight.copy_(torch.tensor([0.5, -1.0, 2.0]))
+    found = mix(x, positions)
+    for t, position in enumerate(positions):
+        expected = x[t] + mix.weight * x[t - 1] if position else x[t]
+        torch.testing.assert_close(found[t], expected)
+    empty = mix(x[:0], positions[:0])  # of several processes one may have no sequence
+    assert empty.shape == (0, 3)
 
 
 @pytest.mark.parametrize("length", [0, 1, 127, 128, 300])
