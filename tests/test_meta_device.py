@@ -26,7 +26,13 @@ from engine.evaluation import evaluate
 
 FEATURES = {
     "ids": ["--item_features=none", "--user_features=none", "--mm_emb_id"],
-    "features": ["--item_features=all", "--user_features=all", "--target_action"],
+    "features": [
+        "--item_features=all",
+        "--user_features=all",
+        "--target_action",
+        "--mix_previous",
+        "--id_dropout=0.3",
+    ],
 }
 PRECISIONS = ["fp32", "bf16", "fp16"]
 # Operations on CUDA whose result depends on which thread comes first: those that torch's
