@@ -22,7 +22,7 @@ from ops.collectives import all_gather_ints, barrier, is_main_process
 
 log = logging.getLogger("hstu")
 
-# Of resume_*.pt; states of other formats hold other random numbers or optimiser states.
+# Of resume_*.pt; states of other formats hold other random numbers, batches or optimiser states.
 STATE_FORMAT = 6
 
 

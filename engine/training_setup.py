@@ -248,7 +248,7 @@ def announce(args: argparse.Namespace, run: Run) -> None:
     )
     if run.batch_size < args.batch_size:
         found = f"batches of {run.batch_size} sequences instead of {args.batch_size}"
-        log.info("%s: a small log makes few steps otherwise (--min_updates 0: no)", found)
+        log.info("%s, for more steps an epoch; --min_updates 0 keeps them whole", found)
     if args.precision != "fp32" and run.device.type == "cpu":
         log.warning("--precision %s: fp32 is faster on a CPU (docs/speed.md)", args.precision)
     if args.warmup_steps and args.warmup_steps > total_steps / 5:
