@@ -50,6 +50,7 @@ SETTINGS = {
     "beauty-event": ("beauty", f"{IDS_AND_TIMES} --time_bias=event {BEAUTY}"),
     "beauty-request": ("beauty", f"{IDS_AND_TIMES} {BEAUTY}"),
     "beauty-features": ("beauty", f"--mm_emb_id --time_bias=off {BEAUTY} --id_dropout=0.2"),
+    "beauty-features-whole": ("beauty", f"--mm_emb_id --time_bias=off {BEAUTY}"),
     "kuairand-ids": ("kuairand", f"{IDS} {KUAIRAND}"),
     "kuairand-actions": (
         "kuairand",
