@@ -154,8 +154,8 @@ def measured(work: Callable, *args: object) -> tuple[float, int]:
     return seconds, round((peak - start) / 1e3)
 
 
-def anonymous_kb() -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
+def anonymous_kb(process: int | str = "self") -> int:
+    lines = Path(f"/proc/{process}/status").read_text().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith("RssAnon"))
 
 

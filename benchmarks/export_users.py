@@ -19,6 +19,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
+from export_speed import anonymous_kb
 from record import ROOT, environment, write_by_cpu
 from synthetic_catalogue import open_run, write_sequences
 
@@ -68,8 +69,7 @@ def memory_kb(pid: int) -> int:
     """Of a process and its children."""
     total = 0
     try:
-        lines = Path(f"/proc/{pid}/status").read_text().splitlines()
-        total += next(int(line.split()[1]) for line in lines if line.startswith("RssAnon"))
+        total += anonymous_kb(pid)
         children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
     except (OSError, StopIteration):  # it has ended
         return total
