@@ -279,19 +279,24 @@ class LearnablePositionalEmbeddingInputFeaturesPreprocessor(nn.Module):
 
 
 class MixPrevious(nn.Module):
-    """Adds to an event's input a learnt share of the input before it: y_t = x_t + w * x_(t-1).
+    """Adds to an event's input learnt shares of the K inputs before it.
 
-    A causal convolution of width 2 with a weight per dimension, from 0 at first; nothing comes
+        y_t = x_t + w_1 * x_(t-1) + ... + w_K * x_(t-K)
+
+    A causal convolution with a weight per distance and dimension, each 0 at first; nothing comes
     before a sequence's first event. Not in the paper; it helps short histories (docs/log.md).
     """
 
-    def __init__(self, hidden_units: int):
+    def __init__(self, num_previous: int, hidden_units: int):
         super().__init__()
-        self.weight = nn.Parameter(torch.zeros(hidden_units))
+        self.weights = nn.Parameter(torch.zeros(num_previous, hidden_units))  # (K, D)
 
     def forward(self, x: Tensor, positions: Tensor) -> Tensor:
         """(T, D) -> (T, D); `positions`: (T,) int64, of each event in its sequence, from 0."""
-        return x + self.weight * x.roll(1, 0) * (positions > 0)[:, None]
+        y = x
+        for k, weight in enumerate(self.weights, 1):
+            y = y + weight * x.roll(k, 0) * (positions >= k)[:, None]
+        return y
 
 
 class HistoryResidual(nn.Module):

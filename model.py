@@ -116,7 +116,7 @@ class HSTUConfig:
     feature_digests: dict[str, str] | None = None  # of what features' numbers mean; None: not known
     removes_seen: bool = True  # rankings leave out what a user has seen; so its export does
     history_residual: bool = False  # the history's items are added to the query
-    mix_previous: bool = False  # an event's input has a share of the one before
+    mix_previous: int = 0  # an event's input has shares of so many before it
     id_dropout: float = 0.0  # share of id vectors left out in training, where items have features
 
 
@@ -155,7 +155,8 @@ class HSTUModel(nn.Module):
         self.input_preprocessor = LearnablePositionalEmbeddingInputFeaturesPreprocessor(
             config.maxlen, width, *action_types, config.dropout_rate
         )
-        self.mix_previous = MixPrevious(width) if config.mix_previous else None
+        mixed = config.mix_previous
+        self.mix_previous = MixPrevious(mixed, width) if mixed else None
         self.hstu = HSTU(
             num_blocks=config.num_blocks,
             time_bias=config.time_bias,

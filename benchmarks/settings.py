@@ -46,7 +46,7 @@ SETTINGS = {
         f"{IDS_AND_TIMES} {LARGE} {ML_1M} --batch_size=32 --lr=0.002 --num_epochs=20",
     ),
     "beauty-ids": ("beauty", f"{IDS} {BEAUTY}"),
-    "beauty-ids-mix": ("beauty", f"{IDS} {BEAUTY} --mix_previous"),
+    "beauty-ids-mix": ("beauty", f"{IDS} {BEAUTY} --mix_previous=8"),
     "beauty-event": ("beauty", f"{IDS_AND_TIMES} --time_bias=event {BEAUTY}"),
     "beauty-request": ("beauty", f"{IDS_AND_TIMES} {BEAUTY}"),
     "beauty-features": ("beauty", f"--mm_emb_id --time_bias=off {BEAUTY} --id_dropout=0.2"),

@@ -66,8 +66,8 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     model("--attention_dim", type=at_least(1), default=64, help="query and key width per head")
     model("--linear_dim", type=at_least(1), default=64, help="value and gate width per head")
     model("--dropout_rate", type=share, default=0.2, help="of inputs and blocks; 0: off")
-    text = "add a learnt share of the event before to each event's input"
-    model("--mix_previous", **on_off, default=False, help=text)
+    text = "add learnt shares of so many events before it to each event's input; 0: off"
+    model("--mix_previous", type=at_least(0), default=0, help=text)
     text = "share of a batch's items that are known by features alone, against overfitting; 0: off"
     model("--id_dropout", type=share, default=0.0, help=text)
     text = "time a query has: that of the event to predict, of the last seen event, or none"

@@ -20,7 +20,7 @@ STARTS = {
     "long histories": {"batch_size": 16, "lr": 0.003, "infonce_temp": 0.05},
     "short histories": {
         "batch_size": 512, "lr": 0.006, "dropout_rate": 0.4, "infonce_temp": 0.06, "muon": False,
-        "mix_previous": True,
+        "mix_previous": 8,
     },
 }  # fmt: skip
 # The best batches of benchmarks/settings.py have 16 to 1,024 sequences, all some thousand events.
@@ -53,7 +53,7 @@ def search_space(
         "dropout_rate": FloatDistribution(0.0, 0.6, step=0.1),
         "infonce_temp": FloatDistribution(0.03, 0.15, step=0.01),
         "muon": CategoricalDistribution([True, False]),
-        "mix_previous": CategoricalDistribution([False, True]),
+        "mix_previous": IntDistribution(0, 8, step=4),
         "maxlen": CategoricalDistribution(sorted(maxlens)),
     }
     if num_items > ALL_NEGATIVES_UP_TO:

@@ -51,16 +51,22 @@ def test_dropout_is_off_in_evaluation():
     assert torch.equal(Dropout(0.5).eval()(x), x)
 
 
-def test_an_event_gets_a_share_of_the_one_before_in_its_sequence_alone():
-    x, positions = torch.randn(5, 3), torch.tensor([0, 1, 2, 0, 1])
-    mix = MixPrevious(3)
+def test_an_event_gets_shares_of_those_before_in_its_sequence_alone():
+    x, positions = torch.randn(6, 3), torch.tensor([0, 1, 2, 3, 0, 1])
+    mix = MixPrevious(2, 3)
     torch.testing.assert_close(mix(x, positions), x)
+    one, two = torch.tensor([0.5, -1.0, 2.0]), torch.tensor([1.5, 1.0, 0.0])
     with torch.no_grad():
-        mix.weight.copy_(torch.tensor([0.5, -1.0, 2.0]))
-    found = mix(x, positions)
-    for t, position in enumerate(positions):
-        expected = x[t] + mix.weight * x[t - 1] if position else x[t]
-        torch.testing.assert_close(found[t], expected)
+        mix.weights.copy_(torch.stack([one, two]))
+    expected = [
+        x[0],
+        x[1] + one * x[0],
+        x[2] + one * x[1] + two * x[0],
+        x[3] + one * x[2] + two * x[1],
+        x[4],
+        x[5] + one * x[4],
+    ]
+    torch.testing.assert_close(mix(x, positions), torch.stack(expected))
     empty = mix(x[:0], positions[:0])  # of several processes one may have no sequence
     assert empty.shape == (0, 3)
 

@@ -87,7 +87,7 @@ TRAINING_FLAGS = {
     "attention_dim": ([], ["--attention_dim=4"]),
     "linear_dim": ([], ["--linear_dim=4"]),
     "dropout_rate": ([], ["--dropout_rate=0"]),
-    "mix_previous": ([], ["--mix_previous"]),
+    "mix_previous": ([], ["--mix_previous=2"]),
     "id_dropout": ([], ["--id_dropout=0.5"]),
     "time_bias": ([], ["--time_bias=event"]),
     "position_bias": ([], ["--no-position_bias"]),

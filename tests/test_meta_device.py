@@ -30,7 +30,7 @@ FEATURES = {
         "--item_features=all",
         "--user_features=all",
         "--target_action",
-        "--mix_previous",
+        "--mix_previous=2",
         "--id_dropout=0.3",
     ],
 }

@@ -118,9 +118,12 @@ def test_a_user_that_is_not_known_adds_nothing(tiny):
     assert not users[:start].any() and users[start:].any()
 
 
-@pytest.mark.parametrize("switch", ["position_bias", "history_residual", "mix_previous"])
-def test_future_events_cannot_move_a_users_earlier_queries(tiny, switch):
-    model = make_model(tiny, **{switch: True})
+SWITCHES = [("position_bias", True), ("history_residual", True), ("mix_previous", 2)]
+
+
+@pytest.mark.parametrize(("switch", "value"), SWITCHES)
+def test_future_events_cannot_move_a_users_earlier_queries(tiny, switch, value):
+    model = make_model(tiny, **{switch: value})
     # The residual's sums over the events before a sequence leave some 1e-16 of them.
     tolerance = {"rtol": 0, "atol": 1e-6 if switch == "history_residual" else 0}
     batch = make_batch(tiny)
@@ -133,9 +136,9 @@ def test_future_events_cannot_move_a_users_earlier_queries(tiny, switch):
     torch.testing.assert_close(before[last + 1 :], after[last + 1 :], **tolerance)
 
 
-@pytest.mark.parametrize("switch", ["position_bias", "history_residual", "mix_previous"])
-def test_a_user_is_the_same_alone_and_in_a_batch(tiny, switch):
-    model = make_model(tiny, **{switch: True})
+@pytest.mark.parametrize(("switch", "value"), SWITCHES)
+def test_a_user_is_the_same_alone_and_in_a_batch(tiny, switch, value):
+    model = make_model(tiny, **{switch: value})
     together = make_batch(tiny)
     queries = model.predict(together)
     for b, user in enumerate(together.user_ids.tolist()):

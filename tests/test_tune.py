@@ -237,7 +237,7 @@ def test_a_flag_that_is_not_of_trainings_is_refused(flag, data, tmp_path, capsys
 
 def test_nothing_to_search_is_refused(data, tmp_path, capsys):
     flags = ["--batch_size=4", "--lr=.1", "--dropout_rate=0", "--infonce_temp=1", "--muon"]
-    assert run(data, tmp_path, 1, *flags, "--mix_previous", "--maxlen=5") == 1
+    assert run(data, tmp_path, 1, *flags, "--mix_previous=0", "--maxlen=5") == 1
     assert_one_line(capsys.readouterr().err, "all flags that could be searched were given")
 
 
@@ -246,7 +246,8 @@ def test_the_picture_has_a_point_per_trial_and_pruned_ones_are_hollow(data, tmp_
     monkeypatch.setattr(tune, "draw_trials", lambda *of: figures.append(draw(*of)) or figures[0])
     Trainings(monkeypatch, 0.2, 0.4, 0.1)
     assert run(data, tmp_path, 25 / 60) == 0
-    settings = "batch_size lr dropout_rate infonce_temp muon mix_previous maxlen".split()
+    settings = ["batch_size", "lr", "dropout_rate", "infonce_temp", "muon", "mix_previous"]
+    settings += ["maxlen"]
     titles = [ax.get_title("left") for ax in figures[0].axes if ax.get_visible()]
     assert titles == [f"--{name}" for name in settings]
     (points,) = figures[0].axes[0].collections
