@@ -51,6 +51,10 @@ SETTINGS = {
     "beauty-request": ("beauty", f"{IDS_AND_TIMES} {BEAUTY}"),
     "beauty-features": ("beauty", f"--mm_emb_id --time_bias=off {BEAUTY} --id_dropout=0.2"),
     "beauty-features-whole": ("beauty", f"--mm_emb_id --time_bias=off {BEAUTY}"),
+    "beauty-features-mix": (
+        "beauty",
+        f"--mm_emb_id --time_bias=off {BEAUTY} --id_dropout=0.2 --mix_previous=8",
+    ),
     "kuairand-ids": ("kuairand", f"{IDS} {KUAIRAND}"),
     "kuairand-actions": (
         "kuairand",
@@ -60,6 +64,7 @@ SETTINGS = {
     "kuairand-users": ("kuairand", f"--time_bias=off {KUAIRAND}"),
     "kuairand-time": ("kuairand", KUAIRAND),
     "kuairand-target-action": ("kuairand", f"{KUAIRAND} --target_action"),
+    "kuairand-target-action-mix": ("kuairand", f"{KUAIRAND} --target_action --mix_previous=8"),
     "retailrocket-default": ("retailrocket", "--num_epochs=12"),
     "retailrocket-no-residual": (
         "retailrocket",
