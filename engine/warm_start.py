@@ -29,7 +29,7 @@ VOCABULARY = "vocabulary.pkl"  # beside the models of a training: what its numbe
 # Settings that decide what the weights are; the others may differ from those of the earlier model.
 SHAPE = (
     "maxlen", "hidden_units", "num_blocks", "num_heads", "attention_dim", "linear_dim",
-    "time_bias", "position_bias",
+    "mix_previous", "time_bias", "position_bias",
 )  # fmt: skip
 
 

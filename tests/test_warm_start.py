@@ -223,6 +223,7 @@ def damaged_vocabulary(folder: Path) -> None:
         (None, ["--num_blocks=1"], "num_blocks: 2 then, 1 now"),
         (None, ["--time_bias=event"], "time_bias: 'request' then, 'event' now"),
         (None, ["--maxlen=9"], "maxlen: 7 then, 9 now"),
+        (None, ["--mix_previous=2"], "mix_previous: 0 then, 2 now"),
         (remove_vocabulary, [], "vocabulary.pkl: missing, but --init_from needs"),
         (other_vocabulary, [], "vocabulary.pkl: has not the items of model_best.pt"),
         (damaged_vocabulary, [], "vocabulary.pkl: no vocabulary of a training"),
