@@ -44,8 +44,9 @@ SEED = 1  # of the proposals; the trainings have --seed
 # Trainings that the hours would suffice for if none ended early; the number of epochs follows.
 WHOLE_TRAININGS = 10
 EPOCHS = 3, 30  # at least, at most
-# In this part of its epochs no training is pruned: large batches and dropout start slowly.
-UNPRUNED_PART = 0.25
+# Large batches and dropout start slowly, and pass the defaults late: no training is pruned in this
+# part of its epochs, and then only what is below this share of the whole trainings.
+UNPRUNED_PART, KEPT_PERCENT = 0.5, 75.0
 # Flags of main.py that are the tune's own business.
 OWN = {
     "data_dir", "output_dir", "log_dir", "resume", "overwrite", "inference_only", "evaluate",
@@ -170,7 +171,8 @@ def open_study(
         study.set_user_attr("seconds", time.monotonic() - began)
         study.set_user_attr("num_epochs", num_epochs)
     warmup = math.ceil(UNPRUNED_PART * study.user_attrs["num_epochs"])
-    study.pruner = optuna.pruners.MedianPruner(n_startup_trials=2, n_warmup_steps=warmup)
+    counts = {"n_startup_trials": len(STARTS), "n_warmup_steps": warmup}
+    study.pruner = optuna.pruners.PercentilePruner(KEPT_PERCENT, **counts)
     return study
 
 

@@ -133,18 +133,19 @@ def table_of(output: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
-def test_a_bad_training_is_cut_short_after_a_quarter_and_its_checkpoints_removed(
+def test_a_bad_training_is_cut_short_after_the_half_and_its_checkpoints_removed(
     data, tmp_path, monkeypatch, capsys
 ):
-    trainings = Trainings(monkeypatch, 0.2, 0.4, 0.1, 0.1)
-    assert run(data, tmp_path, 27 / 60) == 0
-    assert trainings.epochs == [8, 8, 2, 2]
+    trainings = Trainings(monkeypatch, 0.2, 0.4, 0.1, 0.09, 0.3, 0.1)
+    assert run(data, tmp_path, 45 / 60) == 0
+    # The three starts are trained whole, and so is what is not in the worst quarter of the whole.
+    assert trainings.epochs == [8, 8, 8, 4, 8, 4]
     ends = [row["end"] for row in table_of(tmp_path)]
-    assert ends == ["best epoch 8"] * 2 + ["pruned after epoch 2"] * 2
-    kept = sorted(path.parent.name + "/" + path.name for path in tmp_path.rglob("*.pt"))
-    assert kept == ["trial_000/model_best.pt", "trial_001/model_best.pt"]
+    assert [end == "pruned after epoch 4" for end in ends] == [n == 4 for n in trainings.epochs]
+    kept = sorted(path.parent.name for path in tmp_path.rglob("*.pt"))
+    assert kept == ["trial_000", "trial_001", "trial_002", "trial_004"]
     out = capsys.readouterr().out
-    assert "4 trials, 2 of them to the end" in out
+    assert "6 trials, 4 of them to the end" in out
     assert "trial 1 has NDCG@10 0.4000 in the validation, 100.0 % above the defaults" in out
 
 
@@ -244,8 +245,8 @@ def test_nothing_to_search_is_refused(data, tmp_path, capsys):
 def test_the_picture_has_a_point_per_trial_and_pruned_ones_are_hollow(data, tmp_path, monkeypatch):
     figures, draw = [], tune.draw_trials
     monkeypatch.setattr(tune, "draw_trials", lambda *of: figures.append(draw(*of)) or figures[0])
-    Trainings(monkeypatch, 0.2, 0.4, 0.1)
-    assert run(data, tmp_path, 25 / 60) == 0
+    Trainings(monkeypatch, 0.2, 0.4, 0.3, 0.1)
+    assert run(data, tmp_path, 33 / 60) == 0
     settings = ["batch_size", "lr", "dropout_rate", "infonce_temp", "muon", "mix_previous"]
     settings += ["maxlen"]
     titles = [ax.get_title("left") for ax in figures[0].axes if ax.get_visible()]
@@ -255,7 +256,7 @@ def test_the_picture_has_a_point_per_trial_and_pruned_ones_are_hollow(data, tmp_
     shown = [[float(row["batch_size"]), float(row["NDCG@10"])] for row in rows]
     assert points.get_offsets().tolist() == shown
     is_hollow = [face[3] == 0 for face in points.get_facecolors()]
-    assert is_hollow == [row["end"].startswith("pruned") for row in rows] == [False, False, True]
+    assert is_hollow == [row["end"].startswith("pruned") for row in rows] == [False] * 3 + [True]
 
 
 def test_the_folder_of_another_tune_is_refused(data, tmp_path, monkeypatch, capsys):
