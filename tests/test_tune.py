@@ -22,6 +22,7 @@ import optuna
 import tune
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tune_space import STARTS, params_of, search_space, settings_of
+from tuned import result_of
 
 from engine.flags import get_args
 from engine.signals import Stopped
@@ -324,6 +325,14 @@ def test_three_trials_end_with_a_command_that_makes_the_best_again(tuned):
     best = max(float(row["NDCG@10"]) for row in rows if row["end"].startswith("best"))
     assert read_json(output / "best" / "metrics.json")["valid"]["NDCG@10"] == best
     assert (output / "trials.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.slow
+def test_a_recorded_tune_has_all_trials_and_the_best_ones_metrics(tuned):
+    found = result_of(tuned[1])
+    assert found["trials"] == table_of(tuned[1])
+    best = found["trials"][found["best_trial"]]
+    assert found["valid"]["NDCG@10"] == float(best["NDCG@10"])
 
 
 @pytest.mark.slow
