@@ -1,4 +1,4 @@
-"""How far two hours of scripts/tune.py come with a log: all trials, beside the best known settings.
+"""What two hours of scripts/tune.py find on a log: all trials, and the best one's metrics.
 
     python benchmarks/tuned.py ml-1m --source ../shared/data/ml-1m
 

@@ -44,9 +44,10 @@ SEED = 1  # of the proposals; the trainings have --seed
 # Trainings that the hours would suffice for if none ended early; the number of epochs follows.
 WHOLE_TRAININGS = 10
 EPOCHS = 3, 30  # at least, at most
-# Large batches and dropout start slowly, and pass the defaults late: no training is pruned in this
-# part of its epochs, and then only what is below this share of the whole trainings.
-UNPRUNED_PART, KEPT_PERCENT = 0.5, 75.0
+# In this part of its epochs no training is pruned: large batches and dropout start slowly.
+UNPRUNED_PART = 0.5
+# Later a training is pruned if it is not among the best of so many percent of the whole ones.
+KEPT_PERCENT = 75.0
 # Flags of main.py that are the tune's own business.
 OWN = {
     "data_dir", "output_dir", "log_dir", "resume", "overwrite", "inference_only", "evaluate",

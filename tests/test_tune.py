@@ -134,7 +134,7 @@ def table_of(output: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
-def test_a_bad_training_is_cut_short_after_the_half_and_its_checkpoints_removed(
+def test_a_bad_training_is_cut_short_after_half_of_its_epochs_and_its_checkpoints_removed(
     data, tmp_path, monkeypatch, capsys
 ):
     trainings = Trainings(monkeypatch, 0.2, 0.4, 0.1, 0.09, 0.3, 0.1)
@@ -142,9 +142,10 @@ def test_a_bad_training_is_cut_short_after_the_half_and_its_checkpoints_removed(
     # The three starts are trained whole, and so is what is not in the worst quarter of the whole.
     assert trainings.epochs == [8, 8, 8, 4, 8, 4]
     ends = [row["end"] for row in table_of(tmp_path)]
-    assert [end == "pruned after epoch 4" for end in ends] == [n == 4 for n in trainings.epochs]
-    kept = sorted(path.parent.name for path in tmp_path.rglob("*.pt"))
-    assert kept == ["trial_000", "trial_001", "trial_002", "trial_004"]
+    whole, pruned = "best epoch 8", "pruned after epoch 4"
+    assert ends == [whole, whole, whole, pruned, whole, pruned]
+    kept = sorted(path.parent.name + "/" + path.name for path in tmp_path.rglob("*.pt"))
+    assert kept == [f"trial_00{number}/model_best.pt" for number in (0, 1, 2, 4)]
     out = capsys.readouterr().out
     assert "6 trials, 4 of them to the end" in out
     assert "trial 1 has NDCG@10 0.4000 in the validation, 100.0 % above the defaults" in out
