@@ -38,7 +38,7 @@ SETTINGS = {
     "ml-1m-small": ("ml-1m", f"{IDS_AND_TIMES} {SMALL} {ML_1M_SMALL}"),
     "ml-1m-large": (
         "ml-1m",
-        f"{IDS_AND_TIMES} {LARGE} --infonce_temp=0.05 --batch_size=32 --lr=0.002 --num_epochs=20",
+        f"{IDS_AND_TIMES} {LARGE} --infonce_temp=0.04 --lr=0.005 --dropout_rate=0.15 --num_epochs=14",
     ),
     "beauty-ids": ("beauty", f"{IDS} {BEAUTY}"),
     "beauty-ids-mix": ("beauty", f"{IDS} {BEAUTY} --mix_previous=8"),
