@@ -23,6 +23,7 @@ LARGE = (
     "--maxlen=200 --num_blocks=8 --num_heads=2 --hidden_units=50 --attention_dim=25 --linear_dim=25"
 )
 ML_1M_SMALL = "--infonce_temp=0.04 --lr=0.0072 --dropout_rate=0.1 --num_epochs=16"
+ML_1M_LARGE = "--infonce_temp=0.04 --lr=0.005 --dropout_rate=0.15 --num_epochs=14"
 BEAUTY = (
     "--maxlen=20 --hidden_units=128 --attention_dim=128 --linear_dim=128 --batch_size=1024 "
     "--lr=0.008 --dropout_rate=0.5 --infonce_temp=0.08 --num_epochs=14 --no-muon"
@@ -36,10 +37,7 @@ SETTINGS = {
     # As scripts/quickstart.sh.
     "quickstart": ("synthetic", "--num_epochs=30 --lr=0.003 --dropout_rate=0.3"),
     "ml-1m-small": ("ml-1m", f"{IDS_AND_TIMES} {SMALL} {ML_1M_SMALL}"),
-    "ml-1m-large": (
-        "ml-1m",
-        f"{IDS_AND_TIMES} {LARGE} --infonce_temp=0.04 --lr=0.005 --dropout_rate=0.15 --num_epochs=14",
-    ),
+    "ml-1m-large": ("ml-1m", f"{IDS_AND_TIMES} {LARGE} {ML_1M_LARGE}"),
     "beauty-ids": ("beauty", f"{IDS} {BEAUTY}"),
     "beauty-ids-mix": ("beauty", f"{IDS} {BEAUTY} --mix_previous=8"),
     "beauty-event": ("beauty", f"{IDS_AND_TIMES} --time_bias=event {BEAUTY}"),
