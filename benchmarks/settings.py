@@ -37,6 +37,10 @@ SETTINGS = {
     # As scripts/quickstart.sh.
     "quickstart": ("synthetic", "--num_epochs=30 --lr=0.003 --dropout_rate=0.3"),
     "ml-1m-small": ("ml-1m", f"{IDS_AND_TIMES} {SMALL} {ML_1M_SMALL}"),
+    "ml-1m-four-heads": (
+        "ml-1m",
+        f"{IDS_AND_TIMES} {SMALL} --num_heads=4 {ML_1M_SMALL} --num_epochs=12",
+    ),
     "ml-1m-large": ("ml-1m", f"{IDS_AND_TIMES} {LARGE} {ML_1M_LARGE}"),
     "beauty-ids": ("beauty", f"{IDS} {BEAUTY}"),
     "beauty-ids-mix": ("beauty", f"{IDS} {BEAUTY} --mix_previous=8"),
