@@ -30,10 +30,8 @@ BLOCK = tl.constexpr(32)
 MOST_PROGRAMS = 2048  # or a few more, that sum the biases' gradients; each has its partial sums
 NORM_ELEMENTS = 2048  # of a program for norm and gate
 # As in simplified_hstu.
-BUCKET_LOG_WIDTH = tl.constexpr(0.301)
-NUM_TIME_BUCKETS = tl.constexpr(129)
-NORM_EPS = tl.constexpr(1e-6)
-PADDED_BUCKETS = tl.constexpr(256)
+BUCKET_LOG_WIDTH, NORM_EPS = tl.constexpr(0.301), tl.constexpr(1e-6)
+NUM_TIME_BUCKETS, PADDED_BUCKETS = tl.constexpr(129), tl.constexpr(256)
 # Plain tf32 would keep 10 bits of a float32; three products of it keep about all.
 PRECISION = tl.constexpr("tf32x3")
 SUM = tl.constexpr(tl.float32)  # of all sums; the interpreter's tests have float64
@@ -303,7 +301,7 @@ def _gated_attention(
     dv: int, dqk: int, maxlen: int,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """U * LayerNorm(A V) in the type of `activated`, and A V in that of sums, (T, H * dv)."""
-    T, (attention, norm) = activated.shape[0], _sizes(activated, dv, dqk)
+    (attention, norm), T = _sizes(activated, dv, dqk), activated.shape[0]
     gated = activated.new_empty(T, norm["H"] * dv)
     attended = torch.empty_like(gated, dtype=torch.promote_types(gated.dtype, torch.float32))
     tables = offsets, key_times, query_times, position_weight, time_weight
@@ -325,25 +323,36 @@ def _save(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
 
 
 def _backward(ctx: Any, gated_grad: Tensor, _: None) -> tuple[Tensor | None, ...]:
-    activated, attended, *tables = ctx.saved_tensors
-    longest, dv, dqk, N = ctx.sizes
-    T, (attention, norm) = activated.shape[0], _sizes(activated, dv, dqk)
+    tensors, N = ctx.saved_tensors, ctx.sizes[-1]
+    grad, sums = _gated_attention_grads(gated_grad.contiguous(), *tensors, *ctx.sizes)
+    position_grad = None if tensors[5] is None else sums[:N]
+    time_grad = None if tensors[6] is None else sums[N:]
+    return grad, None, None, None, None, position_grad, time_grad, None, None, None
+
+
+# An operator too: else each launch would be wrapped anew, and never freed.
+@triton_op(f"hstu::gated_attention_grads_{VERSION}", mutates_args={})
+def _gated_attention_grads(
+    gated_grad: Tensor, activated: Tensor, attended: Tensor, offsets: Tensor, key_times: Tensor,
+    query_times: Tensor | None, position_weight: Tensor | None, time_weight: Tensor | None,
+    longest: int, dv: int, dqk: int, maxlen: int,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Gradients of `activated`, and of the biases by distance and by time bucket, (N + 129,)."""
+    (attention, norm), T = _sizes(activated, dv, dqk), activated.shape[0]
     grad = torch.empty_like(activated)
     attended_grad = torch.empty_like(attended, dtype=activated.dtype)
-    wrap_triton(_norm_gate_kernel)[(_ceil_div(T, norm["ROWS"]),)](
-        activated, attended, None, gated_grad.contiguous(), grad, attended_grad, T, N, **norm
-    )
-    num_heads = (tables[0].shape[0] - 1) * norm["H"]  # of all sequences
+    num_heads = (offsets.shape[0] - 1) * norm["H"]  # of all sequences
     blocks = _ceil_div(longest, BLOCK.value)
     programs = min(blocks, _ceil_div(MOST_PROGRAMS, num_heads))
-    partials = attended.new_zeros(num_heads * programs, N + NUM_TIME_BUCKETS.value)
-    inputs = activated, attended_grad, *tables
-    wrap_triton(_query_grads_kernel)[(num_heads, programs)](*inputs, grad, partials, N, **attention)
+    partials = attended.new_zeros(num_heads * programs, maxlen + NUM_TIME_BUCKETS.value)
+    tables = offsets, key_times, query_times, position_weight, time_weight
+    inputs, grid = (activated, attended_grad, *tables), (num_heads, programs)
+    wrap_triton(_norm_gate_kernel)[(_ceil_div(T, norm["ROWS"]),)](
+        activated, attended, None, gated_grad, grad, attended_grad, T, maxlen, **norm
+    )
+    wrap_triton(_query_grads_kernel)[grid](*inputs, grad, partials, maxlen, **attention)
     wrap_triton(_key_grads_kernel)[(num_heads, blocks)](*inputs, grad, **attention)
-    sums = partials.sum(0)
-    position_grad = None if tables[3] is None else sums[:N]
-    time_grad = None if tables[4] is None else sums[N:]
-    return grad, None, None, None, None, position_grad, time_grad, None, None, None
+    return grad, partials.sum(0)
 
 
 _gated_attention.register_autograd(_backward, setup_context=_save)

@@ -94,6 +94,23 @@ def test_changed_kernels_are_no_cached_ones_for_torch_compile(tmp_path):
     assert str(changed._gated_attention) != str(tuned._gated_attention)
 
 
+def test_every_launch_is_in_an_operator():
+    """Elsewhere wrap_triton keeps a wrapper of each launch for good."""
+
+    def launches(tree: ast.AST) -> int:
+        calls = [n for n in ast.walk(tree) if isinstance(n, ast.Call)]
+        return sum(getattr(call.func, "id", None) == "wrap_triton" for call in calls)
+
+    tree = ast.parse(SOURCE.read_text())
+    functions = [n for n in tree.body if isinstance(n, ast.FunctionDef)]
+    operators = [f for f in functions if "triton_op" in map(name_of, f.decorator_list)]
+    assert sum(map(launches, operators)) == launches(tree) == 5
+
+
+def name_of(decorator: ast.expr) -> str | None:
+    return getattr(getattr(decorator, "func", None), "id", None)
+
+
 def test_sums_have_one_order():
     """No atomic operation: two runs give equal bits."""
     names = {
