@@ -84,7 +84,8 @@ class ArrayEncoder(nn.EmbeddingBag):
             return super().forward(values, bags)
         # The gradient of nn.EmbeddingBag has no order there, and a sparse one waits.
         vectors = take_table_rows(self.weight, values, self.sparse)
-        lists = vectors.view(len(bags) - 1, -1, self.embedding_dim)  # (n, longest, D)
+        n = len(bags) - 1
+        lists = vectors.view(n, len(values) // max(1, n), self.embedding_dim)  # (n, longest, D)
         counts = (values > 0).view(lists.shape[:2]).sum(1, keepdim=True)
         return lists.sum(1) / counts.clamp(min=1)
 

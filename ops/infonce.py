@@ -95,6 +95,8 @@ def _in_few_kernels(
 ) -> tuple[Tensor, ...]:
     """Loss, and gradients of queries (T, D) and of used rows (T + M, D), for a GPU."""
     T, M = len(queries), len(used) - len(queries)
+    if not T:  # with several processes, one may have no sequence of a small batch
+        return queries.sum(), queries, torch.zeros_like(used)
     positives, negatives = used.split([T, M])
     scale = (weights / temperature)[:, None]  # (T, 1)
     shares, losses = queries * scale, []  # (T, D)

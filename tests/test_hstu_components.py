@@ -101,3 +101,10 @@ def test_lists_padded_for_a_gpu_have_the_values_and_the_mean_of_gathered_ones():
     encoder = ArrayEncoder(7, 5)
     torch.testing.assert_close(encoder(padded, padded_bags), encoder(flat, bags))
     assert pad_lists(values[:0], offsets * 0, rows, longest=0)[0].tolist() == []
+
+
+def test_no_lists_padded_for_a_gpu_have_no_vectors():
+    """A process's share of a small batch may have no sequence."""
+    values, offsets = torch.tensor([4, 1]), torch.tensor([0, 1, 2])
+    arguments = pad_lists(values, offsets, torch.zeros(0, dtype=torch.int64), longest=1)
+    assert ArrayEncoder(7, 5).to("meta")(*(x.to("meta") for x in arguments)).shape == (0, 7)

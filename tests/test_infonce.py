@@ -52,6 +52,15 @@ def test_the_form_of_a_gpu_equals_the_definition(case, gpu_form):
 
 
 @pytest.mark.parametrize("case", ["all items", "some items", "logQ"])
+def test_a_share_of_a_batch_without_any_event_loses_nothing(case, gpu_form):
+    queries, rows, target_index, *rest = loss_case(case)
+    loss = infonce_loss(queries[:0], rows, target_index[:0], *rest)
+    loss.backward()
+    assert loss.item() == 0.0
+    assert not queries.grad.any() and not rows.grad.any()
+
+
+@pytest.mark.parametrize("case", ["all items", "some items", "logQ"])
 def test_value_and_gradients_equal_the_definition(case, chunk):
     queries, rows, *rest = loss_case(case)
     found, expected = infonce_loss(queries, rows, *rest), definition(queries, rows, *rest)
