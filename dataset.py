@@ -101,10 +101,10 @@ class Batch(NamedTuple):
         fields: dict[torch.dtype, list[Tensor]] = defaultdict(list)
         self._map(lambda tensor: fields[tensor.dtype].append(tensor))
         parts = {}
-        for dtype, tensors in fields.items():
-            flat = torch.cat([tensor.flatten() for tensor in tensors]).pin_memory()
-            parts[dtype] = iter(flat.split([tensor.numel() for tensor in tensors]))
-        return self._map(lambda tensor: next(parts[tensor.dtype]).view(tensor.shape))
+        for dtype, tensors in fields.items():  # at multiples of 16, as Triton's self-check has them
+            padded = [torch.constant_pad_nd(t.flatten(), (0, -t.numel() % 16)) for t in tensors]
+            parts[dtype] = iter(torch.cat(padded).pin_memory().split([len(x) for x in padded]))
+        return self._map(lambda t: next(parts[t.dtype])[: t.numel()].view(t.shape))
 
     def _map(self, function: Callable[[Tensor], Any]) -> Batch:
         def apply(value: Any) -> Any:
