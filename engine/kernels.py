@@ -27,7 +27,7 @@ def choose_kernels(
     """A name for `model.find_kernels`, in all processes the same. `asked`: as --kernels.
 
     Raises:
-        DataError: triton is asked for and impossible.
+        DataError: triton is asked for and impossible, or its self-check broke CUDA.
     """
     if asked in ("torch", "plain"):
         return asked
@@ -44,7 +44,11 @@ def choose_kernels(
 
 
 def why_not_triton(device: torch.device, config: HSTUConfig, precision: str) -> str | None:
-    """What speaks against Triton's attention here; None: nothing."""
+    """What speaks against Triton's attention here; None: nothing.
+
+    Raises:
+        DataError: after its self-check, nothing can run on the device any more.
+    """
     if device.type != "cuda":
         return f"it needs a CUDA device, not {device}"
     if torch.__version__ < "2.7":
@@ -63,7 +67,14 @@ def why_not_triton(device: torch.device, config: HSTUConfig, precision: str) -> 
     try:
         error = largest_error(find_kernels("triton").attention, device, config, precision)
     except Exception as error:  # a compiler, a driver and a launcher raise what they like
-        return f"its self-check failed: {type(error).__name__}: {str(error).partition(chr(10))[0]}"
+        found = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
+        try:
+            torch.cuda.synchronize(device)
+        except RuntimeError:  # an illegal access leaves CUDA unusable for the whole process
+            raise DataError(
+                f"Triton's self-check broke CUDA ({found}); use --kernels torch"
+            ) from error
+        return f"its self-check failed: {found}"
     if not error <= MOST_ERROR[precision]:  # NaN is no less
         return f"its self-check is off by {error:.2g} of the largest number"
     return None

@@ -33,6 +33,7 @@ def gpu(monkeypatch):
     monkeypatch.setitem(sys.modules, "ops.triton_attention", attention)
     monkeypatch.setattr(torch, "__version__", TorchVersion("2.7.0+cu126"))
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
     monkeypatch.setattr(kernels, "largest_error", lambda *_: 1e-6)
 
 
@@ -99,6 +100,17 @@ def test_a_reason_against_triton_is_one_line_and_torch_or_an_error(
     assert re.search("^attention without Triton: .*" + reason, caplog.messages[-1])
     with pytest.raises(DataError, match=f"--kernels triton: .*{reason.removesuffix('$')}"):
         choose_kernels("triton", CUDA, CONFIG)
+
+
+def test_a_self_check_that_breaks_cuda_ends_the_run_with_one_line(gpu, monkeypatch):
+    def fail(*_):
+        raise RuntimeError("an illegal memory access was encountered")
+
+    monkeypatch.setattr(kernels, "largest_error", fail)
+    monkeypatch.setattr(torch.cuda, "synchronize", fail)
+    expected = r"broke CUDA \(RuntimeError: an illegal .* encountered\); use --kernels torch"
+    with pytest.raises(DataError, match=expected):
+        choose_kernels("auto", CUDA, CONFIG)
 
 
 def test_triton_on_a_cpu_is_an_error_in_one_line():
