@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib
 import itertools
 from types import SimpleNamespace
 
@@ -13,7 +14,7 @@ from test_attention import run as run_attention
 from test_main import run, scalars, weights
 from test_model import make_batch, make_model
 
-from engine.kernels import MOST_ERROR, choose_kernels, why_not_triton
+from engine.kernels import MOST_ERROR, choose_kernels, largest_error, why_not_triton
 from engine.training_setup import compile_blocks
 from engine.training_step import TrainingStep
 from model import find_kernels
@@ -55,7 +56,12 @@ def test_triton_attention_and_its_gradients_are_those_of_the_definition(
     assert why_not_triton(device, config, precision) is None
 
 
-def test_two_passes_of_triton_attention_give_equal_bits():
+@pytest.mark.parametrize("most_programs", [1, 2048], ids=["several blocks each", "a block each"])
+def test_two_passes_of_triton_attention_give_equal_bits(most_programs, monkeypatch):
+    """And right ones: of a program that sums the biases' gradients of several blocks, too."""
+    monkeypatch.setattr(
+        importlib.import_module("ops.triton_attention"), "MOST_PROGRAMS", most_programs
+    )
     tuned = find_kernels("triton").attention
     found = []
     for _ in range(2):
@@ -67,6 +73,11 @@ def test_two_passes_of_triton_attention_give_equal_bits():
         leaves += bias.parameters()
         found.append([output, *torch.autograd.grad(output.square().sum(), leaves)])
     assert all(torch.equal(*pair) for pair in zip(*found, strict=True))
+    config = SimpleNamespace(
+        maxlen=70, hidden_units=64, num_heads=2, attention_dim=64, linear_dim=64,
+        position_bias=True, time_bias="request",
+    )  # fmt: skip
+    assert largest_error(tuned, torch.device("cuda"), config, "fp32") <= MOST_ERROR["fp32"]
 
 
 @pytest.mark.parametrize("negatives", ["all", "mixed"])
