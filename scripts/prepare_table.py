@@ -8,6 +8,7 @@ pip install -r requirements-data.txt.
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -147,6 +148,11 @@ def cut(text: str) -> float:
         raise argparse.ArgumentTypeError(f"{text!r} is no date, Unix time or share") from error
 
 
+def unescape(found: re.Match) -> str:
+    """A tab, or a character by its number, as a shell cannot easily write it."""
+    return found[0].encode().decode("unicode_escape")
+
+
 def convert(args: argparse.Namespace) -> None:
     check_folder(args.data_dir, args.overwrite)
     if args.data_dir.exists() and not args.data_dir.is_dir():
@@ -160,7 +166,7 @@ def convert(args: argparse.Namespace) -> None:
     log_files = [path for place in args.events for path in files_of(place)]
     form = Form(
         args.header,
-        args.delimiter.encode().decode("unicode_escape") if args.delimiter else None,
+        re.sub(r"\\(t|x[0-9a-f]{2})", unescape, args.delimiter) if args.delimiter else None,
         "" if args.quote == "none" else args.quote,
         args.format == "sequences",
         args.events_in,
@@ -366,7 +372,8 @@ def by_column(_: DuckDBPyConnection, events: Events, args: argparse.Namespace) -
     """Train: its events; valid, test: a sequence for each of their events, with all before it."""
     users = np.repeat(np.arange(1, len(events.offsets)), np.diff(events.offsets))
     starts = events.offsets[users - 1]
-    is_train = events.parts == 0
+    parts = events.parts if len(events.parts) else np.zeros(len(users), np.int8)
+    is_train = parts == 0
     has_train = np.bincount(users[is_train], minlength=len(events.offsets))[1:] > 0
     spans = {
         "train": chosen(events.offsets[:-1], events.offsets[1:], has_train)._replace(
@@ -374,7 +381,7 @@ def by_column(_: DuckDBPyConnection, events: Events, args: argparse.Namespace) -
         )
     }
     for k, split in enumerate(("valid", "test"), 1):
-        targets = np.flatnonzero((events.parts == k) & (np.arange(len(users)) > starts))
+        targets = np.flatnonzero((parts == k) & (np.arange(len(users)) > starts))
         spans[split] = Span(starts[targets], targets + 1, users[targets])
     return spans
 

@@ -88,6 +88,11 @@ def text(value: Any) -> str:
     return "'" + str(value).replace("'", "''") + "'"
 
 
+def path_text(path: Path) -> str:
+    """A literal of SQL that DuckDB reads as this one file, whatever brackets its name has."""
+    return text(re.sub(r"[*?\[]", r"[\g<0>]", str(path)))
+
+
 def name_of(column: str) -> str:
     """A name of SQL."""
     return '"' + column.replace('"', '""') + '"'

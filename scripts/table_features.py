@@ -14,10 +14,9 @@ import numpy as np
 from files.atomic_io import DataError
 from files.data_writer import Column
 from table_like import TRANSFORMATIONS, Earlier, Known
-from table_sides import SideTable, Texts, are_numbers, ranked
-from table_source import LIST_DELIMITER
+from table_sides import LIST_END, SideTable, Texts, are_numbers, ranked, shown
 
-DELIMITERS = LIST_DELIMITER + ";, "  # of lists
+DELIMITERS = LIST_END + "|;, "  # of lists
 ROLES = ("sparse", "array", "continual", "drop")
 SKEWED = 30  # a positive number whose largest is this many medians becomes log(1 + x)
 COUNTS_EVENTS = 0.95  # rank correlation with an item's number of events, of what counts them
@@ -144,7 +143,8 @@ def missing(column: Texts) -> np.ndarray:
 
 def delimiter_of(texts: Sequence[str]) -> str | None:
     """What separates lists: it leaves no more pieces than texts; a blank, only whole numbers."""
-    for delimiter in DELIMITERS:
+    are_lists = any(LIST_END in text for text in texts)  # their values may have the others
+    for delimiter in LIST_END if are_lists else DELIMITERS:
         pieces = {piece for text in texts for piece in pieces_of(text, delimiter)}
         is_list = len(pieces) <= len(texts) and any(delimiter in text for text in texts)
         if is_list and (delimiter != " " or all(map(str.isdecimal, pieces))):
@@ -157,7 +157,7 @@ def pieces_of(text: str, delimiter: str) -> list[str]:
 
 
 def sparse_column(_: str, column: Texts, earlier: Known | None) -> tuple[Column, str]:
-    ranks, known = ranked(column.texts, earlier.values if earlier else ())
+    ranks, known = ranked(list(map(shown, column.texts)), earlier.values if earlier else ())
     detail = f"{num_values(known, earlier)}, {1 - missing(column).mean():.1%} known"
     return Column("sparse", ranks[column.codes], known), detail
 
@@ -171,7 +171,7 @@ def array_column(_: str, column: Texts, earlier: Known | None) -> tuple[Column, 
     texts = column.texts
     used = [d for d in DELIMITERS if any(d in text for text in texts)]
     delimiter = delimiter_of(texts) or (used or DELIMITERS)[0]
-    if earlier:
+    if earlier and delimiter != LIST_END:
         delimiter = delimiter_of_known(texts, set(map(str, earlier.values)))
     lists = [pieces_of(text, delimiter) for text in texts]
     pieces = list(dict.fromkeys(itertools.chain(*lists)))
@@ -179,7 +179,8 @@ def array_column(_: str, column: Texts, earlier: Known | None) -> tuple[Column, 
     rank = dict(zip(pieces, ranks.tolist(), strict=True))
     values = [[rank[piece] for piece in lists[code]] for code in column.codes]
     mean = sum(map(len, values)) / len(values)
-    detail = f"{num_values(known, earlier)}, {mean:.1f} per row, by {delimiter!r}"
+    how = "in lists" if delimiter == LIST_END else f"by {delimiter!r}"
+    detail = f"{num_values(known, earlier)}, {mean:.1f} per row, {how}"
     return Column("array", values, known), detail
 
 

@@ -141,9 +141,17 @@ def unfolded(
 ) -> str:
     """The relation with a row per event, where a row's columns are lists of a user's events."""
     sample = f"(SELECT trimmed(item) AS item FROM {rows} WHERE item IS NOT NULL LIMIT 1000)"
-    literal = connection.execute(
-        f"SELECT coalesce(bool_and(item[1] = '[' AND item[-1] = ']'), false) FROM {sample}"
-    ).fetchone()[0]
+    bracketed = "item[1] = '[' AND item[-1] = ']'"
+    literal, one, other = connection.execute(
+        f"SELECT coalesce(bool_and({bracketed}), false), "
+        f"any_value(item) FILTER (WHERE {bracketed} AND contains(item, ',')), "
+        f"any_value(item) FILTER (WHERE NOT ({bracketed})) FROM {sample}"
+    ).fetchone()
+    if one and other:
+        raise DataError(
+            f"{table.paths[0]}: {named['item']} holds lists such as {one!r:.60} and single values "
+            f"such as {other!r:.60}; write lists in all rows, or in none"
+        )
     if not literal and form.list_delimiter is None:
         refuse_lists(connection, table, sample, named["item"])
         return rows
@@ -233,14 +241,15 @@ def action_types(
             refuse(connection, table, bad, f"a{k}", column, "0 or 1")
             cases.append(f"WHEN ({is_set}) <> 0 THEN {names.index(column)}")
         return f"CASE {' '.join(cases)} ELSE {names.index('none')} END", names
-    found = connection.execute("SELECT DISTINCT a0 FROM log WHERE a0 IS NOT NULL").fetchall()
+    distinct = "SELECT DISTINCT a0 FROM log WHERE a0 IS NOT NULL ORDER BY a0"
+    found = [name for (name,) in connection.execute(distinct).fetchall()]
     where = f"{table.paths[0]}: "
     if len(found) > MAX_ACTION_TYPES:
         raise DataError(
             f"{where}{len(found):,} different values in {args.action[0]}, expected at most "
             f"{MAX_ACTION_TYPES:,} types"
         )
-    names = ranked([name for (name,) in found], earlier)[1]
+    types, names = ranked(found, earlier)
     if len(names) > MANY_ACTION_TYPES and are_numbers(names):
         print(
             f"warning: {args.action[0]} holds {len(names):,} different numbers ({names[0]}, "
@@ -248,8 +257,8 @@ def action_types(
         )
     connection.execute("CREATE TABLE types (name VARCHAR, type INTEGER)")
     connection.executemany(
-        "INSERT INTO types VALUES (?, ?)", list(zip(names, range(len(names)), strict=True))
-    ) if names else None
+        "INSERT INTO types VALUES (?, ?)", list(zip(found, (types - 1).tolist(), strict=True))
+    ) if found else None
     return "coalesce((SELECT type FROM types WHERE name = a0), -1)", names
 
 

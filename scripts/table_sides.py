@@ -5,7 +5,8 @@ from __future__ import annotations
 import ast
 import json
 import math
-from collections.abc import Iterable, Sequence
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -14,11 +15,13 @@ import numpy as np
 from files.atomic_io import DataError
 from table_database import check_columns, reading
 from table_database import text as literal
-from table_source import LIST_DELIMITER, Form, open_table
+from table_source import Form, open_table
 
 if TYPE_CHECKING:
     from duckdb import DuckDBPyConnection
 
+LIST_END = "\x1f"  # after each value of a list, as text
+WHOLE = r"-?[0-9]+(\.0*)?"  # numbers, also as floats are written
 NOT_AVAILABLE = "NA"  # missing among ids and numbers; a text may mean Namibia
 
 
@@ -54,21 +57,38 @@ class SideTable(NamedTuple):
 
 
 def plain_lists(texts: Sequence[str]) -> Sequence[str]:
-    """Lists as Python or JSON writes them, as a|b; other columns as they are."""
+    """Lists as Python or JSON writes them, each value with LIST_END; other columns as they are.
+
+    Of a column at least half of whose values are lists, the others are lists of one.
+    """
     known = [text for text in texts if text]
-    if not known or not all(text[0] == "[" and text[-1] == "]" for text in known):
+    num_lists = sum(text[0] == "[" and text[-1] == "]" for text in known)
+    if not num_lists or num_lists < len(known) / 2:
         return texts
-    return [LIST_DELIMITER.join(parts_of(text)) if text else text for text in texts]
+    return ["".join(part + LIST_END for part in parts_of(text)) for text in texts]
+
+
+def shown(text: str) -> str:
+    """A text of a column of lists, for people, and for a feature whose values are whole lists."""
+    return text.removesuffix(LIST_END).replace(LIST_END, "|")
 
 
 def parts_of(text: str) -> list[str]:
     """The values of a list that is written as JSON, as Python, or as numpy prints it."""
+    if not text or text[0] != "[" or text[-1] != "]":
+        return [text] if text else []
     for parse in (json.loads, ast.literal_eval):
         try:
-            return [str(part) for part in parse(text) if part is not None]
+            return [str(part) for part in flat(parse(text)) if part is not None]
         except (ValueError, SyntaxError, RecursionError, MemoryError):
             continue
     return [part.strip("\"',") for part in text[1:-1].split()]
+
+
+def flat(values: Iterable[Any]) -> Iterator[Any]:
+    """The values of a list, and of those in it."""
+    for value in values:
+        yield from flat(value) if isinstance(value, list | tuple) else [value]
 
 
 def without_na(texts: Sequence[str]) -> Sequence[str]:
@@ -81,13 +101,27 @@ def without_na(texts: Sequence[str]) -> Sequence[str]:
 def ranked(texts: Sequence[str], earlier: Sequence[Any] = ()) -> tuple[np.ndarray, list]:
     """1, 2, ... for each distinct text, in order of number if all are numbers; 0 for a missing.
 
-    The texts of `earlier` come first, in their order, whether there are any of them or not.
+    The texts of `earlier` come first, in their order, whether there are any of them or not. 5.0 is
+    5 where all are whole numbers, since a missing value makes pandas write floats; True is true.
     """
-    rank = {str(value): k for k, value in enumerate(earlier, 1)}
-    new = [text for text in dict.fromkeys(texts) if text and text not in rank]
-    new.sort(key=float if are_numbers(new) else None)
-    rank |= {text: k for k, text in enumerate(new, len(earlier) + 1)}
-    return np.array([rank.get(text, 0) for text in texts], np.int32), [*earlier, *new]
+    plain = plain_form({*texts, *map(str, earlier)} - {""})
+    rank = {plain(str(value)): k for k, value in enumerate(earlier, 1)}
+    written: dict[str, str] = {}  # of each new value, as it was first
+    for text in texts:
+        if text and plain(text) not in rank:
+            written.setdefault(plain(text), text)
+    new = sorted(written.values(), key=float if are_numbers(written) else None)
+    rank |= {plain(text): k for k, text in enumerate(new, len(earlier) + 1)}
+    return np.array([rank.get(plain(text), 0) for text in texts], np.int32), [*earlier, *new]
+
+
+def plain_form(texts: Iterable[str]) -> Callable[[str], str]:
+    """What makes the texts of a column, of several files perhaps, the same that mean the same."""
+    if all(re.fullmatch(WHOLE, text) for text in texts):
+        return lambda text: text.partition(".")[0]
+    if all(text.lower() in ("true", "false") for text in texts):
+        return str.lower
+    return str
 
 
 def are_numbers(texts: Iterable[str]) -> bool:
@@ -198,7 +232,7 @@ def show_found(
         f"SELECT count({column}), count(*) FROM {side}_table"
     ).fetchone()
     num_rows = connection.execute(f"SELECT count(*) FROM {side}_rows").fetchone()[0]
-    bare = "regexp_replace(regexp_replace({}, '^b?[\"'']?0*([^.\"'']+).*$', '\\1'), '^$', '0')"
+    bare = "regexp_replace({}, '^b?[\"'']?0*(.+?)(\\.0*)?[\"'']?$', '\\1')"
     number, one, other = connection.execute(
         f"SELECT count(*), min(a), arg_min(b, a) FROM (SELECT {value} AS a, id AS b FROM "
         f"{side}_rows JOIN {side}s ON {bare.format(column)} = {bare.format('id')} "
@@ -265,4 +299,4 @@ def names_of(table: SideTable, name: str) -> list[str]:
         known = ", ".join(table.columns) or "none"
         raise DataError(f"--item_names: no column {name}; there are {known}")
     column = table.texts(name)
-    return [column.texts[code] for code in column.codes]
+    return [shown(column.texts[code]) for code in column.codes]

@@ -20,13 +20,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from files.atomic_io import DataError
-from table_database import Table, check_columns, name_of, reading, text
+from table_database import Table, check_columns, name_of, path_text, reading, text
 
 if TYPE_CHECKING:
     import duckdb
 
-LIST_DELIMITER = "|"  # of the lists of Parquet, as text
 DELIMITERS = ("\t", "\x01", "::", ";", "|", ",", " ")
+csv.field_size_limit(1 << 30)  # else a line with a long list is no line of any delimiter
 HEAD = 30  # lines that decide what separates the fields
 JSON_SAMPLE = 50_000  # objects whose keys are the columns of a log
 # First bytes, what the file is, and the advice with which it is refused; None: it is read.
@@ -133,7 +133,7 @@ class Source(NamedTuple):
         """What a reader of DuckDB takes: the list of the files, and how to read them."""
         compression = f", compression = '{self.kind}'" if self.kind in ("gzip", "zstd") else ""
         filename = ", filename = true" if self.are_several else ""
-        return f"[{', '.join(map(text, self.files))}]{compression}{filename}"
+        return f"[{', '.join(map(path_text, self.files))}]{compression}{filename}"
 
     @property
     def encoding(self) -> str:

@@ -30,7 +30,9 @@ FORMATS = (
     *(f"{date}{clock}" for date in ("%d.%m.%Y", "%m/%d/%Y", "%d/%m/%Y", "%d-%m-%Y", "%m-%d-%Y")
       for clock in (" %I:%M:%S %p", " %I:%M %p", " %H:%M:%S", " %H:%M", "")),
 )  # fmt: skip
-ISO = "CASE WHEN time[1] BETWEEN '0' AND '9' THEN try_cast(time AS TIMESTAMPTZ) END"
+# Years have four digits: 31/12/22 would be a day of the year 31, or of the year 22.
+ISO = "CASE WHEN regexp_matches(time, '^[0-9]{4}[-/]') THEN try_cast(time AS TIMESTAMPTZ) END"
+HAS_YEAR = "CASE WHEN regexp_matches(time, '[0-9]{4}') THEN time END"
 
 
 class Times(NamedTuple):
@@ -144,7 +146,7 @@ def dates(
         head = "(SELECT time FROM log LIMIT 1000)"
         forms = ["ISO dates"]
         if not reads_all(connection, head, ISO):
-            others = {form: f"try_strptime(time, {text(form)})" for form in FORMATS}
+            others = {f: f"try_strptime({HAS_YEAR}, {text(f)})" for f in FORMATS}
             others = {f: e for f, e in others.items() if reads_all(connection, head, e)}
             others = {f: e for f, e in others.items() if reads_all(connection, "log", e)}
             if len(others) > 1:
@@ -154,14 +156,9 @@ def dates(
                 )
             if others:
                 forms, candidates = list(others), list(others.values())
-    remark = (
-        ""
-        if args.time_format
-        else " or an ISO date, all alike, or a --time_format such as '%d.%m.%Y'"
-    )
-    expected = (
-        f"a date in the form {forms[0]}" if args.time_format else "a number" + remark + " others"
-    )
+    expected = "a number or an ISO date, all alike, or a --time_format such as '%d.%m.%Y'"
+    if args.time_format:
+        expected = f"a date in the form {forms[0]}"
     try:
         bad(connection, table, args, f"({candidates[0]}) IS NULL", expected)
     except duckdb.Error as error:

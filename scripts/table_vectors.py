@@ -10,8 +10,7 @@ from typing import IO, TYPE_CHECKING
 import numpy as np
 
 from files.atomic_io import DataError
-from table_database import count, name_of, reading
-from table_database import text as literal
+from table_database import count, name_of, path_text, reading
 from table_source import kind_of
 
 if TYPE_CHECKING:
@@ -115,7 +114,7 @@ def matrix_parts(file: IO[bytes]) -> Iterator[np.ndarray]:
 
 
 def parquet_parts(connection: DuckDBPyConnection, path: Path) -> Parts:
-    relation = f"read_parquet([{literal(path)}])"
+    relation = f"read_parquet([{path_text(path)}])"
     total = count(connection, relation)
     if not total:
         raise DataError(f"{path}: no rows in it")
@@ -137,5 +136,5 @@ def parquet_parts(connection: DuckDBPyConnection, path: Path) -> Parts:
             f"SELECT id, unnest(x) AS x FROM vectors WHERE rowid BETWEEN {start} "
             f"AND {start + ROWS - 1}"
         ).fetchnumpy()
-        yield columns["id"][::width].tolist(), np.asarray(columns["x"]).reshape(-1, width)
+        yield columns["id"][::width].tolist(), np.ma.filled(columns["x"], np.nan).reshape(-1, width)
     connection.execute("DROP TABLE vectors")

@@ -22,7 +22,7 @@ from tqdm import tqdm
 from files.atomic_io import DataError
 from files.safe_pickle import load_pickle
 from files.sequences import EVENT_DTYPE
-from table_database import NO_DOWNLOADS, first_line
+from table_database import NO_DOWNLOADS, first_line, path_text
 
 try:
     from orjson import loads as fast_loads
@@ -77,15 +77,16 @@ def read_blocks(
         return chain(
             parquet_sequences(folder / name, limits), parquet_profiles(folder / "user_feat", limits)
         )
-    return line_blocks(folder / f"{name}.jsonl", limits, num_workers, trust_pickle)
+    path = folder / f"{name}.jsonl"
+    if not path.exists():
+        raise DataError(f"{path}: no such file, nor a folder {name} of Parquet files")
+    return line_blocks(path, limits, num_workers, trust_pickle)
 
 
 def line_blocks(
     path: Path, limits: Limits, num_workers: int, trust_pickle: bool
 ) -> Iterator[Block]:
     """Blocks of lines in the order of the file, parsed by `num_workers` processes."""
-    if not path.exists():
-        raise DataError(f"{path}: no such file, nor a folder {path.stem} of Parquet files")
     size, num_lines, num_users = path.stat().st_size, 0, 0
     jobs = [(path, at, at + BLOCK_BYTES, limits) for at in range(0, size, BLOCK_BYTES)]
     with (
@@ -315,7 +316,8 @@ def parquet_batches(
     with duckdb.connect(config=NO_DOWNLOADS) as connection:
         for path in tqdm(paths, desc=folder.name, unit="file", disable=None):
             try:
-                found = connection.execute(f"SELECT {columns} FROM read_parquet([?])", [str(path)])
+                relation = f"read_parquet({path_text(path)})"
+                found = connection.execute(f"SELECT {columns} FROM {relation}")
                 names = [name for name, *_ in found.description]
                 while rows := found.fetchmany(BLOCK_ROWS):
                     yield path, [dict(zip(names, row, strict=True)) for row in rows]

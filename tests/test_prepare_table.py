@@ -859,3 +859,38 @@ def test_a_table_whose_first_row_is_empty_is_refused_in_one_line(tmp_path, capsy
     items.write_text('{}\n{"item": 1, "colour": 2}\n')
     assert prepare_table.main([str(log), str(tmp_path / "d"), "--item_features", str(items)]) == 1
     assert "items.jsonl: column item holds no id of the events; it has" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("lists", "expected"),
+    [
+        ([["a", "b"], "a", ["b"], ["b", "a"]], [[1, 2], [1], [2], [2, 1]]),
+        ([[["a", "b"]], [["a"]], [["b"]], [["b", "a"]]], [[1, 2], [1], [2], [2, 1]]),
+        ([["a, b"], ["c"], ["a, b", "c"], ["c"]], [[1], [2], [1, 2], [2]]),
+        ([["a|b"], ["c"], ["a|b", "c"], ["c"]], [[1], [2], [1, 2], [2]]),
+    ],
+    ids=["a single value among them", "lists in lists", "values with commas", "with bars"],
+)
+def test_lists_keep_their_values_whole(tmp_path, lists, expected):
+    log = write_table(tmp_path / "log.csv", [
+        {"user": 1, "item": k, "timestamp": START + k} for k in range(4)
+    ])  # fmt: skip
+    items = tmp_path / "items.jsonl"
+    items.write_text(
+        "".join(json.dumps({"item": k, "tags": tags}) + "\n" for k, tags in enumerate(lists))
+    )
+    folder = tmp_path / "data"
+    flags = ["--split", "none", "--item_features", str(items)]
+    assert prepare_table.main([str(log), str(folder), *flags]) == 0
+    values = read_json(folder / "item_feat_dict.json")
+    assert [values[str(k)]["tags"] for k in range(1, 5)] == expected
+
+
+def test_a_vector_with_a_missing_number_is_refused(tmp_path, capsys):
+    rows = [{"user": 1, "item": "a", "timestamp": START + k} for k in range(2)]
+    log = write_table(tmp_path / "log.csv", rows)
+    query = "SELECT 'a' AS id, [0.5, NULL, 0.25] AS vector"
+    vectors = write_parquet(tmp_path / "vectors.parquet", query)
+    flags = ["--split", "none", "--item_vectors", str(vectors)]
+    assert prepare_table.main([str(log), str(tmp_path / "data"), *flags]) == 1
+    assert "the vector of a is not finite" in capsys.readouterr().err

@@ -273,3 +273,32 @@ def test_a_number_without_a_logarithm_is_refused(tmp_path, capsys):
 def test_colours_of_a_fresh_conversion_would_be_numbered_otherwise(tmp_path):
     fresh = read_indexer(convert(tmp_path, 2))["f"]["colour"]
     assert fresh["amber"] == 1 and set(COLOURS) < fresh.keys()
+
+
+def test_values_written_as_floats_and_words_in_capitals_keep_their_numbers(tmp_path):
+    """As pandas writes a column of whole numbers once a value of it is missing."""
+    for week, kinds, flags in (
+        ("1", ("3", "7"), ("True", "False")),
+        ("2", ("3.0", "7.0"), ("true", "false")),
+    ):
+        lines = [
+            f"{item},{kind},{flag}\n" for item, kind, flag in zip("xy", kinds, flags, strict=True)
+        ]
+        (tmp_path / f"items{week}.csv").write_text("item,kind,is_new\n" + "".join(lines))
+        lines = [
+            f"{user},{item},{k},{4 + k}{'.0' * (week == '2')}\n"
+            for user in "ab"
+            for k, item in enumerate("xy")
+        ]
+        (tmp_path / f"log{week}.csv").write_text("user,item,timestamp,stars\n" + "".join(lines))
+        like = ["--like", str(tmp_path / "1")] * (week == "2")
+        command = [str(tmp_path / f"log{week}.csv"), str(tmp_path / week), "--split", "none", *like]
+        command += ["--action", "stars", "--sparse", "kind", "is_new"]
+        assert (
+            prepare_table.main([*command, "--item_features", str(tmp_path / f"items{week}.csv")])
+            == 0
+        )
+    before, after = (read_indexer(tmp_path / week)["f"] for week in "12")
+    assert after == before and len(before["kind"]) == 2
+    assert read_manifest(tmp_path / "2").action_names == ["4", "5"]
+    assert set(open_split(tmp_path / "2", "train")[0]["action_type"]) == {0, 1}

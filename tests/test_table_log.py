@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 from datetime import datetime, timezone
 from pathlib import Path
@@ -282,3 +283,48 @@ def test_each_event_of_the_time_is_a_target_where_the_flag_says_so(tmp_path, cap
     assert ends_of(tmp_path / "data", "test") == [(1, 6), (2, 3)]
     output(capsys, tmp_path, log, *flags)
     assert ends_of(tmp_path / "data", "valid") == [(1, 5), (2, 2)]
+
+
+# ---------------------------------------------------------------------- of one kind, but not all
+
+
+def test_a_single_item_among_lists_is_refused(tmp_path, capsys):
+    rows = [{"user": u, "item": ["a", "b", "c"], "timestamp": START + u} for u in range(9)]
+    rows[4]["item"] = "d"
+    path = tmp_path / "log.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    error = refusal(capsys, tmp_path, path, "--split", "none")
+    assert """holds lists such as '["a","b","c"]' and single values such as 'd'""" in error
+
+
+@pytest.mark.parametrize("dates", [("31/12/22", "01/01/23"), ("12/31/22", "1/15/23")])
+def test_a_year_of_two_digits_is_refused(tmp_path, capsys, dates):
+    """31/12/22 is no day of the year 31, 12/31/22 none of the year 22."""
+    log = write(tmp_path / "log.csv", [[1, "a", dates[0]], [1, "b", dates[1]]])
+    assert f"timestamp is '{dates[0]}', expected a number or" in refusal(capsys, tmp_path, log)
+    day = "%d/%m/%y" if dates[0] == "31/12/22" else "%m/%d/%y"
+    output(capsys, tmp_path, log, "--split", "none", "--time_format", day)
+    assert (open_split(tmp_path / "data", "train")[0]["timestamp"] > START - 10**8).all()
+
+
+def test_types_written_as_floats_are_those_written_as_whole_numbers(tmp_path, capsys):
+    rows = [[1, "a", START, 4], [1, "b", START + 1, "4.0"], [1, "c", START + 2, 5]]
+    log = write(tmp_path / "log.csv", rows, "user,item,timestamp,stars\n")
+    output(capsys, tmp_path, log, "--split", "none", "--action", "stars")
+    assert read_json(tmp_path / "data" / "manifest.json")["action_names"] == ["4", "5"]
+    assert open_split(tmp_path / "data", "train")[0]["action_type"].tolist() == [0, 0, 1]
+
+
+def test_a_column_of_parts_without_any_but_training_is_refused(tmp_path, capsys):
+    rows = [[1, item, START + k, "train"] for k, item in enumerate("abc")]
+    log = write(tmp_path / "log.csv", rows, "user,item,timestamp,part\n")
+    error = refusal(capsys, tmp_path, log, "--split_column", "part")
+    assert "no event to predict in part" in error
+
+
+def test_ids_that_share_what_is_before_a_point_are_no_forms_of_one(tmp_path, capsys):
+    ids = [f"com.shop{k}.app" for k in range(40)]
+    log = write(tmp_path / "log.csv", [[1, i, START + k] for k, i in enumerate(ids[:20])])
+    items = write(tmp_path / "items.csv", [[i, k % 3] for k, i in enumerate(ids)], "item,kind\n")
+    text = output(capsys, tmp_path, log, "--split", "none", "--item_features", items)
+    assert "warning" not in text

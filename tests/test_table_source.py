@@ -381,3 +381,20 @@ def test_a_line_with_another_number_of_blanks_is_shown(tmp_path, capsys):
     (tmp_path / "log.txt").write_text(CSV.replace(",", " ") + "1 2\n")
     error = refusal(capsys, tmp_path, tmp_path / "log.txt", "--delimiter", " ")
     assert "a line without 3 fields by blanks: 1 2" in error
+
+
+def test_brackets_in_a_files_name_are_no_pattern(tmp_path):
+    for name, item in (("log[1].csv", "a"), ("log1.csv", "b")):
+        (tmp_path / name).write_text(f"user,item,timestamp\n1,{item},1703970000\n1,c,1703970001\n")
+    folder = tmp_path / "data"
+    assert prepare_table.main([str(tmp_path / "log[1].csv"), str(folder), "--split", "none"]) == 0
+    assert read_indexer(folder)["i"] == {"a": 1, "c": 2}
+
+
+def test_a_line_longer_than_a_csv_field_of_python_is_read(tmp_path):
+    items = " ".join(map(str, range(30_000)))
+    (tmp_path / "log.csv").write_text(f"user,items\n1,{items}\n2,{items}\n")
+    flags = ["--split", "none", "--item", "items", "--list_delimiter", " ", "--time", "none"]
+    folder = tmp_path / "data"
+    assert prepare_table.main([str(tmp_path / "log.csv"), str(folder), *flags]) == 0
+    assert read_manifest(folder).num_items == 30_000
