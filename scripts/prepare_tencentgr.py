@@ -115,10 +115,6 @@ def convert(
     check_folder(data_dir, overwrite)
     indexer = read_indexer(source, trust=trust_pickle)
     index, counts, kinds = make_index(source, indexer), Counter(), {}
-    begin_folder(data_dir, overwrite)
-    files = write_candidates(predict_dir, data_dir, indexer["i"], counts)
-    digest = digest_of_ids(sorted(indexer["i"], key=indexer["i"].get))
-    del indexer
     folders = {"seq": source}
     if (predict_dir / "predict_seq.jsonl").exists():
         folders["predict_seq"] = predict_dir
@@ -126,6 +122,10 @@ def convert(
         name: read_blocks(folder, name, index.limits, num_workers, trust_pickle)
         for name, folder in folders.items()
     }
+    begin_folder(data_dir, overwrite)
+    files = write_candidates(predict_dir, data_dir, indexer["i"], counts)
+    digest = digest_of_ids(sorted(indexer["i"], key=indexer["i"].get))
+    del indexer
     splits, targets = write_sequences(data_dir, blocks, index, kinds, counts, valid_users, seed)
     files += splits + link_item_files(source, data_dir)
     files += describe_features(data_dir, index, kinds)

@@ -353,6 +353,16 @@ def test_a_conversion_replaces_all_of_the_one_before(tmp_path):
     assert (source / "creative_emb" / "81.pkl").exists()
 
 
+def test_a_source_without_sequences_leaves_the_data_that_are_there(tmp_path):
+    source = write_source(tmp_path / "source", random_lines(0, range(1, 9)))
+    tencentgr.convert(source, tmp_path / "data")
+    before = data_bytes(tmp_path / "data")
+    (source / "seq.jsonl").rename(source / "seq.jsonl.gz")
+    with pytest.raises(DataError, match=r"seq\.jsonl: no such file"):
+        tencentgr.convert(source, tmp_path / "data", overwrite=True)
+    assert data_bytes(tmp_path / "data") == before
+
+
 def test_vectors_that_the_target_reaches_by_a_link_survive(tmp_path):
     source = write_source(tmp_path / "one", random_lines(0, range(1, 30)))
     (source / "creative_emb").mkdir()
