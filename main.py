@@ -104,6 +104,10 @@ def one_line(error: Exception) -> str:
     if is_of_memory or "allocate memory" in text:
         first = (text or "MemoryError").splitlines()[0]
         return f"out of memory, lower --batch_size or the model's widths ({first:.150})"
+    if text.startswith("DataLoader worker"):
+        return (
+            f"a loader process died, perhaps for want of memory; lower --num_workers ({text:.150})"
+        )
     return ""
 
 
@@ -117,12 +121,11 @@ def train(args: argparse.Namespace, model_class: type[HSTUModel]) -> None:
         run = prepare_run(args, model_class)
         with stop_signal.deferred():
             resume(run, args.resume, args.overwrite, vars(args))
+            begin(run, args.init_from, args.data_dir, args.trust_pickle)
             if not run.progress.is_finished:
                 announce(args, run)
                 if is_main_process():
                     (output_dir / "metrics.json").unlink(missing_ok=True)  # an earlier run's
-                if run.progress.step == 0:
-                    begin(run, args.init_from, args.data_dir, args.trust_pickle)
             if not run.progress.is_finished or args.projector:
                 lengths = run.training_step.options.total_steps, args.num_epochs, args.log_every
                 with RunLog(args.log_dir, run.progress.step + 1, *lengths) as run_log:

@@ -101,7 +101,7 @@ def evaluate_checkpoint(args: argparse.Namespace, model_class: type[HSTUModel] =
         "checkpoint": path.name,
         "checkpoint_sha256": sha256_of(path),
         "removes_seen": removes_seen,
-        **split_metrics(split, ranking, torch.from_numpy(item_counts), model.config.action_names),
+        **split_metrics(split, ranking, torch.from_numpy(item_counts), manifest.action_names),
     }
     splits = of["train"].sequences, of[split].sequences
     result[f"{split}_baselines"] = baseline_metrics(*splits, removes_seen)

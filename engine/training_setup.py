@@ -27,7 +27,7 @@ from engine.setup import make_loader, pick_device, read_features, vectors_on_hos
 from engine.state import STATE_FORMAT, Run
 from engine.trained_model import read_model
 from engine.training_step import Optimization, TrainingStep
-from engine.warm_start import standardised_as
+from engine.warm_start import fitted_to
 from files.atomic_io import DataError
 from files.data_folder import Manifest, fingerprint, read_manifest
 from files.features import Feature
@@ -59,7 +59,8 @@ def prepare_run(args: argparse.Namespace, model_class: type[HSTUModel] = HSTUMod
     train_set, device = datasets["train"], pick_device(args.device)
     config = make_config(args, manifest, features, datasets)
     if args.init_from:
-        config = standardised_as(config, read_model(args.init_from)[0])
+        earlier, _ = read_model(args.init_from)
+        config = fitted_to(config, earlier, args.history_residual == "auto")
     kernels = choose_kernels(args.kernels, device, config, args.precision)
     torch.manual_seed(args.seed)
     options = {"kernels": kernels, "shards_items": shards_items(args, train_set)}

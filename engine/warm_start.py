@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -29,13 +29,18 @@ VOCABULARY = "vocabulary.pkl"  # beside the models of a training: what its numbe
 # Settings that decide what the weights are; the others may differ from those of the earlier model.
 SHAPE = (
     "maxlen", "hidden_units", "num_blocks", "num_heads", "attention_dim", "linear_dim",
-    "mix_previous", "time_bias", "position_bias",
+    "mix_previous", "time_bias", "position_bias", "history_residual",
 )  # fmt: skip
 
 
-def standardised_as(config: HSTUConfig, earlier: HSTUConfig) -> HSTUConfig:
-    """The config with the mean and std of numbers of the earlier one, whose weights fit to them."""
-    changes = {}
+def fitted_to(config: HSTUConfig, earlier: HSTUConfig, keeps_residual: bool) -> HSTUConfig:
+    """The config with the mean and std of numbers of the earlier one, whose weights fit to them.
+
+    `keeps_residual`: and with its history_residual, for --history_residual auto.
+    """
+    changes: dict[str, Any] = (
+        {"history_residual": earlier.history_residual} if keeps_residual else {}
+    )
     for side in ("item_features", "user_features"):
         specs = changes[side] = dict(getattr(config, side))
         for i, spec in getattr(earlier, side).items():
@@ -66,12 +71,14 @@ def means_something_else(feature_id: str, config: HSTUConfig, earlier: HSTUConfi
 def begin(run: Run, init_from: str | None, data_dir: str, trust_pickle: bool) -> None:
     """Take over the weights of `init_from`, and write what the numbers of the data stand for.
 
-    Before the first step alone: a run that goes on has its own weights.
+    A run that goes on has its own weights, and what was not written, or not copied with it, is.
 
     Raises:
         DataError: as `start_from`.
     """
-    if not init_from and not is_main_process():
+    init_from = init_from if run.progress.step == 0 else None
+    is_there = run.progress.step > 0 and (run.output_dir / VOCABULARY).exists()
+    if not init_from and (is_there or not is_main_process()):
         return  # the ids of millions of items take a gigabyte
     manifest = read_manifest(data_dir, trust=trust_pickle)
     vocabulary = read_vocabulary(data_dir, manifest, trust=trust_pickle)
@@ -119,6 +126,13 @@ def start_from(run: Run, path: Path, vocabulary: Vocabulary) -> None:
     features, others = (c.item_features | c.user_features for c in (config, earlier))
     parts += [f"feature {i} new" for i in features if not is_carried(i, config, earlier)]
     parts += [f"feature {i} gone" for i in others if i not in features]
+    for name, words in (
+        ("num_action_types", "actions"),
+        ("num_target_action_types", "next action"),
+    ):
+        is_input, was_input = getattr(config, name) > 0, getattr(earlier, name) > 0
+        if is_input != was_input:
+            parts.append(f"input of the {words} {'new' if is_input else 'gone'}")
     log.info("start from %s: %s", path, "; ".join(parts))
 
 
@@ -127,7 +141,7 @@ def shape_of(config: HSTUConfig, other: HSTUConfig) -> dict[str, Any]:
     features, others = (c.item_features | c.user_features for c in (config, other))
     kinds = {i: features[i]["kind"] for i in features if i in others}
     widths = {i: features[i]["size"] for i, kind in kinds.items() if kind == "emb"}
-    return {name: asdict(config)[name] for name in SHAPE} | {"kind": kinds, "width": widths}
+    return {name: getattr(config, name) for name in SHAPE} | {"kind": kinds, "width": widths}
 
 
 def refuse_other_shape(path: Path, saved: Mapping[str, Any], current: Mapping[str, Any]) -> None:
@@ -196,12 +210,14 @@ def copy_others(run: Run, path: Path, weights: Mapping[str, Tensor], earlier: HS
     )
     state = dict(run.model.named_parameters())
     state |= {name: buffer for name, buffer in run.model.named_buffers() if name in weights}
-    # Whether all items have a vector is a matter of the data, and so is what stands for none.
+    # Whether all items have a vector is a matter of the data, and so what stands for none.
     saved, current = (
         {
             name: tensor
             for name, tensor in named.items()
-            if name not in apart and not name.startswith(of_others) and "stand_in" not in name
+            if name not in apart
+            and not name.startswith(of_others)
+            and ("stand_in" not in name or (name in weights and name in state))
         }
         for named in (weights, state)
     )

@@ -104,6 +104,32 @@ def test_an_item_that_did_not_change_starts_with_the_embedding_that_it_had(weeks
     assert changed.tolist() == [RECOLOURED, DEARER]
 
 
+def test_on_the_data_of_the_model_every_weight_is_as_it_was(tmp_path):
+    """That of the items without a vector, too; and --history_residual auto is what it was."""
+    data_dir = write_tiny(tmp_path / "data")
+    flags = ["--target_action", "--history_residual=on", "--lr=0.1"]
+    model = train(tmp_path, data_dir, "first", *flags)
+    flags = ["--target_action", "--history_residual=auto", f"--init_from={model}"]
+    run = prepare_run(get_args(flags_of(tmp_path, data_dir, "r", *flags)))
+    warm_start.start_from(run, model, read_vocabulary(data_dir, read_manifest(data_dir)))
+    before, after = load_checkpoint(model)["weights"], run.model.state_dict()
+    assert before.keys() == after.keys() and "emb_transform.feature_81.stand_in" in before
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert run.model.config.history_residual
+
+
+def test_a_run_that_goes_on_in_another_folder_has_its_vocabulary(tmp_path):
+    data_dir, other = write_tiny(tmp_path / "data"), tmp_path / "other"
+    model = train(tmp_path, data_dir, "first", "--num_epochs=2")
+    other.mkdir()
+    for path in (model, max(model.parent.glob("resume_*.pt"), key=lambda p: p.stat().st_mtime)):
+        (other / path.name).write_bytes(path.read_bytes())
+    train(tmp_path, data_dir, "other", "--num_epochs=2")
+    assert load_vocabulary(other / "vocabulary.pkl") == load_vocabulary(
+        model.parent / "vocabulary.pkl"
+    )
+
+
 def test_a_line_says_what_is_known_new_and_gone(weeks, capsys):
     train(weeks.folder, weeks.fresh, "line", "--target_action", f"--init_from={weeks.model}")
     out = capsys.readouterr().out
@@ -177,7 +203,7 @@ def test_features_of_one_model_alone_are_new_or_gone(weeks, tmp_path, capsys):
     capsys.readouterr()
     more = ("--item_features", "colour", "--user_features", "city")
     train(tmp_path, weeks.second, "other", *more, f"--init_from={model}")
-    new = "feature colour new; feature city new; feature price gone"
+    new = "feature colour new; feature city new; feature price gone; input of the actions new"
     assert f"items 14 known, 1 new, 0 gone; {new}\n" in capsys.readouterr().out
 
 
@@ -224,6 +250,7 @@ def damaged_vocabulary(folder: Path) -> None:
         (None, ["--time_bias=event"], "time_bias: 'request' then, 'event' now"),
         (None, ["--maxlen=9"], "maxlen: 7 then, 9 now"),
         (None, ["--mix_previous=2"], "mix_previous: 0 then, 2 now"),
+        (None, ["--history_residual=on"], "history_residual: False then, True now"),
         (remove_vocabulary, [], "vocabulary.pkl: missing, but --init_from needs"),
         (other_vocabulary, [], "vocabulary.pkl: has not the items of model_best.pt"),
         (damaged_vocabulary, [], "vocabulary.pkl: no vocabulary of a training"),
