@@ -164,9 +164,12 @@ def open_export(args: argparse.Namespace) -> Export:
         )
     item_ids, user_ids = original_texts(args, manifest)
     expected = item_ids[1:]
-    if origin["item_ids"] != "original":
-        expected = [str(re_id) for re_id in range(1, len(item_ids))]
-    if [str(exported) for exported in ids.tolist()] != expected:
+    exported = list(map(str, ids.tolist()))
+    if origin["item_ids"] != "original":  # they are texts, a line for each
+        lines = (folder / "item_ids.txt").read_text(encoding="utf-8", errors="surrogatepass")
+        exported = lines.split("\n")[:-1]
+        expected = [" ".join(item_id.splitlines()) for item_id in expected]
+    if exported != expected:
         raise DataError(
             f"{folder}: its items are not those of {args.data_dir}; name the data that it was made "
             f"of, or export again: {export_command(args)}"

@@ -560,6 +560,16 @@ def test_an_export_of_the_same_number_of_other_items_is_refused(copied, capsys):
     assert "its items are not those of" in error_of(capsys, copied, "--item=1003")
 
 
+def test_an_export_of_as_many_other_texts_is_refused(films, tmp_path, capsys):
+    folder = shutil.copytree(films, tmp_path / "films")
+    path = folder / "data" / "indexer.pkl"
+    indexer = pickle.loads(path.read_bytes())
+    gone = min(indexer["i"])
+    indexer["i"]["x" * len(gone)] = indexer["i"].pop(gone)
+    path.write_bytes(pickle.dumps(indexer, protocol=4))
+    assert "its items are not those of" in error_of(capsys, folder, "--item=tt1")
+
+
 @pytest.mark.parametrize("change", ["checkpoint", "users", "data"])
 def test_queries_of_another_export_than_the_items_are_refused(copied, capsys, change):
     folder = copied / "outputs" / "user_embeddings"
