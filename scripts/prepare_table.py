@@ -310,6 +310,11 @@ def leave_one_out(_: DuckDBPyConnection, events: Events, args: argparse.Namespac
             f"users: {few:,} of {is_there.sum():,} have too few events to be evaluated, and only "
             "train"
         )
+    if later := int((ends - 1 - last)[is_long].sum()):
+        print(
+            f"events: {later:,} after the last one of --target_actions are in no split; to export "
+            "what users want now, convert with --split none --like this folder"
+        )
     return {
         "train": chosen(starts, np.where(is_long, before, ends), is_there),
         "valid": Span(starts[is_long], before[is_long] + 1, users[is_long]),

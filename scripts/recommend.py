@@ -7,6 +7,7 @@ Reads what `main.py --inference_only` wrote. A user's query lies there, and item
 from __future__ import annotations
 
 import argparse
+import re
 import shlex
 import signal
 import sys
@@ -304,7 +305,7 @@ def write_all(args: argparse.Namespace, export: Export, model_class: type[HSTUMo
     ]
     rows = np.concatenate([best.rows for best in found])
     scores = np.concatenate([best.scores for best in found])
-    names = np.array(histories.users, object), np.array(export.item_ids[1:], object)
+    names = as_in_log(histories.users), as_in_log(export.item_ids[1:])
     with atomic_write(args.write) as file:
         write_table(file, args.write.suffix, TopItems(*names, rows, scores))
     if histories.num_unknown:
@@ -313,6 +314,12 @@ def write_all(args: argparse.Namespace, export: Export, model_class: type[HSTUMo
             f"have, and {histories.num_left_out:,} users who have no others"
         )
     say(f"wrote {args.write}: {len(users):,} users, the best {rows.shape[1]} items each")
+
+
+def as_in_log(ids: Sequence[str]) -> np.ndarray:
+    """int64 if all are numbers, as in an export, else texts."""
+    are_numbers = all(re.fullmatch("0|-?[1-9][0-9]{0,17}", text) for text in ids)
+    return np.array(ids, np.int64 if are_numbers else object)
 
 
 def histories_of(args: argparse.Namespace, export: Export) -> Histories:

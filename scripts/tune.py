@@ -124,9 +124,10 @@ def run_tune(args: argparse.Namespace, passed: list[str]) -> None:
         raise DataError("no Optuna or matplotlib here; pip install -r requirements-tune.txt")
     flags = vars(get_args(passed))
     manifest = read_manifest(args.data_dir, trust=flags["trust_pickle"])
-    if manifest.targets.get("valid") != "last":
+    folder, has_targets = Path(args.data_dir), manifest.targets.get("valid") == "last"
+    if not has_targets or not (np.diff(open_split(folder, "valid")[1]) > 1).any():
         raise DataError(f"{args.data_dir}: no valid split with known targets, which trials need")
-    lengths = np.diff(open_split(Path(args.data_dir), "train")[1])
+    lengths = np.diff(open_split(folder, "train")[1])
     space = search_space(lengths, manifest.num_items, flags, named(passed))
     if not space:
         raise DataError("all flags that could be searched were given after --; leave one out")

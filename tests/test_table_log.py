@@ -264,6 +264,7 @@ def test_target_actions_are_held_out_with_all_before_them_as_history(tmp_path, c
     flags = ("--action", "kind", "--target_actions", "buy")
     text = output(capsys, tmp_path, log, *flags)
     assert "users: 2 of 4 have too few events to be evaluated" in text
+    assert "events: 2 after the last one of --target_actions are in no split" in text
     data_dir = tmp_path / "data"
     assert ends_of(data_dir, "train") == [(1, 1), (2, 5), (3, 5), (4, 2)]
     assert ends_of(data_dir, "valid") == [(1, 2), (4, 3)]

@@ -27,6 +27,8 @@ from tuned import result_of
 from engine.flags import get_args
 from engine.signals import Stopped
 from files.atomic_io import DataError, read_json, write_json
+from files.data_writer import leave_one_out, write_dataset
+from files.sequences import EVENT_DTYPE
 from main import main
 
 pytestmark = pytest.mark.slow
@@ -276,6 +278,17 @@ def test_data_without_validation_is_refused(tiny, tmp_path, capsys):
     manifest["targets"]["valid"] = "none"
     write_json(tiny / "manifest.json", manifest)
     assert run(tiny, tmp_path / "o", 1) == 1
+    assert_one_line(capsys.readouterr().err, "no valid split with known targets")
+
+
+def test_data_whose_validation_is_empty_is_refused(tmp_path, capsys):
+    events = np.zeros(8, EVENT_DTYPE)
+    events["item_id"] = [1, 2, 3, 4] * 2
+    ids = {"item_ids": [1, 2, 3, 4], "user_ids": [1, 2, 3, 4]}
+    write_dataset(
+        tmp_path / "two", leave_one_out(events, np.arange(0, 9, 2)), num_action_types=0, **ids
+    )
+    assert run(tmp_path / "two", tmp_path / "o", 1) == 1
     assert_one_line(capsys.readouterr().err, "no valid split with known targets")
 
 
