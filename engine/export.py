@@ -15,6 +15,7 @@ from torch import Tensor
 
 from dataset import MyDataset, Negatives, Request
 from engine.setup import make_loader, vectors_on_host
+from engine.signals import stop_signal
 from engine.top_items import Catalogue, newest_histories, recommend
 from engine.trained_model import leaves_out_seen, load_model
 from files import data_folder
@@ -141,6 +142,7 @@ def export_users(
             arrays["id.u64bin"][part], top.user_ids[part] = ids[users], user_names[users]
             arrays["topk.u64bin"][part] = np.where(rows < 0, -1, catalogue.ids.view(np.int64)[rows])
             top.rows[part], top.scores[part] = rows, scores
+            stop_signal.check()
             yield found
 
     folder, suffix = Path(args.output_dir) / "user_embeddings", table_suffix()
@@ -150,7 +152,9 @@ def export_users(
     }
     origin = {**origin, "user_ids": kind}
     shape = count, model.config.hidden_units
-    publish(folder, shape, queries(), arrays, origin, tables=tables)
+    with stop_signal.deferred():  # a loader that starts or ends must not be interrupted
+        publish(folder, shape, queries(), arrays, origin, tables=tables)
+        stop_signal.check()
     other = {".csv": ".parquet", ".parquet": ".csv"}[suffix]
     (folder / f"recommendations{other}").unlink(missing_ok=True)  # of an earlier export
 

@@ -19,6 +19,7 @@ from engine.evaluation import Ranking, evaluate
 from engine.export import exported_ids
 from engine.run_log import RunLog, summary
 from engine.setup import make_loader
+from engine.signals import stop_signal
 from engine.state import Run, load_best
 from engine.trained_model import leaves_out_seen, load_model
 from engine.training_setup import count_negatives
@@ -96,7 +97,9 @@ def evaluate_checkpoint(args: argparse.Namespace, model_class: type[HSTUModel] =
     device = next(model.parameters()).device
     loader = make_loader(of[split], args.batch_size, args.seed, device, args.num_workers)
     removes_seen = leaves_out_seen(args.remove_seen, model.config)
-    ranking = evaluate(model, loader, removes_seen, args.precision)
+    with stop_signal.deferred():  # a loader that starts or ends must not be interrupted
+        ranking = evaluate(model, loader, removes_seen, args.precision)
+        stop_signal.check()
     result = {
         "checkpoint": path.name,
         "checkpoint_sha256": sha256_of(path),
