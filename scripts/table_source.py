@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 DELIMITERS = ("\t", "\x01", "::", ";", "|", ",", " ")
 csv.field_size_limit(1 << 30)  # else a line with a long list is no line of any delimiter
+OBJECT = '"one of --events_in"'  # a name of SQL that no column has
 HEAD = 30  # lines that decide what separates the fields
 JSON_SAMPLE = 50_000  # objects whose keys are the columns of a log
 # First bytes, what the file is, and the advice with which it is refused; None: it is read.
@@ -239,7 +240,7 @@ def text_table(connection: duckdb.DuckDBPyConnection, source: Source, form: Form
     """Lines of text, whose fields have no type yet; the first lines say what separates them."""
     files, lines = source.files, line_reader(source)
     if form.is_sequences:
-        row = f"(SELECT regexp_split_to_array(trimmed(line), '[ \t,]+') AS row FROM {lines})"
+        row = f"(SELECT *, regexp_split_to_array(trimmed(line), '[ \t,]+') AS row FROM {lines})"
         items = "to_json(row[2:])::VARCHAR"
         return Table(files, row, {"user": "row[1]", "item": items}, [])
     heads = []
@@ -286,7 +287,8 @@ def fields_in(lines: Sequence[str], delimiter: str, form: Form) -> list[list[str
         return [line.split() for line in lines]
     if len(delimiter) > 1 or not form.quote:
         return [line.split(delimiter) for line in lines]
-    return list(csv.reader(io.StringIO("\n".join(lines)), delimiter=delimiter))
+    text = io.StringIO("\n".join(lines))
+    return list(csv.reader(text, delimiter=delimiter, quotechar=form.quote))
 
 
 def delimiter_of(lines: Sequence[str], form: Form) -> str:
@@ -343,11 +345,11 @@ def with_events(connection: duckdb.DuckDBPyConnection, table: Table, form: Form)
     objects = f"""unnest(from_json({table.columns[column]}, '["JSON"]'))"""
     outer = ", ".join(f"{e} AS {name_of(n)}" for n, e in table.columns.items() if n != column)
     outer += ", filename" if len(table.paths) > 1 else ""
-    relation = f"(SELECT {outer or 'NULL AS none'}, {objects} AS event FROM {table.relation})"
+    relation = f"(SELECT {outer or 'NULL AS none'}, {objects} AS {OBJECT} FROM {table.relation})"
     with reading(table.paths[0], table):
         keys = connection.execute(
-            f"SELECT DISTINCT unnest(json_keys(event)) FROM (FROM {relation} LIMIT 999)"
+            f"SELECT DISTINCT unnest(json_keys({OBJECT})) FROM (FROM {relation} LIMIT 999)"
         ).fetchall()
     columns = {name: name_of(name) for name in table.columns if name != column}
-    columns |= {key: f"event ->> {text(pointer(key))}" for (key,) in sorted(keys)}
+    columns |= {key: f"{OBJECT} ->> {text(pointer(key))}" for (key,) in sorted(keys)}
     return table._replace(relation=relation, columns=columns, texts=[])

@@ -210,7 +210,7 @@ def test_lists_without_the_flag_and_of_different_lengths_are_refused(tmp_path, c
 
 def test_sessions_and_sequences_are_unfolded(tmp_path):
     sessions = [
-        {"session": u, "events": [{"aid": i, "ts": t * 1000} for _, i, t in rows]}
+        {"session": u, "event": "visit", "events": [{"aid": i, "ts": t * 1000} for _, i, t in rows]}
         for u, rows in histories().items()
     ]
     (tmp_path / "otto.jsonl").write_text("".join(json.dumps(s) + "\n" for s in sessions))
@@ -223,6 +223,13 @@ def test_sessions_and_sequences_are_unfolded(tmp_path):
     item_of = {k: i for i, k in read_indexer(tmp_path / "data")["i"].items()}
     found = [item_of[k] for k in events["item_id"][offsets[2] : offsets[3]].tolist()]
     assert found == [i for _, i, _ in histories()[3]]
+    first, *rest = (tmp_path / "sas.txt").read_text().splitlines(keepends=True)
+    (tmp_path / "one.txt").write_text(first)
+    (tmp_path / "two.txt").write_text("".join(rest))
+    before = (tmp_path / "data" / "test_data.bin").read_bytes()
+    files = [str(tmp_path / name) for name in ("one.txt", "two.txt", "data")]
+    assert prepare_table.main([*files, "--format", "sequences", "--overwrite"]) == 0
+    assert (tmp_path / "data" / "test_data.bin").read_bytes() == before
 
 
 def test_every_type_of_a_parquet_column_is_read(tmp_path):
@@ -247,6 +254,9 @@ def test_quotes_are_characters_where_the_flag_says_so(tmp_path):
     (tmp_path / "log.tsv").write_text(text)
     converted(tmp_path, tmp_path / "log.tsv", "--quote", "none")
     assert list(read_indexer(tmp_path / "data")["i"]) == ['"x', 'x"y', "z"]
+    (tmp_path / "log.csv").write_text("'user','item','timestamp'\n'a','x,y','5'\n'a','z','6'\n")
+    converted(tmp_path, tmp_path / "log.csv", "--quote", "'", "--split", "none", "--overwrite")
+    assert list(read_indexer(tmp_path / "data")["i"]) == ["x,y", "z"]
 
 
 def test_a_delimiter_that_is_told_overrules_the_lines(tmp_path):
