@@ -120,7 +120,7 @@ def read_curves(log_dir: str, run: Run) -> dict[str, list[float]]:
     """Tag -> a value per epoch, of the tags that have one.
 
     Raises:
-        DataError: there are none, or those of another run: without this one's best epoch.
+        DataError: there are none, or those of another run: with another best epoch.
     """
     tags = []
     if Path(log_dir).is_dir():
@@ -131,8 +131,10 @@ def read_curves(log_dir: str, run: Run) -> dict[str, list[float]]:
         raise DataError(f"{log_dir}: no curves there; name the --log_dir of the training")
     curves = {tag: [event.value for event in events.Scalars(tag)] for tag in tags}
     for tag, best in (("Metrics/NDCG@10", "NDCG@10"), ("Loss/valid", "loss")):
-        value = run.progress.best_metrics.get(best)
-        if value is not None and np.float32(value) not in np.float32(curves.get(tag, [])):
+        value, values = run.progress.best_metrics.get(best), curves.get(tag, [])
+        # A run that went on with another --log_dir has its last epochs there, maybe not the best.
+        has_best = run.progress.best_epoch > run.progress.epoch - max(1, len(values))
+        if value is not None and has_best and np.float32(value) not in np.float32(values):
             raise DataError(
                 f"{log_dir}: the curves of another run than that in {run.output_dir}; name "
                 "the --log_dir of this one"

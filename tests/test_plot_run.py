@@ -7,11 +7,13 @@ import json
 import pickle
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from conftest import write_tiny
+from torch.utils.tensorboard import SummaryWriter
 
 pytest.importorskip("matplotlib", reason="matplotlib is not installed")
 
@@ -19,6 +21,7 @@ import plot_run
 
 from engine.evaluation import Ranking, evaluate
 from engine.training_setup import eval_loader
+from files.atomic_io import DataError
 from files.checkpoint import load_checkpoint
 from files.sequences import EVENT_DTYPE
 from main import main
@@ -92,6 +95,18 @@ def test_the_first_loss_is_left_out_where_others_are_enough(epochs, shows_first)
 def test_curves_logged_from_a_later_epoch_on_stand_at_it():
     top, _ = plot_run.draw_learning({"Loss/train_epoch": [3.0, 2.0]}, 5).axes
     assert list(top.lines[0].get_xdata()) == [4, 5]
+
+
+def test_curves_from_after_the_best_epoch_on_are_taken(tmp_path):
+    """Of a run that went on with another --log_dir."""
+    with SummaryWriter(tmp_path) as writer:
+        writer.add_scalar("Metrics/NDCG@10", 0.25, 40)
+    progress = SimpleNamespace(epoch=9, best_epoch=7, best_metrics={"NDCG@10": 0.5})
+    run = SimpleNamespace(progress=progress, output_dir="o")
+    assert plot_run.read_curves(str(tmp_path), run) == {"Metrics/NDCG@10": [0.25]}
+    progress.best_epoch = 9
+    with pytest.raises(DataError, match="the curves of another run"):
+        plot_run.read_curves(str(tmp_path), run)
 
 
 def test_the_curves_of_another_run_are_refused(trained, tmp_path, capsys):
