@@ -6,7 +6,7 @@ Letters as in simplified_hstu.py.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -298,6 +298,24 @@ class MixPrevious(nn.Module):
         for k, weight in enumerate(self.weights, 1):
             y = y + weight * x.roll(k, 0) * (positions >= k)[:, None]
         return y
+
+
+class TimeHead(nn.Module):
+    """A parametrisation of W of equation 1 that makes the last head's queries zero.
+
+    So that head's A is SiLU(rab) / N: it weighs events by their time and position alone. Not in the
+    paper, but in FuXi-Linear as a temporal channel; docs/log.md says where it helps.
+    """
+
+    def __init__(self, num_heads: int, widths: Sequence[int]):
+        """`widths`: dv, dv, dqk, dqk, of U, V, Q and K of a head, in the order of W's rows."""
+        super().__init__()
+        mask = torch.ones(num_heads, sum(widths), 1)
+        mask[-1, sum(widths[:2]) : sum(widths[:3])] = 0
+        self.register_buffer("mask", mask.flatten(0, 1), persistent=False)  # (H * sum, 1)
+
+    def forward(self, weight: Tensor) -> Tensor:
+        return weight * self.mask
 
 
 class HistoryResidual(nn.Module):

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import register_parametrization
 
 import ops.attention
 import ops.infonce
@@ -23,6 +24,7 @@ from hstu_components import (
     LearnablePositionalEmbeddingInputFeaturesPreprocessor,
     LocalEmbeddingModule,
     MixPrevious,
+    TimeHead,
     module_key,
 )
 from ops.last_events import block_of_last
@@ -116,6 +118,7 @@ class HSTUConfig:
     feature_digests: dict[str, str] | None = None  # of what features' numbers mean; None: not known
     removes_seen: bool = True  # rankings leave out what a user has seen; so its export does
     history_residual: bool = False  # the history's items are added to the query
+    time_head: bool = False  # the last head attends by time and position alone
     mix_previous: int = 0  # an event's input has shares of so many before it
     id_dropout: float = 0.0  # share of id vectors left out in training, where items have features
 
@@ -169,6 +172,10 @@ class HSTUModel(nn.Module):
             has_position_bias=config.position_bias,
             attention=self.kernels.attention,
         )
+        if config.time_head:
+            for block in self.hstu.blocks:
+                head = TimeHead(config.num_heads, block.widths)
+                register_parametrization(block.qkv_proj, "weight", head)
         self.history_residual = HistoryResidual() if config.history_residual else None
         self.output_postprocessor = L2NormEmbeddingPostprocessor()
         self.similarity = DotProductSimilarity()

@@ -44,6 +44,10 @@ SETTINGS = {
     "ml-1m-large": ("ml-1m", f"{IDS_AND_TIMES} {LARGE} {ML_1M_LARGE}"),
     "beauty-ids": ("beauty", f"{IDS} {BEAUTY}"),
     "beauty-ids-mix": ("beauty", f"{IDS} {BEAUTY} --mix_previous=8"),
+    "beauty-request-mix": (
+        "beauty",
+        f"{IDS_AND_TIMES} {BEAUTY} --mix_previous=8 --num_heads=2 --time_head",
+    ),
     "beauty-event": ("beauty", f"{IDS_AND_TIMES} --time_bias=event {BEAUTY}"),
     "beauty-request": ("beauty", f"{IDS_AND_TIMES} {BEAUTY}"),
     "beauty-features": ("beauty", f"--mm_emb_id --time_bias=off {BEAUTY} --id_dropout=0.2"),

@@ -73,6 +73,8 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     text = "time a query has: that of the event to predict, of the last seen event, or none"
     model("--time_bias", choices=["request", "event", "off"], default="request", help=text)
     model("--position_bias", **on_off, default=True, help="attention bias by distance")
+    text = "the last head attends by time and position alone"
+    model("--time_head", **on_off, default=False, help=text)
     text = (
         "add the items of the history to the query; auto: where more than "
         f"{MOST_REPEATS:.0%} of the validation targets are among them"
@@ -154,6 +156,9 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     refuse_other_use(parser, args)
     if args.num_heads * args.linear_dim == 1:
         parser.error("--linear_dim 1 with one head: a LayerNorm over one number is always 0")
+    has_bias = args.time_bias != "off" or args.position_bias
+    if args.time_head and (args.num_heads < 2 or not has_bias):
+        parser.error("--time_head needs --num_heads 2 or more, and a bias of time or position")
     if args.overwrite and args.resume != "none":
         parser.error("--overwrite is for --resume none")
     return args

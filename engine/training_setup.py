@@ -170,7 +170,7 @@ def make_config(
     )
     same = (
         "maxlen", "hidden_units", "num_blocks", "num_heads", "attention_dim", "linear_dim",
-        "dropout_rate", "id_dropout", "mix_previous", "position_bias", "infonce_temp",
+        "dropout_rate", "id_dropout", "mix_previous", "position_bias", "infonce_temp", "time_head",
     )  # fmt: skip
     return HSTUConfig(
         num_items=manifest.num_items,

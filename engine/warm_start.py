@@ -29,7 +29,7 @@ VOCABULARY = "vocabulary.pkl"  # beside the models of a training: what its numbe
 # Settings that decide what the weights are; the others may differ from those of the earlier model.
 SHAPE = (
     "maxlen", "hidden_units", "num_blocks", "num_heads", "attention_dim", "linear_dim",
-    "mix_previous", "time_bias", "position_bias", "history_residual",
+    "mix_previous", "time_bias", "position_bias", "time_head", "history_residual",
 )  # fmt: skip
 
 

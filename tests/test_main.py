@@ -91,6 +91,7 @@ TRAINING_FLAGS = {
     "id_dropout": ([], ["--id_dropout=0.5"]),
     "time_bias": ([], ["--time_bias=event"]),
     "position_bias": ([], ["--no-position_bias"]),
+    "time_head": (["--num_heads=2"], ["--num_heads=2", "--time_head"]),
     "history_residual": (["--history_residual=on"], ["--history_residual=off"]),
     "infonce_temp": ([], ["--infonce_temp=0.5"]),
     "negatives": (["--negatives=batch"], ["--negatives=mixed"]),

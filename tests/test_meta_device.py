@@ -31,6 +31,8 @@ FEATURES = {
         "--user_features=all",
         "--target_action",
         "--mix_previous=2",
+        "--num_heads=2",
+        "--time_head",
         "--id_dropout=0.3",
     ],
 }

@@ -118,7 +118,38 @@ def test_a_user_that_is_not_known_adds_nothing(tiny):
     assert not users[:start].any() and users[start:].any()
 
 
-SWITCHES = [("position_bias", True), ("history_residual", True), ("mix_previous", 2)]
+SWITCHES = [
+    ("position_bias", True),
+    ("history_residual", True),
+    ("mix_previous", 2),
+    ("time_head", True),
+]
+
+
+@pytest.mark.parametrize("kernels", ["torch", "plain"])
+def test_a_time_head_weighs_events_by_rab_alone(tiny, kernels):
+    """Its A is SiLU(rab) / N, whatever the events are; the other head's is not."""
+    model = make_model(tiny, kernels=kernels, num_heads=2, time_head=True)
+    block, batch = model.hstu.blocks[0], make_batch(tiny)
+    head, (dv, dqk) = sum(block.widths), block.widths[1:3]
+    is_zero = (block.qkv_proj.weight == 0).all(1).nonzero().flatten().tolist()
+    assert is_zero == list(range(head + 2 * dv, head + 2 * dv + dqk))
+    seen = []
+    form = block.attention.gated_attention
+    block.attention = block.attention._replace(
+        gated_attention=lambda x, weight, *rest: seen.append(form(x, weight, *rest)) or seen[-1]
+    )
+    model.encode(batch)
+    with torch.no_grad():
+        keys = slice(2 * dv + dqk, head)
+        original = block.qkv_proj.parametrizations.weight.original
+        original[head:][keys] = torch.randn_like(original[head:][keys])
+    model.encode(batch)
+    torch.testing.assert_close(*seen)  # keys of the time head do nothing
+    with torch.no_grad():
+        original[keys] = torch.randn_like(original[keys])
+    model.encode(batch)
+    assert not torch.allclose(seen[1], seen[2])
 
 
 @pytest.mark.parametrize(("switch", "value"), SWITCHES)
