@@ -27,7 +27,7 @@ from engine.setup import make_loader, pick_device, read_features, vectors_on_hos
 from engine.state import STATE_FORMAT, Run
 from engine.trained_model import read_model
 from engine.training_step import Optimization, TrainingStep
-from engine.warm_start import fitted_to
+from engine.warm_start import standardised_as
 from files.atomic_io import DataError
 from files.data_folder import Manifest, fingerprint, read_manifest
 from files.features import Feature
@@ -57,10 +57,8 @@ def prepare_run(args: argparse.Namespace, model_class: type[HSTUModel] = HSTUMod
         features = read_features(args.data_dir, manifest, *wanted, args.trust_pickle)
     datasets, item_counts = open_datasets(args, manifest, features[0])
     train_set, device = datasets["train"], pick_device(args.device)
-    config = make_config(args, manifest, features, datasets)
-    if args.init_from:
-        earlier, _ = read_model(args.init_from)
-        config = fitted_to(config, earlier, args.history_residual == "auto")
+    earlier = read_model(args.init_from)[0] if args.init_from else None
+    config = make_config(args, manifest, features, datasets, earlier)
     kernels = choose_kernels(args.kernels, device, config, args.precision)
     torch.manual_seed(args.seed)
     options = {"kernels": kernels, "shards_items": shards_items(args, train_set)}
@@ -161,8 +159,10 @@ def eval_loader(args: argparse.Namespace, run: Run, split: str) -> DataLoader | 
 
 
 def make_config(
-    args: argparse.Namespace, manifest: Manifest, features: tuple, datasets: Mapping[str, MyDataset]
-) -> HSTUConfig:
+    args: argparse.Namespace, manifest: Manifest, features: tuple,
+    datasets: Mapping[str, MyDataset], earlier: HSTUConfig | None,
+) -> HSTUConfig:  # fmt: skip
+    """Of the flags and the data; `earlier`: of the model that a training starts from."""
     options = args.mm_missing, args.mm_projection
     items, users = (
         {name: encoder_arguments(feature, *options) for name, feature in side.items()}
@@ -172,7 +172,10 @@ def make_config(
         "maxlen", "hidden_units", "num_blocks", "num_heads", "attention_dim", "linear_dim",
         "dropout_rate", "id_dropout", "mix_previous", "position_bias", "infonce_temp", "time_head",
     )  # fmt: skip
-    return HSTUConfig(
+    residual = args.history_residual
+    if earlier is not None and residual == "auto":
+        residual = "on" if earlier.history_residual else "off"
+    config = HSTUConfig(
         num_items=manifest.num_items,
         num_action_types=manifest.num_action_types if args.actions else 0,
         num_target_action_types=manifest.num_action_types if args.target_action else 0,
@@ -182,9 +185,10 @@ def make_config(
         item_ids_digest=manifest.item_ids_digest,
         action_names=manifest.action_names,
         feature_digests=manifest.feature_digests,
-        **repeats(args.remove_seen, args.history_residual, datasets.get("valid")),
+        **repeats(args.remove_seen, residual, datasets.get("valid")),
         **{name: getattr(args, name) for name in same},
     )
+    return config if earlier is None else standardised_as(config, earlier)
 
 
 def repeats(remove_seen: str, history_residual: str, valid: MyDataset | None) -> dict[str, bool]:

@@ -33,14 +33,9 @@ SHAPE = (
 )  # fmt: skip
 
 
-def fitted_to(config: HSTUConfig, earlier: HSTUConfig, keeps_residual: bool) -> HSTUConfig:
-    """The config with the mean and std of numbers of the earlier one, whose weights fit to them.
-
-    `keeps_residual`: and with its history_residual, for --history_residual auto.
-    """
-    changes: dict[str, Any] = (
-        {"history_residual": earlier.history_residual} if keeps_residual else {}
-    )
+def standardised_as(config: HSTUConfig, earlier: HSTUConfig) -> HSTUConfig:
+    """The config with the mean and std of numbers of the earlier one, whose weights fit to them."""
+    changes = {}
     for side in ("item_features", "user_features"):
         specs = changes[side] = dict(getattr(config, side))
         for i, spec in getattr(earlier, side).items():
@@ -71,22 +66,22 @@ def means_something_else(feature_id: str, config: HSTUConfig, earlier: HSTUConfi
 def begin(run: Run, init_from: str | None, data_dir: str, trust_pickle: bool) -> None:
     """Take over the weights of `init_from`, and write what the numbers of the data stand for.
 
-    A run that goes on has its own weights, and what was not written, or not copied with it, is.
+    A run that goes on has its own weights, and its vocabulary but for one that was copied here.
 
     Raises:
         DataError: as `start_from`.
     """
-    init_from = init_from if run.progress.step == 0 else None
-    is_there = run.progress.step > 0 and (run.output_dir / VOCABULARY).exists()
-    if not init_from and (is_there or not is_main_process()):
+    is_fresh = run.progress.step == 0
+    writes = is_main_process() and (is_fresh or not (run.output_dir / VOCABULARY).exists())
+    if not writes and not (is_fresh and init_from):
         return  # the ids of millions of items take a gigabyte
     manifest = read_manifest(data_dir, trust=trust_pickle)
     vocabulary = read_vocabulary(data_dir, manifest, trust=trust_pickle)
-    if init_from:
+    if is_fresh and init_from:
         start_from(run, Path(init_from), vocabulary)
     used = run.model.config.item_features | run.model.config.user_features
     values = {i: v for i, v in vocabulary.feature_values.items() if i in used}
-    if is_main_process():
+    if writes:
         kept = vocabulary._replace(feature_values=values)
         write_vocabulary(run.output_dir / VOCABULARY, kept)
 
@@ -210,14 +205,14 @@ def copy_others(run: Run, path: Path, weights: Mapping[str, Tensor], earlier: HS
     )
     state = dict(run.model.named_parameters())
     state |= {name: buffer for name, buffer in run.model.named_buffers() if name in weights}
-    # Whether all items have a vector is a matter of the data, and so what stands for none.
+    # Whether all items have a vector is a matter of the data, and so is what stands for none.
     saved, current = (
         {
             name: tensor
             for name, tensor in named.items()
             if name not in apart
             and not name.startswith(of_others)
-            and ("stand_in" not in name or (name in weights and name in state))
+            and ("stand_in" not in name or name in weights.keys() & state.keys())
         }
         for named in (weights, state)
     )

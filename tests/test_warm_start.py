@@ -251,6 +251,7 @@ def damaged_vocabulary(folder: Path) -> None:
         (None, ["--maxlen=9"], "maxlen: 7 then, 9 now"),
         (None, ["--mix_previous=2"], "mix_previous: 0 then, 2 now"),
         (None, ["--history_residual=on"], "history_residual: False then, True now"),
+        (None, ["--num_heads=2", "--time_head"], "time_head: False then, True now"),
         (remove_vocabulary, [], "vocabulary.pkl: missing, but --init_from needs"),
         (other_vocabulary, [], "vocabulary.pkl: has not the items of model_best.pt"),
         (damaged_vocabulary, [], "vocabulary.pkl: no vocabulary of a training"),
