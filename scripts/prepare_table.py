@@ -166,7 +166,7 @@ def convert(args: argparse.Namespace) -> None:
     log_files = [path for place in args.events for path in files_of(place)]
     form = Form(
         args.header,
-        re.sub(r"\\(t|x[0-9a-f]{2})", unescape, args.delimiter) if args.delimiter else None,
+        re.sub(r"\\(t|x[0-9a-fA-F]{2})", unescape, args.delimiter) if args.delimiter else None,
         "" if args.quote == "none" else args.quote,
         args.format == "sequences",
         args.events_in,

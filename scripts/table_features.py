@@ -143,10 +143,12 @@ def missing(column: Texts) -> np.ndarray:
 
 def delimiter_of(texts: Sequence[str]) -> str | None:
     """What separates lists: it leaves no more pieces than texts; a blank, only whole numbers."""
-    are_lists = any(LIST_END in text for text in texts)  # their values may have the others
+    are_lists = any(LIST_END in text for text in texts)  # their values may hold the others
     for delimiter in LIST_END if are_lists else DELIMITERS:
         pieces = {piece for text in texts for piece in pieces_of(text, delimiter)}
-        is_list = len(pieces) <= len(texts) and any(delimiter in text for text in texts)
+        is_list = len(pieces) <= len(texts) and any(
+            delimiter in text.removesuffix(LIST_END) for text in texts
+        )
         if is_list and (delimiter != " " or all(map(str.isdecimal, pieces))):
             return delimiter
     return None

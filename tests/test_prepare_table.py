@@ -886,6 +886,21 @@ def test_lists_keep_their_values_whole(tmp_path, lists, expected):
     assert [values[str(k)]["tags"] for k in range(1, 5)] == expected
 
 
+def test_lists_of_one_value_are_a_value(tmp_path, capsys):
+    """And one that every item has of its own is no feature."""
+    log = write_table(tmp_path / "log.csv", [
+        {"user": 1, "item": k, "timestamp": START + k} for k in range(4)
+    ])  # fmt: skip
+    rows = [{"item": k, "kind": [f"a, {k % 2}"], "code": [f"c{k}"]} for k in range(4)]
+    items = tmp_path / "items.jsonl"
+    items.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    folder = tmp_path / "data"
+    flags = ["--split", "none", "--item_features", str(items)]
+    assert prepare_table.main([str(log), str(folder), *flags]) == 0
+    assert "4 different values in 4 rows" in capsys.readouterr().out
+    assert read_indexer(folder)["f"] == {"kind": {"a, 0": 1, "a, 1": 2}}
+
+
 def test_a_vector_with_a_missing_number_is_refused(tmp_path, capsys):
     rows = [{"user": 1, "item": "a", "timestamp": START + k} for k in range(2)]
     log = write_table(tmp_path / "log.csv", rows)

@@ -262,6 +262,10 @@ def test_quotes_are_characters_where_the_flag_says_so(tmp_path):
 def test_a_delimiter_that_is_told_overrules_the_lines(tmp_path):
     (tmp_path / "log.txt").write_text("user|item|timestamp\na|x,1|5\na|y,1|6\na|z,1|7\na|x,1|8\n")
     converted(tmp_path, tmp_path / "log.txt", "--delimiter", "|")
+    for character, flag in (("\x1f", r"\x1F"), ("§", "§"), ("\t", r"\t")):
+        text = (tmp_path / "log.txt").read_text().replace("|", character)
+        (tmp_path / "other.txt").write_text(text)
+        converted(tmp_path, tmp_path / "other.txt", "--delimiter", flag, "--overwrite")
     assert list(read_indexer(tmp_path / "data")["i"]) == ["x,1", "y,1", "z,1"]
 
 
