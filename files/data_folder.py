@@ -175,13 +175,19 @@ def original_ids(
     check_re_ids(path, side, re_ids, count)
     originals = np.zeros(count + 1, np.uint64)
     for original, re_id in re_ids.items():
-        original = original.item() if isinstance(original, np.generic) else original
-        if isinstance(original, str) and re.fullmatch(r"0|[1-9][0-9]{0,18}", original):
-            original = int(original)
-        if type(original) is not int or not 0 <= original < 2**63:
+        number = number_of(original)
+        if number is None:
             return None
-        originals[re_id] = original
+        originals[re_id] = number
     return originals if len(np.unique(originals[1:])) == count else None
+
+
+def number_of(original: Any) -> int | None:
+    """An id as a number in 0..2^63 - 1, if it is one: "123" is, "0123" is not."""
+    original = original.item() if isinstance(original, np.generic) else original
+    if isinstance(original, str) and re.fullmatch(r"0|[1-9][0-9]{0,18}", original):
+        original = int(original)
+    return original if type(original) is int and 0 <= original < 2**63 else None
 
 
 def log_ids(data_dir: str | Path, side: str, count: int, *, trust: bool = False) -> np.ndarray:

@@ -7,7 +7,6 @@ Reads what `main.py --inference_only` wrote. A user's query lies there, and item
 from __future__ import annotations
 
 import argparse
-import re
 import shlex
 import signal
 import sys
@@ -30,7 +29,14 @@ from engine.recommender import recommend_histories
 from engine.top_items import Best, newest_histories
 from engine.trained_model import load_model
 from files.atomic_io import DataError, atomic_write, exit_code, read_json
-from files.data_folder import Manifest, fingerprint, log_ids, read_item_names, read_manifest
+from files.data_folder import (
+    Manifest,
+    fingerprint,
+    log_ids,
+    number_of,
+    read_item_names,
+    read_manifest,
+)
 from files.recommendations import TopItems, write_table
 from files.sequences import Sequences
 from history_source import date
@@ -318,8 +324,8 @@ def write_all(args: argparse.Namespace, export: Export, model_class: type[HSTUMo
 
 def as_in_log(ids: Sequence[str]) -> np.ndarray:
     """int64 if all are numbers, as in an export, else texts."""
-    are_numbers = all(re.fullmatch("0|-?[1-9][0-9]{0,17}", text) for text in ids)
-    return np.array(ids, np.int64 if are_numbers else object)
+    numbers = list(map(number_of, ids))
+    return np.array(ids, object) if None in numbers else np.array(numbers, np.int64)
 
 
 def histories_of(args: argparse.Namespace, export: Export) -> Histories:
