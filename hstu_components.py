@@ -304,7 +304,7 @@ class TimeHead(nn.Module):
     """A parametrisation of W of equation 1 that makes the last head's queries zero.
 
     So that head's A is SiLU(rab) / N: it weighs events by their time and position alone. Not in the
-    paper, but in FuXi-Linear as a temporal channel; docs/log.md says where it helps.
+    paper; FuXi-Linear has such a channel of its own. docs/log.md says where it helps.
     """
 
     def __init__(self, num_heads: int, widths: Sequence[int]):

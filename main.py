@@ -105,9 +105,7 @@ def one_line(error: Exception) -> str:
         first = (text or "MemoryError").splitlines()[0]
         return f"out of memory, lower --batch_size or the model's widths ({first:.150})"
     if text.startswith("DataLoader worker"):
-        return (
-            f"a loader process died, perhaps for want of memory; lower --num_workers ({text:.150})"
-        )
+        return f"a loader process was killed, out of memory? lower --num_workers ({text:.150})"
     return ""
 
 

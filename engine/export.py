@@ -154,9 +154,9 @@ def export_users(
     shape = count, model.config.hidden_units
     with stop_signal.deferred():  # a loader that starts or ends must not be interrupted
         publish(folder, shape, queries(), arrays, origin, tables=tables)
+        other = {".csv": ".parquet", ".parquet": ".csv"}[suffix]
+        (folder / f"recommendations{other}").unlink(missing_ok=True)  # of an earlier export
         stop_signal.check()
-    other = {".csv": ".parquet", ".parquet": ".csv"}[suffix]
-    (folder / f"recommendations{other}").unlink(missing_ok=True)  # of an earlier export
 
 
 def read_request(

@@ -965,6 +965,22 @@ def test_out_of_memory_says_what_to_lower(error):
     assert "lower --batch_size" in main_module.one_line(error)
 
 
+def test_a_killed_loader_is_one_line():
+    error = RuntimeError("DataLoader worker (pid(s) 7) exited unexpectedly")
+    line = main_module.one_line(error)
+    assert "lower --num_workers" in line and "pid(s) 7" in line
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [["--num_heads=1"], ["--num_heads=2", "--time_bias=off", "--no-position_bias"]],
+)
+def test_a_time_head_without_a_bias_or_another_head_is_refused(flags, capsys):
+    with pytest.raises(SystemExit):
+        get_args(["--time_head", *flags])
+    assert "--time_head needs --num_heads 2 or more, and a bias" in capsys.readouterr().err
+
+
 def test_checkpoints_without_a_state_are_not_overwritten(tmp_path, data, capsys):
     whole = run(tmp_path, data)
     for state in whole.glob("resume_*.pt"):
