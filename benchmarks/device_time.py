@@ -9,6 +9,7 @@ from functools import partial
 from statistics import median
 from typing import Any
 
+import record  # noqa: F401 (puts the package on the path)
 import torch
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile

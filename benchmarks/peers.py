@@ -22,10 +22,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import record  # noqa: F401 (puts the package on the path)
 import torch
 from torch import Tensor
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from engine.metrics import ranking_metrics
 

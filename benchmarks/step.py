@@ -6,6 +6,7 @@ import collections
 import time
 from typing import Any
 
+import record  # noqa: F401 (puts the package on the path)
 import torch
 from settings import IDS_AND_TIMES
 

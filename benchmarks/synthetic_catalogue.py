@@ -9,6 +9,7 @@ import resource
 from pathlib import Path
 
 import numpy as np
+import record  # noqa: F401 (puts the package on the path)
 
 from engine.flags import get_args
 from engine.state import Run

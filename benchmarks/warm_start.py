@@ -21,9 +21,12 @@ from pathlib import Path
 
 import numpy as np
 from record import ROOT, environment, write
-from settings import ML_1M, SMALL
+from settings import SMALL
 
-FLAGS = f"{SMALL} {ML_1M} --no-windows --batch_size=16 --lr=0.003 --patience=0 --num_workers=1"
+FLAGS = (
+    f"{SMALL} --infonce_temp=0.05 --no-windows --batch_size=16 --lr=0.003 --patience=0 "
+    "--num_workers=1"
+)
 
 
 def main() -> None:

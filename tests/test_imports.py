@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import subprocess
 import sys
 from pathlib import Path
 
@@ -70,3 +71,29 @@ def test_six_modules_stand_at_the_top():
 @pytest.mark.parametrize("name", ["model", "simplified_hstu", "hstu_components", "dataset"])
 def test_what_a_notebook_imports_reads_no_flags_and_shows_no_bar(name):
     assert not imported(ROOT / f"{name}.py") & {"tqdm", "argparse"}
+
+
+# As `python FOLDER/NAME.py` finds modules: pytest's own path would hide that one is not found.
+IMPORT_EACH = """
+import importlib, os, sys
+import torch
+sys.path[0] = sys.argv[1]
+failed = []
+for name in sys.argv[2:]:
+    if not os.fork():
+        importlib.import_module(name)
+        os._exit(0)
+    if os.wait()[1]:
+        failed.append(name)
+sys.exit(f"do not start: {failed}" if failed else 0)
+"""
+
+
+@pytest.mark.parametrize("folder", ["scripts", "benchmarks"])
+def test_every_script_finds_what_it_imports(folder, tmp_path):
+    scripts = sorted((ROOT / folder).glob("*.py"))
+    names = [path.stem for path in scripts if '__name__ == "__main__"' in path.read_text()]
+    assert len(names) > 7
+    command = [sys.executable, "-c", IMPORT_EACH, str(ROOT / folder), *names]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
