@@ -14,10 +14,10 @@ from engine.flags import ALL_NEGATIVES_UP_TO
 with suppress(ImportError):  # tune.py says so
     from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 
-# What is tried first: the defaults, and the README's advice for long and for many short histories.
+# What is tried first: the defaults, and docs/own_data.md's settings for long and short histories.
 STARTS = {
     "defaults": {},
-    "long histories": {"batch_size": 16, "lr": 0.003, "infonce_temp": 0.05},
+    "long histories": {"lr": 0.0072, "dropout_rate": 0.1, "infonce_temp": 0.04},
     "short histories": {
         "batch_size": 512, "lr": 0.006, "dropout_rate": 0.4, "infonce_temp": 0.06, "muon": False,
         "mix_previous": 8,
