@@ -22,7 +22,7 @@ from files.atomic_io import DataError
 from files.data_folder import read_manifest
 from files.embeddings import load_emb, save_emb  # noqa: F401
 from files.features import PARSERS  # noqa: F401
-from files.sequences import EVENT_DTYPE, Sequences, Split, event_places, loss_rows, order_of_rows
+from files.sequences import Sequences, Split, event_places, loss_rows, order_of_rows
 
 log = logging.getLogger("hstu")
 
@@ -225,6 +225,7 @@ class MyDataset(Dataset):
         target_actions: of "train": action types of the events to be predicted; None: any.
         host_vectors: feature id -> files.features.Feature of kind "emb", whose rows batches bring.
         trust_pickle: of an indexer.pkl without a manifest, run whatever it holds.
+        sequences: instead of the folder's; what follows each of them is to be predicted.
 
     Raises:
         DataError: files are missing, or do not fit together; or there is no such action type.
@@ -243,21 +244,23 @@ class MyDataset(Dataset):
         target_actions: Sequence[int] | None = None,
         host_vectors: Mapping[str, Any] | None = None,
         trust_pickle: bool = False,
+        sequences: Split | None = None,
     ):
         self.data_dir, self.split, self.maxlen = Path(data_dir), split, maxlen
-        manifest = read_manifest(self.data_dir, trust=trust_pickle)
-        self.num_items, self.num_action_types = manifest.num_items, manifest.num_action_types
+        self.target = "none"
+        if sequences is None:
+            manifest = read_manifest(self.data_dir, trust=trust_pickle)
+            if split not in (targets := manifest.targets):
+                raise DataError(f"{data_dir}: no {split} split there, only {', '.join(targets)}")
+            self.target = "none" if whole_history else targets[split]
+            sequences = Split(self.data_dir, split, *manifest[:3])
+        self.sequences, self.num_items = sequences, sequences.num_items
+        self.num_action_types = sequences.num_action_types
         self.negatives = negatives or Negatives(self.num_items)
         self.request, self.host_vectors = request, dict(host_vectors or {})
         if request.action >= (count := self.num_action_types):
             raise DataError(f"--request_action {request.action}: the data has {count} action types")
-        if split not in manifest.targets:
-            found = ", ".join(manifest.targets)
-            raise DataError(f"{self.data_dir}: no {split} split there, only {found}")
-        self.target = "none" if whole_history else manifest.targets[split]
-        self.sequences = Split(self.data_dir, split, *manifest[:3])
         self.target_actions = target_actions if split == "train" else None
-        self.has_timestamps = self.sequences.events.dtype == EVENT_DTYPE
         self.sequences.warn_of_oddities()
         self._rows, self._num_after = self._cut(has_windows and split == "train")
         if not len(self) and split == "train":
@@ -420,14 +423,9 @@ class BatchSampler(Sampler[Draw]):
     """
 
     def __init__(
-        self,
-        num_sequences: int,
-        batch_size: int,
-        seed: int,
-        is_shuffled: bool,
-        rank: int = 0,
+        self, num_sequences: int, batch_size: int, seed: int, is_shuffled: bool, rank: int = 0,
         world_size: int = 1,
-    ):
+    ):  # fmt: skip
         self.num_sequences, self.batch_size = num_sequences, batch_size
         self.seed, self.is_shuffled = seed, is_shuffled
         self.rank, self.world_size = rank, world_size

@@ -160,14 +160,15 @@ def export_users(
 
 
 def read_request(
-    data_dir: str | Path, time: int | None, action: str, config: HSTUConfig, manifest: Manifest
-) -> Request:
+    data_dir: str | Path, time: int | None, action: str | int, config: HSTUConfig,
+    manifest: Manifest,
+) -> Request:  # fmt: skip
     """What --request_time and --request_action say.
 
     Raises:
         DataError: the data has no such type, or the model does not ask for one, or for the time.
     """
-    types = manifest.action_types() | {"-1": -1}
+    types, action = manifest.action_types() | {"-1": -1}, str(action)
     if time is not None and config.time_bias != "request":
         time_bias = f"--time_bias {config.time_bias}"
         raise DataError(f"--request_time: the model was trained with {time_bias}")

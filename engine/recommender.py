@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,8 +16,7 @@ from engine.setup import make_loader
 from engine.top_items import Best, recommend
 from engine.trained_model import load_model
 from files.data_folder import Manifest, log_ids, read_manifest
-from files.data_writer import finish_folder, write_split
-from files.sequences import EVENT_DTYPE, USER_DTYPE, Sequences
+from files.sequences import EVENT_DTYPE, USER_DTYPE, Sequences, SplitInMemory
 from model import HSTUModel
 
 BATCH_SIZE = 128  # histories
@@ -55,19 +53,15 @@ def recommend_histories(
     count, device = len(histories.user_ids), next(model.parameters()).device
     users = torch.from_numpy(np.append(0, histories.user_ids).astype(np.int64)).to(device)
     numbered = histories._replace(user_ids=np.arange(1, count + 1, dtype=USER_DTYPE))
-    targets = {"train": "next", "test": "none"}
-    with tempfile.TemporaryDirectory() as folder:  # a test split, so that one reader reads all
-        chunks = {"train": [], "test": [numbered]}
-        files = [n for split in targets for n in write_split(Path(folder), split, chunks[split])]
-        finish_folder(Path(folder), manifest._replace(num_users=count, targets=targets), files)
-        negatives = Negatives(manifest.num_items, "batch")
-        dataset = MyDataset(folder, "test", model.config.maxlen, negatives, request=request)
-        loader = make_loader(dataset, BATCH_SIZE, 0, device, num_workers=0)
-        item_ids = torch.arange(1, manifest.num_items + 1, device=device)
-        for best in recommend(model, loader, items, item_ids, top_k, removes_seen, users):
-            order = best.user_ids.argsort()
-            best = Best(*(part[order] for part in best))
-            yield best._replace(user_ids=best.user_ids - 1)
+    sequences = SplitInMemory(numbered, manifest.num_items, manifest.num_action_types)
+    options = model.config.maxlen, Negatives(manifest.num_items, "batch")
+    dataset = MyDataset("", "test", *options, request=request, sequences=sequences)
+    loader = make_loader(dataset, BATCH_SIZE, 0, device, num_workers=0)
+    item_ids = torch.arange(1, manifest.num_items + 1, device=device)
+    for best in recommend(model, loader, items, item_ids, top_k, removes_seen, users):
+        order = best.user_ids.argsort()
+        best = Best(*(part[order] for part in best))
+        yield best._replace(user_ids=best.user_ids - 1)
 
 
 class Recommender:
@@ -113,7 +107,7 @@ class Recommender:
         *,
         removes_seen: bool | None = None,
         request_time: int | None = None,
-        request_action: str = "-1",
+        request_action: str | int = -1,
     ) -> tuple[np.ndarray, np.ndarray]:
         """The best items of each history and their scores, best first.
 
@@ -122,7 +116,7 @@ class Recommender:
             top_k: k.
             removes_seen: leave out the items of a history; None: as in the training.
             request_time: Unix time of the request; None: that of a history's last event.
-            request_action: action that is hoped for, by name or number; "-1": unknown.
+            request_action: action that is hoped for, by name or number; -1: unknown.
 
         Returns:
             (S, k) item ids of the log, and (S, k) float32 cosines; where no item is left, None and

@@ -13,7 +13,6 @@ from torch import Tensor
 
 from dataset import Batch, MyDataset
 from engine.run_log import progress_bar
-from files.sequences import EVENT_DTYPE
 from hstu_components import FeatureTables, gather_lists
 from model import HSTUModel
 
@@ -93,10 +92,9 @@ def newest_histories(
 
 
 def ends_of(dataset: MyDataset) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Of each sequence its user, the time of its last event, and its number of events; (S,)."""
+    """Of each sequence, seen as a whole: its user, its last event's time, its number of events."""
     events, offsets = dataset.sequences.events, dataset.sequences.offsets
     rows = np.flatnonzero(np.diff(offsets))
-    users = rows + 1 if dataset.sequences.users is None else dataset.sequences.users[rows]
-    has_times = events.dtype == EVENT_DTYPE
-    times = events["timestamp"][offsets[rows + 1] - 1] if has_times else np.zeros(len(rows))
-    return users, times, np.diff(offsets)[rows]
+    is_known = dataset.sequences.has_times
+    times = events["timestamp"][offsets[rows + 1] - 1] if is_known else np.zeros(len(rows))
+    return dataset.user_ids, times, np.diff(offsets)[rows]

@@ -181,7 +181,7 @@ def make_config(
         num_target_action_types=manifest.num_action_types if args.target_action else 0,
         item_features=items,
         user_features=users,
-        time_bias=args.time_bias if datasets["train"].has_timestamps else "off",
+        time_bias=args.time_bias if datasets["train"].sequences.has_times else "off",
         item_ids_digest=manifest.item_ids_digest,
         action_names=manifest.action_names,
         feature_digests=manifest.feature_digests,
@@ -262,7 +262,7 @@ def announce(args: argparse.Namespace, run: Run) -> None:
             f"the learning rate rises for more than a fifth; try --warmup_steps {total_steps // 10}"
         )
         log.warning("%s: %s", found, remark)
-    if not train_set.has_timestamps:
+    if not train_set.sequences.has_times:
         log.info("the data holds plain item ids: time and actions are off")
     defaults = get_args([])
     for name, is_idle, reason in idle_flags(run):

@@ -191,6 +191,11 @@ class Split:
         found = f"{self.place(event)}: item id {item_id} is not in 1..{self.num_items}"
         return _bad(self.path("data"), f"{found} (0 is padding and never stored)")
 
+    @property
+    def has_times(self) -> bool:
+        """Whether events are records, and not item ids alone."""
+        return self.events.dtype == EVENT_DTYPE
+
     def path(self, what: str) -> Path:
         return split_path(self.data_dir, self.name, what)
 
@@ -223,7 +228,7 @@ class Split:
 
         Events stay in the order of the file: sorting here would change which one is the target.
         """
-        falls = self._falls() if self.events.dtype == EVENT_DTYPE else []
+        falls = self._falls() if self.has_times else []
         if len(falls):
             log.warning(
                 "%s: events older than the one before: %d of %d, left where they are, the first: "
@@ -306,6 +311,18 @@ class Split:
             others, _ = gather_ranges(self.events, starts[some], firsts[some])
             np.subtract.at(counts, item_ids_of(others), 1)
         return counts
+
+
+class SplitInMemory(Split):
+    """Sequences that are in no file, to be read like those of one."""
+
+    def __init__(self, sequences: Sequences, num_items: int, num_action_types: int):
+        self.events, self.offsets, self.users = sequences
+        self.num_items, self.num_action_types = num_items, num_action_types
+
+    def path(self, what: str) -> Path:
+        """As messages name them."""
+        return Path("histories")
 
 
 def last_two_of(

@@ -246,7 +246,7 @@ def test_plain_item_ids_have_no_time_and_no_actions(tmp_path, dtype):
     np.array([3, 1, 2, 9, 4], dtype).tofile(tmp_path / "train_data.bin")
     np.array([0, 2, 5], "<i8").tofile(tmp_path / "train_offsets.bin")
     dataset = open_dataset(tmp_path, "train", MAXLEN)
-    assert not dataset.has_timestamps and dataset.num_action_types == 0
+    assert not dataset.sequences.has_times and dataset.num_action_types == 0
     batch = make_batch(dataset, [0, 1])
     fields = decoded(batch)
     assert (fields["items"], fields["targets"]) == ([[2, 9], [3]], [[9, 4], [1]])

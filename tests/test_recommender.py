@@ -77,6 +77,16 @@ def test_what_is_asked_for_counts(trained, recommender):
     found = [recommender.recommend([history], **more)[1] for more in asked]
     assert not np.allclose(found[0], found[1], atol=1e-5)
     assert not np.allclose(found[0], found[2], atol=1e-5)
+    np.testing.assert_array_equal(recommender.recommend([history], request_action=1)[1], found[2])
+
+
+def test_histories_are_read_from_memory_and_named_as_such(recommender, tmp_path, caplog):
+    history, falling = History([1000, 1003], times=[5, 6]), History([1000, 1003], times=[6, 5])
+    with pytest.MonkeyPatch.context() as patch, caplog.at_level("WARNING"):
+        patch.setattr("tempfile.tempdir", str(tmp_path / "absent"))
+        recommender.recommend([history, falling])
+    assert "histories: events older than the one before: 1 of 4" in caplog.text
+    assert "sequence 1 event 1" in caplog.text
 
 
 def test_seen_items_are_left_out_on_request_and_where_none_is_left_there_is_none(recommender):
