@@ -101,7 +101,7 @@ def one_line(error: Exception) -> str:
     if isinstance(error, DataError | LostProcessError | OSError):
         return cause(error) if getattr(error, "filename", None) else text
     is_of_memory = isinstance(error, MemoryError | torch.OutOfMemoryError)
-    if is_of_memory or "allocate memory" in text:
+    if is_of_memory or "allocate memory" in text or "Unable to allocate" in text:  # numpy's
         first = (text or "MemoryError").splitlines()[0]
         return f"out of memory, lower --batch_size or the model's widths ({first:.150})"
     if text.startswith("DataLoader worker"):

@@ -16,7 +16,6 @@ from torch.utils.data import DataLoader
 from dataset import MyDataset
 from engine.baselines import baseline_metrics, log_baselines
 from engine.evaluation import Ranking, evaluate
-from engine.export import exported_ids
 from engine.run_log import RunLog, summary
 from engine.setup import make_loader
 from engine.signals import stop_signal
@@ -24,7 +23,8 @@ from engine.state import Run, load_best
 from engine.trained_model import leaves_out_seen, load_model
 from engine.training_setup import count_negatives
 from files.atomic_io import DataError, read_json, sha256_of, write_json
-from files.data_folder import read_item_names, read_manifest
+from files.data_folder import log_ids, read_item_names, read_manifest
+from files.sequences import Split
 from model import HSTUModel
 from ops.collectives import is_main_process
 
@@ -89,13 +89,13 @@ def evaluate_checkpoint(args: argparse.Namespace, model_class: type[HSTUModel] =
     options = {name: getattr(args, name) for name in names}
     model = load_model(path, args.data_dir, manifest, model_class=model_class, **options)
     negatives, item_counts = count_negatives(args, manifest, bool(model.config.item_features))
-    sides = [s for s in ("train", split) if s in manifest.targets]
+    is_known = manifest.targets.get(split) == "last"
     options = model.config.maxlen, negatives
-    of = {s: MyDataset(args.data_dir, s, *options, trust_pickle=trust) for s in sides}
-    if split not in of or of[split].target == "none" or not len(of[split]):
+    dataset = MyDataset(args.data_dir, split, *options, trust_pickle=trust) if is_known else []
+    if not len(dataset):
         raise DataError(f"{args.data_dir}: no {split} split with known targets there; name another")
     device = next(model.parameters()).device
-    loader = make_loader(of[split], args.batch_size, args.seed, device, args.num_workers)
+    loader = make_loader(dataset, args.batch_size, args.seed, device, args.num_workers)
     removes_seen = leaves_out_seen(args.remove_seen, model.config)
     with stop_signal.deferred():  # a loader that starts or ends must not be interrupted
         ranking = evaluate(model, loader, removes_seen, args.precision)
@@ -106,8 +106,8 @@ def evaluate_checkpoint(args: argparse.Namespace, model_class: type[HSTUModel] =
         "removes_seen": removes_seen,
         **split_metrics(split, ranking, torch.from_numpy(item_counts), manifest.action_names),
     }
-    splits = of["train"].sequences, of[split].sequences
-    result[f"{split}_baselines"] = baseline_metrics(*splits, removes_seen)
+    train = Split(Path(args.data_dir), "train", *manifest[:3])
+    result[f"{split}_baselines"] = baseline_metrics(train, dataset.sequences, removes_seen)
     log.info("%s on %d targets of %s", path, len(ranking.ranks), args.data_dir)
     log_split(result, split, removes_seen)
     output = Path(args.output_dir) / f"metrics_{path.stem}_{split}.json"
@@ -161,7 +161,7 @@ def project_items(run: Run, data_dir: str, trust_pickle: bool, run_log: RunLog) 
     counts, num_items = run.item_counts, len(run.item_counts) - 1
     item_ids = counts[1:].argsort(descending=True, stable=True)[:MOST_PROJECTED] + 1
     names = read_item_names(data_dir, num_items)
-    ids, _ = exported_ids(data_dir, "i", num_items, trust_pickle)
+    ids = log_ids(data_dir, "i", num_items, trust=trust_pickle)
     labels = {
         "name": [names[item_id] or item_id for item_id in item_ids.tolist()],
         "id": ids[item_ids.numpy()].tolist(),

@@ -123,7 +123,11 @@ def resume(run: Run, source: str, overwrite: bool, flags: Collection[str]) -> No
 def restore(run: Run, state: Mapping[str, Any], path: Path, flags: Collection[str]) -> None:
     if "progress" not in state:
         raise DataError(f"{path}: holds weights only; resume from a resume_*.pt file")
-    if changed := checkpoint.differences(state["binding"], run.binding):
+    then, now = state["binding"], run.binding
+    if then.keys() != now.keys() or then["state format"] != now["state format"]:
+        found = "of another version of this package"
+        raise DataError(f"{path}: {found}; finish it with that one, or use another --output_dir")
+    if changed := checkpoint.differences(then, now):
         names = [line.partition(":")[0] for line in changed]
         of_flags = [f"--{line}" for name, line in zip(names, changed, strict=True) if name in flags]
         # What is no flag differs because of the flags that do, or because of the data.

@@ -9,12 +9,16 @@ import os
 import re
 import shutil
 import sys
+import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
-from filelock import FileLock, Timeout  # comes with torch
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
 
 LOCK_SECONDS = 10
 
@@ -104,31 +108,43 @@ def _sync_folder(folder: Path) -> None:
 def lock_folder(folder: str | Path) -> Iterator[None]:
     """Keep other processes from locking `folder`, until this one leaves the block or dies.
 
-    Where there are no locks, as on some network disks, nothing happens.
+    Where there are no locks, as on some network disks and on Windows, nothing happens.
 
     Raises:
         DataError: another process has locked it.
     """
-    lock = FileLock(Path(folder) / ".hstu.lock")
-    try:
+    with open(Path(folder) / ".hstu.lock", "ab") as file:
         # Loader processes inherit the lock, and outlive a parent that is killed by some seconds.
-        lock.acquire(timeout=LOCK_SECONDS)
-    except Timeout as error:
-        raise DataError(
-            f"{folder}: another process is at work in it; wait for its end, or name another folder"
-        ) from error
-    except NotImplementedError:  # no locks on this disk
-        pass
+        deadline = time.monotonic() + LOCK_SECONDS
+        while fcntl and not _lock(file):
+            if time.monotonic() > deadline:
+                found = "another process is at work in it"
+                raise DataError(f"{folder}: {found}; wait for its end, or name another folder")
+            time.sleep(0.05)
+        try:
+            yield
+        finally:
+            if fcntl:
+                with suppress(OSError):
+                    fcntl.flock(file, fcntl.LOCK_UN)  # for loader processes that are still there
+
+
+def _lock(file: IO[bytes]) -> bool:
+    """Whether the file is ours now, or its disk has no locks."""
     try:
-        yield
-    finally:
-        lock.release()
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        return True
+    return True
 
 
 def sweep_temporaries(folder: str | Path) -> None:
-    """Remove what a killed writer left in `folder`."""
+    """Remove what killed writers left in `folder`, and not what others here are writing."""
     for stray in Path(folder).glob(".*.tmp"):
-        if re.fullmatch(r"\..+\.\d+\.tmp", stray.name):  # of `atomic_write`
+        of = re.fullmatch(r"\..+\.(\d+)\.tmp", stray.name)  # of `atomic_write`
+        if of and (int(of[1]) == os.getpid() or not Path("/proc", of[1]).exists()):
             stray.unlink(missing_ok=True)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import pickle
 import re
@@ -60,6 +61,9 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
         with zipfile.ZipFile(path) as archive:
             damaged = archive.testzip()
     except _ZIP_FAULTS as error:
+        if isinstance(error, OSError) and error.errno not in (None, errno.EINVAL):
+            error.filename = str(path)  # the disk's fault: the file may be sound
+            raise
         raise DataError(
             f"{path}: truncated, damaged, or another file ({error}); {expected}"
         ) from error

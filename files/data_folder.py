@@ -168,11 +168,20 @@ def original_ids(
     Raises:
         DataError: the indexer is not one to one onto 1..count.
     """
+    re_ids = _read_re_ids(data_dir, side, count, trust)
+    return None if re_ids is None else _as_numbers(re_ids, count)
+
+
+def _read_re_ids(data_dir: str | Path, side: str, count: int, trust: bool) -> dict[Any, int] | None:
     path = Path(data_dir) / "indexer.pkl"
     if not path.exists():
         return None
     re_ids = read_indexer(data_dir, trust=trust)[side]
     check_re_ids(path, side, re_ids, count)
+    return re_ids
+
+
+def _as_numbers(re_ids: Mapping[Any, int], count: int) -> np.ndarray | None:
     originals = np.zeros(count + 1, np.uint64)
     for original, re_id in re_ids.items():
         number = number_of(original)
@@ -195,12 +204,12 @@ def log_ids(data_dir: str | Path, side: str, count: int, *, trust: bool = False)
 
     Row 0 is unused. `side` as of `original_ids`; without an indexer.pkl the re-ids.
     """
-    ids = original_ids(data_dir, side, count, trust=trust)
-    if ids is not None:
-        return ids.astype(np.int64)
-    if not (Path(data_dir) / "indexer.pkl").exists():
+    re_ids = _read_re_ids(data_dir, side, count, trust)
+    if re_ids is None:
         return np.arange(count + 1)
-    re_ids = read_indexer(data_dir, trust=trust)[side]
+    numbers = _as_numbers(re_ids, count)
+    if numbers is not None:
+        return numbers.astype(np.int64)
     texts = np.full(count + 1, "", object)
     texts[list(re_ids.values())] = list(map(str, re_ids))
     return texts

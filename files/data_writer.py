@@ -92,7 +92,7 @@ def write_dataset(
 
     Raises:
         DataError, ValueError: nothing is written, as the folder is not empty, lengths differ, an id
-            occurs twice, or a feature could not be read again.
+            occurs twice, or a number is not finite. Other values are checked when they are read.
     """
     data_dir, files, item_vectors = Path(data_dir), [], item_vectors or {}
     sides = {"item": item_features or {}, "user": user_features or {}}

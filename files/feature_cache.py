@@ -104,7 +104,7 @@ def _save(stem: Path, feature: Feature) -> None:
             with atomic_write(f"{stem}.{field}.npy") as file:
                 np.save(file, array)
     name = stem.name.rpartition("-")[0]
-    for old in stem.parent.glob(f"{name.replace('[', '[[]')}-????????????????.*.npy"):
+    for old in stem.parent.glob(f"{name}-????????????????.*.npy"):
         if not old.name.startswith(stem.name):
             old.unlink(missing_ok=True)
 

@@ -11,6 +11,7 @@ from typing import Any
 from files.atomic_io import DataError, reading
 
 BLOCK = 1 << 22  # characters
+LONGEST_PAIR = 1 << 26  # characters; what is longer is broken
 
 
 _DECODER = json.JSONDecoder()
@@ -38,7 +39,7 @@ def read_pairs(path: Path) -> Iterator[tuple[str, Any]]:
             except ValueError as error:  # the pair goes on in the next block, or is broken
                 block = file.read(BLOCK)
                 text, at, position = text[at:] + block, 0, position + at
-                if not block:
+                if not block or len(text) > LONGEST_PAIR:
                     raise DataError(
                         f"{path}: after character {position}: {error}; truncated or not JSON"
                     ) from error

@@ -25,7 +25,7 @@ _LEAVES = {type(None), bool, int, float, str, bytes, bytearray, set, frozenset, 
 _LEAVES |= {np.dtype(code).type for code in _CODES}
 # What the unpickler raises on damaged input, and numpy on arguments it cannot use.
 _FAULTS = (ArithmeticError, AttributeError, BufferError, EOFError, ImportError, LookupError)
-_FAULTS += (MemoryError, RecursionError, TypeError, ValueError, pickle.UnpicklingError)
+_FAULTS += (RecursionError, TypeError, ValueError, pickle.UnpicklingError)
 
 
 class PickleError(DataError):
@@ -52,6 +52,9 @@ def load_pickle(path: str | Path, *, trust: bool = False) -> Any:
         ) from error
     except OSError as error:
         raise PickleError(f"{path}: cannot be read ({error.strerror})") from error
+    except MemoryError as error:
+        found = "cannot be loaded: damaged, or larger than the memory that is free"
+        raise PickleError(f"{path}: {found}") from error
     except _FAULTS as error:
         found = f"{type(error).__name__}: {error!s:.200}"
         raise PickleError(f"{path}: cannot be loaded ({found}); write it again") from error

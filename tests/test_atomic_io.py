@@ -166,6 +166,16 @@ def test_the_sweep_removes_what_a_killed_writer_left_and_nothing_else(target):
     assert names_in(target.parent) == [".hidden", "notes.tmp", target.name]
 
 
+def test_the_sweep_leaves_what_another_process_is_writing(tmp_path):
+    if not Path("/proc", str(os.getppid())).exists():
+        pytest.skip("needs /proc")
+    ours, theirs = (tmp_path / f".values.npy.{pid}.tmp" for pid in (os.getpid(), os.getppid()))
+    ours.touch()
+    theirs.touch()
+    sweep_temporaries(tmp_path)
+    assert names_in(tmp_path) == [theirs.name]
+
+
 @pytest.mark.parametrize("size", [0, 5, (1 << 20) - 1, 1 << 20, (1 << 20) + 3])
 def test_a_file_entry_is_its_size_and_sha256(tmp_path, size):
     content = bytes(k % 251 for k in range(251)) * (size // 251 + 1)

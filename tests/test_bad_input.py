@@ -28,7 +28,7 @@ import main as main_module
 from dataset import load_emb
 from engine import training_setup
 from files.atomic_io import DataError
-from files.checkpoint import load_checkpoint, save_checkpoint
+from files.checkpoint import load_checkpoint, save_checkpoint, states
 from files.embeddings import check_size, warn_of_zeros
 from files.sequences import EVENT_DTYPE
 from main import main
@@ -557,7 +557,16 @@ def test_28_a_state_of_another_version_is_refused(good, tmp_path, call, monkeypa
     with monkeypatch.context() as before:
         before.setattr("engine.training_setup.STATE_FORMAT", 1)
         assert call(good).code == 0
-    assert_refused(call(good), "was trained with other settings: state format: 1 then, 6 now")
+    assert_refused(call(good), "of another version of this package; finish it with that one")
+
+
+def test_28_a_state_of_a_version_without_one_of_the_flags_is_refused_as_such(good, tmp_path, call):
+    assert call(good).code == 0
+    for path in states(tmp_path / "out"):
+        state = load_checkpoint(path)
+        del state["binding"]["time_head"]
+        save_checkpoint(path, state)
+    assert_refused(call(good), "of another version of this package; finish it with that one")
 
 
 # ------------------------------------------------------------------------------- 2, 13, 30: exports

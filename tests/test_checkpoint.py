@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import random
@@ -165,6 +166,18 @@ def test_out_of_memory_is_not_taken_for_damage(tmp_path, content, monkeypatch):
     monkeypatch.setattr(torch, "load", load)
     with pytest.raises(RuntimeError, match="allocate memory"):
         load_checkpoint(tmp_path / "resume_1.pt")
+
+
+def test_a_disk_that_fails_is_not_taken_for_damage(tmp_path, content, monkeypatch):
+    """Else the state before would be taken, and the sound one removed."""
+
+    def testzip(_):
+        raise OSError(errno.ESTALE, "Stale file handle")
+
+    save_state(tmp_path, content, 1)
+    monkeypatch.setattr("zipfile.ZipFile.testzip", testzip)
+    with pytest.raises(OSError, match=r"Stale file handle: .*resume_1\.pt"):
+        load_newest_state(tmp_path)
 
 
 def test_a_file_that_would_run_code_is_refused(tmp_path):

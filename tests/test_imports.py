@@ -21,10 +21,10 @@ ALLOWED = {
     "engine": {"ops", "files", "engine", "model", "dataset", *PARTS},
 }
 ALLOWED["main"] = set(ALLOWED)
-# And of others; pyarrow is optional, inside a function; filelock and triton come with torch.
+# And of others; pyarrow is optional, inside a function; triton comes with torch.
 PACKAGES = {
     "ops": {"torch", "triton"},
-    "files": {"numpy", "torch", "pyarrow", "filelock"},
+    "files": {"numpy", "torch", "pyarrow"},
     **{name: {"numpy", "torch"} for name in (*PARTS, "model", "dataset")},
     **{name: {"numpy", "torch", "tqdm"} for name in ("engine", "main")},
 }

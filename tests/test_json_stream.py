@@ -35,6 +35,22 @@ def test_broken_json_is_refused_by_name(tmp_path, text, message):
         load_features(write_items(tmp_path, text), "item", 5)
 
 
+def test_a_broken_file_is_not_read_to_its_end(tmp_path, monkeypatch):
+    monkeypatch.setattr(json_stream, "BLOCK", 10)
+    monkeypatch.setattr(json_stream, "LONGEST_PAIR", 100)
+    path, pair, parsed = tmp_path / "broken.json", json_stream._pair, []
+    path.write_text('{"1": {"100": 1,}, ' + '"2": {"100": 1}, ' * 1000)
+
+    def recorded(text: str, at: int):
+        parsed.append(len(text))
+        return pair(text, at)
+
+    monkeypatch.setattr(json_stream, "_pair", recorded)
+    with pytest.raises(DataError, match="truncated or not JSON"):
+        list(read_pairs(path))
+    assert 50 < max(parsed) <= 110
+
+
 @pytest.mark.parametrize("raw", [b'{"1": {"100": "\xff"}}', '{"1": {}}'.encode("utf-16")])
 def test_text_that_is_not_utf8_is_refused_by_name(tmp_path, raw):
     (write_items(tmp_path) / "item_feat_dict.json").write_bytes(raw)

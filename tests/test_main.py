@@ -965,6 +965,15 @@ def test_out_of_memory_says_what_to_lower(error):
     assert "lower --batch_size" in main_module.one_line(error)
 
 
+def test_out_of_memory_in_a_loader_process_says_what_to_lower():
+    """Numpy's own error cannot be made again outside of it; torch hands on its text."""
+    text = "numpy._core._exceptions._ArrayMemoryError: Unable to allocate 9.00 GiB for an array"
+    found = f"Caught _ArrayMemoryError in DataLoader worker process 0.\nTraceback ...\n{text}\n"
+    line = main_module.one_line(RuntimeError(found))
+    assert "lower --batch_size" in line and "Unable to allocate 9.00 GiB" in line
+    assert "\n" not in line
+
+
 def test_a_killed_loader_is_one_line():
     error = RuntimeError("DataLoader worker (pid(s) 7) exited unexpectedly")
     line = main_module.one_line(error)

@@ -83,6 +83,19 @@ def test_new_targets_of_the_same_items_are_ranked(tmp_path, trained):
     assert ours["checkpoint_sha256"] == theirs["checkpoint_sha256"]
 
 
+def test_a_training_split_of_single_events_is_enough_to_evaluate(tmp_path, trained):
+    shutil.copytree(trained, tmp_path / "new")
+    data = tmp_path / "new" / "data"
+    offsets = np.fromfile(data / "train_offsets.bin", "<i8")
+    np.fromfile(data / "train_data.bin", EVENT_DTYPE)[offsets[:-1]].tofile(data / "train_data.bin")
+    np.arange(len(offsets)).astype("<i8").tofile(data / "train_offsets.bin")
+    manifest = read_json(data / "manifest.json")
+    manifest["files"]["train_data.bin"]["size"] = 16 * (len(offsets) - 1)
+    write_json(data / "manifest.json", manifest)
+    ours, theirs = evaluate(tmp_path / "new", tmp_path / "n"), evaluate(trained, tmp_path / "o")
+    assert ours["test"]["MRR"] == theirs["test"]["MRR"]  # the loss has other negatives
+
+
 def test_seen_items_are_left_out_as_in_the_training_or_as_the_flag_says(tmp_path, trained):
     as_trained = evaluate(trained, tmp_path / "a")
     on = evaluate(trained, tmp_path / "on", "--evaluate", "--remove_seen")

@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import NUM_USERS, write_tiny
+from conftest import NUM_ITEMS, NUM_USERS, write_tiny
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 from tensorboard.summary.writer.record_writer import RecordWriter
@@ -127,6 +127,14 @@ def test_the_projector_has_the_most_frequent_items_of_the_best_epoch(
     assert main([*flags_of(data, tmp_path, tmp_path / "logs"), *flags]) == 0
     exported = load_emb(tmp_path / "item_embeddings" / "embedding.fbin")
     np.testing.assert_allclose(np.loadtxt(folder / "tensors.tsv"), exported[most - 1], rtol=1e-5)
+
+
+def test_the_projector_has_the_ids_of_the_log_where_they_are_texts(data, tmp_path, monkeypatch):
+    monkeypatch.setattr("files.data_folder.number_of", lambda _: None)
+    assert main([*flags_of(data, tmp_path, tmp_path / "logs"), "--projector"]) == 0
+    table = (tmp_path / "logs" / "00006" / "items" / "metadata.tsv").read_text()
+    ids = [int(line.split("\t")[1]) for line in table.strip().split("\n")[1:]]
+    assert sorted(ids) == [1000 + 3 * k for k in range(NUM_ITEMS)]
 
 
 def test_the_projector_can_be_asked_for_when_all_is_done(data, whole, tmp_path, capfd):
