@@ -42,6 +42,7 @@ SETTINGS = {
         f"{IDS_AND_TIMES} {SMALL} --num_heads=4 {ML_1M_SMALL} --num_epochs=12",
     ),
     "ml-1m-large": ("ml-1m", f"{IDS_AND_TIMES} {LARGE} {ML_1M_LARGE}"),
+    "ml-1m-large-four-heads": ("ml-1m", f"{IDS_AND_TIMES} {LARGE} --num_heads=4 {ML_1M_LARGE}"),
     "beauty-ids": ("beauty", f"{IDS} {BEAUTY}"),
     "beauty-ids-mix": ("beauty", f"{IDS} {BEAUTY} --mix_previous=8"),
     "beauty-request-mix": (
