@@ -36,7 +36,7 @@ def main() -> None:
     args = parser.parse_args()
     data_dir = prepare(args.data, args.source, args.work_dir)
     sets = {split: MyDataset(data_dir, split) for split in ("train", "valid", "test")}
-    removes_seen = repeats("auto", "off", sets["valid"])["removes_seen"]
+    removes_seen = repeats("auto", "off", sets)["removes_seen"]
     cosines = neighbours(sets["train"])
     result = {"removes_seen": removes_seen}
     by_newest = {n: rank(sets["valid"], cosines, n, removes_seen) for n in NEWEST}

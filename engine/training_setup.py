@@ -172,7 +172,9 @@ def make_config(
         "maxlen", "hidden_units", "num_blocks", "num_heads", "attention_dim", "linear_dim",
         "dropout_rate", "id_dropout", "mix_previous", "position_bias", "infonce_temp", "time_head",
     )  # fmt: skip
-    residual = args.history_residual
+    removal, residual = args.remove_seen, args.history_residual
+    if earlier is not None and removal == "auto":
+        removal = "on" if earlier.removes_seen else "off"
     if earlier is not None and residual == "auto":
         residual = "on" if earlier.history_residual else "off"
     config = HSTUConfig(
@@ -185,25 +187,27 @@ def make_config(
         item_ids_digest=manifest.item_ids_digest,
         action_names=manifest.action_names,
         feature_digests=manifest.feature_digests,
-        **repeats(args.remove_seen, residual, datasets.get("valid")),
+        **repeats(removal, residual, datasets),
         **{name: getattr(args, name) for name in same},
     )
     return config if earlier is None else standardised_as(config, earlier)
 
 
-def repeats(remove_seen: str, history_residual: str, valid: MyDataset | None) -> dict[str, bool]:
+def repeats(
+    remove_seen: str, history_residual: str, datasets: Mapping[str, MyDataset]
+) -> dict[str, bool]:
     """What --remove_seen and --history_residual, of which "auto" follows the data, come to."""
     are_many = False
-    if "auto" in (remove_seen, history_residual) and valid and valid.target != "none":
-        share = valid.sequences.repeat_share()
+    if "auto" in (remove_seen, history_residual):
+        has_valid = "valid" in datasets and datasets["valid"].target != "none"
+        share = datasets["valid" if has_valid else "train"].sequences.repeat_share()
         are_many = share > MOST_REPEATS
     if are_many:
         chosen = {"--remove_seen is off": remove_seen, "--history_residual is on": history_residual}
         what = " and ".join(text for text, choice in chosen.items() if choice == "auto")
-        log.info(
-            "%s: %.1f %% of the validation targets are items that their users had before",
-            what, 100 * share,
-        )  # fmt: skip
+        targets = "validation targets" if has_valid else "training sequences' last items"
+        found = f"{100 * share:.1f} % of the {targets} are items that their users had before"
+        log.info("%s: %s", what, found)
     return {
         "removes_seen": not are_many if remove_seen == "auto" else remove_seen == "on",
         "history_residual": are_many if history_residual == "auto" else history_residual == "on",

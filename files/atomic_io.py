@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import io
 import json
 import os
 import re
@@ -36,6 +37,8 @@ def cause(error: Exception) -> str:
 
 def exit_code(work: Callable[[], Any]) -> int:
     """Of a script: 0; or 1 for a file it cannot use, 130 for Ctrl-C, with one line on stderr."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # for names that the terminal cannot spell
     try:
         work()
     except KeyboardInterrupt:
@@ -117,7 +120,7 @@ def lock_folder(folder: str | Path) -> Iterator[None]:
         # Loader processes inherit the lock, and outlive a parent that is killed by some seconds.
         deadline = time.monotonic() + LOCK_SECONDS
         while fcntl and not _lock(file):
-            if time.monotonic() > deadline:
+            if time.monotonic() >= deadline:
                 found = "another process is at work in it"
                 raise DataError(f"{folder}: {found}; wait for its end, or name another folder")
             time.sleep(0.05)

@@ -40,6 +40,7 @@ class Column(NamedTuple):
     # What the numbers stand for: the raw values of 1, 2, ..., each once, or what was done to them.
     # A model is refused data in which that is something else. None: not known, nothing is compared.
     meaning: Sequence[Any] | None = None
+    default: float = 0  # "sparse", "continual": of an item that is not in the file
 
 
 def leave_one_out(events: np.ndarray, offsets: np.ndarray) -> dict[str, Sequences]:
@@ -241,7 +242,7 @@ def _write_features(
     for side, columns in sides.items():
         for feature_id, column in columns.items():
             types.setdefault(f"{side}_{column.kind}", []).append(feature_id)
-            defaults[feature_id] = [] if column.kind == "array" else 0
+            defaults[feature_id] = [] if column.kind == "array" else column.default
             if column.kind in CODED:
                 known = 0 if column.meaning is None else len(column.meaning)
                 statistics[feature_id] = max(known, _largest(column))

@@ -49,7 +49,7 @@ def show(args: argparse.Namespace) -> None:
         )
     names = {"train", args.split} | targets.keys() & {"valid"}
     of = {n: MyDataset(args.data_dir, n, trust_pickle=args.trust_pickle) for n in names}
-    is_removed = repeats(args.remove_seen, "off", of.get("valid"))["removes_seen"]
+    is_removed = repeats(args.remove_seen, "off", of)["removes_seen"]
     log_baselines(baseline_metrics(of["train"].sequences, of[args.split].sequences, is_removed))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -44,12 +45,12 @@ def read_histories(
     actions, rows = {**action_types, "": -1}, read_rows(path)
     if not rows:
         raise DataError(f"{path}: no events in it, expected a row per event")
-    has_users = "user" in rows[0].record
+    has_users = any("user" in row.record for row in rows)
     check_columns(path, rows, {"item", "user"} if has_users else {"item"})
     events, codes, users = np.empty(len(rows), EVENT_DTYPE), np.zeros(len(rows), np.int64), [""]
     if has_users:
         users, codes = first_seen(parsed(path, rows, "user", named, "a user"))
-        events["item_id"] = [known.get(str(row.record["item"]), 0) for row in rows]
+        events["item_id"] = parsed(path, rows, "item", partial(member_or_0, known), "an item")
     else:
         events["item_id"] = parsed(path, rows, "item", partial(member, known), items)
     action = partial(member, actions)
@@ -106,9 +107,18 @@ def examples(known: Sequence[str]) -> str:
 
 
 def member(known: Mapping[str, int], text: str) -> int:
+    """Its number; 5.0 is 5, as prepare_table.py reads it."""
+    text = text if text in known else re.sub(r"\.0+$", "", text)
     if text not in known:
         raise ValueError(text)
     return known[text]
+
+
+def member_or_0(known: Mapping[str, int], text: str) -> int:
+    try:
+        return member(known, text)
+    except ValueError:
+        return 0
 
 
 def named(text: str) -> str:

@@ -14,7 +14,7 @@ import numpy as np
 
 from files.atomic_io import DataError
 
-MISSING = {"", "nan", "NaN", "null", "NULL", "None", "N/A", "n/a", "<NA>", r"\N"}
+MISSING = ("", "nan", "NaN", "null", "NULL", "None", "N/A", "n/a", "<NA>", r"\N")
 
 
 class Row(NamedTuple):
@@ -29,7 +29,9 @@ def read_rows(path: Path) -> list[Row]:
         with open(path, encoding="utf-8-sig", newline="") as file:
             return list((json_rows if is_json else csv_rows)(path, file))
     except UnicodeDecodeError as error:
-        raise DataError(f"{path}: {error}; write it again as UTF-8") from error
+        raise DataError(
+            f"{path}: {error}; expected CSV or JSON lines in UTF-8, not compressed"
+        ) from error
 
 
 def csv_rows(path: Path, file: TextIO) -> Iterator[Row]:
@@ -72,7 +74,7 @@ def parsed(
     """The column's values; `parse` gets "" for a missing one, and ValueError refuses the line."""
     values = []
     for line, record in rows:
-        text = str(record.get(column))
+        text = str(record.get(column)).strip()
         text = "" if text in MISSING else text
         try:
             values.append(parse(text))

@@ -8,17 +8,18 @@ import signal
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import numpy as np
+from screen import say
 
-from files.atomic_io import DataError, cause, read_json, sha256_of
+from files.atomic_io import DataError, exit_code, read_json, sha256_of
 from files.data_folder import (
     SPLITS,
     Manifest,
     check_re_ids,
+    log_ids,
     original_ids,
     read_indexer,
     read_item_names,
@@ -48,25 +49,20 @@ def main(argv: list[str] | None = None) -> int:
     trust_help = "load .pkl files unchecked: they can run any code"
     parser.add_argument("--trust_pickle", action="store_true", help=trust_help)
     args = parser.parse_args(argv)
-    folder = args.data_dir, args.trust_pickle
-    problems: list[str] = []
-    try:
-        if args.check:
-            problems = list(itertools.islice(find_problems(*folder), MAX_PROBLEMS + 1))
-        if not problems:
-            show(*folder)
-    except KeyboardInterrupt:
-        print("stopped by SIGINT", file=sys.stderr)
-        return 130
-    except (DataError, OSError) as error:
-        problems = [cause(error)]
-    if len(problems) > MAX_PROBLEMS:
-        problems[MAX_PROBLEMS:] = ["and more"]
-    for problem in problems:
-        print(f"error: {problem}", file=sys.stderr)
-    if args.check and not problems:
+    return exit_code(lambda: look(args.data_dir, args.trust_pickle, bool(args.check)))
+
+
+def look(data_dir: Path, trust: bool, is_check: bool) -> None:
+    """Show the folder; or all that is wrong in it."""
+    if is_check:
+        problems = list(itertools.islice(find_problems(data_dir, trust), MAX_PROBLEMS + 1))
+        if len(problems) > MAX_PROBLEMS:
+            problems[MAX_PROBLEMS:] = ["and more"]
+        if problems:
+            raise DataError("\nerror: ".join(problems))
+    show(data_dir, trust)
+    if is_check:
         print("\nverified every file and every record: no problem")
-    return int(bool(problems))
 
 
 # ------------------------------------------------------------------------------------------ screen
@@ -170,7 +166,9 @@ def show_feature(name: str, feature: Feature) -> None:
 
 def show_sequences(data_dir: Path, manifest: Manifest, trust: bool) -> None:
     events, offsets, users = open_split(data_dir, "train")
-    item_names, user_names = names(data_dir, manifest, trust)
+    sides = {"i": manifest.num_items, "u": manifest.num_users}
+    item_ids, user_ids = (log_ids(data_dir, s, count, trust=trust) for s, count in sides.items())
+    titles = read_item_names(data_dir, manifest.num_items)
     print()
     for k in range(min(NUM_SEQUENCES, len(offsets) - 1)):
         start, end = int(offsets[k]), int(offsets[k + 1])
@@ -179,7 +177,7 @@ def show_sequences(data_dir: Path, manifest: Manifest, trust: bool) -> None:
         for event in events[start : min(end, start + NUM_EVENTS)]:
             is_record = events.dtype == EVENT_DTYPE
             item = int(event["item_id"] if is_record else event)
-            text = f"item {item_names.get(item, item)}"
+            text = f"item {repr(titles[item][:40]) if titles[item] else item_ids[item]}"
             if is_record:
                 action, time = int(event["action_type"]), int(event["timestamp"])
                 how = f" ({manifest.action_name(action)})" if action >= 0 else ""
@@ -187,7 +185,7 @@ def show_sequences(data_dir: Path, manifest: Manifest, trust: bool) -> None:
                 before = time
             parts.append(text.strip())
         more = f", ... {end - start} events" if end - start > NUM_EVENTS else ""
-        print(f"user {user_names.get(user, user)}: {', '.join(parts)}{more}")
+        say(f"user {user_ids[user]}: {', '.join(parts)}{more}")
 
 
 def when(time: int, before: int) -> str:
@@ -197,17 +195,6 @@ def when(time: int, before: int) -> str:
     gap = time - before
     size, unit = next((row for row in SPANS if gap >= 2 * row[0]), SPANS[-1])
     return f"{gap // size} {unit} later" if gap else "then"
-
-
-def names(data_dir: Path, manifest: Manifest, trust: bool) -> tuple[dict[int, Any], dict[int, Any]]:
-    """What to call items and users, by re-id: a name, else the original id."""
-    items: dict[int, Any] = {}
-    users: dict[int, Any] = {}
-    if (data_dir / "indexer.pkl").exists():
-        indexer = read_indexer(data_dir, trust=trust)
-        items, users = ({re_id: i for i, re_id in indexer[side].items()} for side in "iu")
-    texts = enumerate(read_item_names(data_dir, manifest.num_items))
-    return items | {k: repr(text[:40]) for k, text in texts if text}, users
 
 
 # ------------------------------------------------------------------------------------------- check

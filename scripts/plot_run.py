@@ -102,12 +102,14 @@ def load_run(output_dir: Path, data_dir: str, trust_pickle: bool) -> tuple[Run, 
     """The best epoch's model, and the flags that it was trained with."""
     state = load_newest_state(output_dir)
     if state is None:
-        raise DataError(f"{output_dir}: no training has been there; name its --output_dir")
+        found = "no resume_*.pt there, by which a training is known (a tune keeps none)"
+        raise DataError(f"{output_dir}: {found}; name the --output_dir of a training")
     args = get_args([f"--data_dir={data_dir}", f"--output_dir={output_dir}"])
     then = {flag: value for flag, value in state["binding"].items() if flag in vars(args)}
     specs = state["binding"]["config"]["item_features"]
     vectors = [name for name, spec in specs.items() if spec["kind"] == "emb"]
-    vars(args).update(then, compile=False, mm_emb_id=vectors, trust_pickle=trust_pickle)
+    of_now = {"compile": False, "init_from": None, "trust_pickle": trust_pickle}
+    vars(args).update(then, mm_emb_id=vectors, **of_now)
     run = prepare_run(args)
     if run.binding["data files"] != state["binding"]["data files"]:
         raise DataError(f"{data_dir}: not the data that {output_dir} was trained on")

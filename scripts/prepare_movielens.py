@@ -12,6 +12,7 @@ import csv
 import gzip
 import re
 import sys
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -48,7 +49,7 @@ def convert(source: Path, data_dir: Path, overwrite: bool = False) -> None:
         people = [users[user] for user in user_ids.tolist()]
     except DataError:
         raise
-    except (ValueError, KeyError, AttributeError, EOFError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError, EOFError, zlib.error) as error:
         raise DataError(
             f"{source}: not MovieLens-1M as it is published ({error!r:.80}); download it again, or "
             "convert another log with scripts/prepare_table.py"

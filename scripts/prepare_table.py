@@ -110,7 +110,8 @@ def add_form_flags(flag: Callable) -> None:
     quote_help = "around fields of all tables; none: quotes are characters as any other"
     flag("--quote", default='"', metavar="CHAR", help=quote_help)
     flag("--events_in", metavar="COL", help="column with a list of objects, an event each")
-    list_help = "between the events of a row, where its item (and time, action) is a list"
+    list_help = "between the events of a row, where its item (and time, action) is a list; none: "
+    list_help += "items are no lists, though they look so"
     flag("--list_delimiter", metavar="TEXT", help=list_help)
 
 

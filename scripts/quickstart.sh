@@ -12,7 +12,8 @@ if command -v flock >/dev/null && ! flock -n 8; then
 fi
 
 data=data/synthetic output=outputs/synthetic logs=logs/synthetic
-[ -e "$data/manifest.json" ] || python scripts/prepare_synthetic.py "$data"
+# The manifest lists the files when all are written.
+grep -q '"files"' "$data/manifest.json" 2>/dev/null || python scripts/prepare_synthetic.py "$data"
 python main.py --data_dir "$data" --output_dir "$output" --log_dir "$logs" \
   --num_epochs 30 --lr 0.003 --dropout_rate 0.3
 python main.py --inference_only --state_dict_path "$output/model_best.pt" \

@@ -70,7 +70,6 @@ class Question(NamedTuple):
 def main(argv: list[str] | None = None, model_class: type[HSTUModel] = HSTUModel) -> int:
     """`model_class`: your own, if the model was trained with one."""
     args = get_args(argv)
-    sys.stdout.reconfigure(errors="replace")  # for titles that the terminal cannot spell
     return exit_code(lambda: answer(args, model_class))
 
 
@@ -109,6 +108,12 @@ def get_args(argv: list[str] | None) -> argparse.Namespace:
     flag("--item", metavar="ID", help="show the items nearest to this one")
     flag("--data_dir", type=Path, default="./data", help="folder of train_data.bin and the rest")
     flag("--output_dir", type=Path, default="./outputs", help="that of main.py --inference_only")
+    flag(
+        "--state_dict_path",
+        type=Path,
+        metavar="FILE",
+        help="of --events: the checkpoint of the export, if it is not in output_dir",
+    )
     flag("--top_k", type=at_least(1), default=10, help="items shown")
     flag(
         "--remove_seen",
@@ -200,10 +205,11 @@ def read_folder(args: argparse.Namespace, name: str) -> tuple[dict, torch.Tensor
 
 
 def export_command(args: argparse.Namespace) -> str:
-    output_dir, data_dir = shlex.quote(str(args.output_dir)), shlex.quote(str(args.data_dir))
+    model = args.state_dict_path or args.output_dir / "model_best.pt"
+    model, data_dir, folder = (shlex.quote(str(p)) for p in (model, args.data_dir, args.output_dir))
     return (
-        f"python main.py --inference_only --state_dict_path {output_dir}/model_best.pt "
-        f"--data_dir {data_dir} --output_dir {output_dir}"
+        f"python main.py --inference_only --state_dict_path {model} "
+        f"--data_dir {data_dir} --output_dir {folder}"
     )
 
 
@@ -298,6 +304,8 @@ def write_all(args: argparse.Namespace, export: Export, model_class: type[HSTUMo
     Raises:
         DataError: as of `ask_model`.
     """
+    if not args.write.absolute().parent.is_dir():
+        raise DataError(f"{args.write}: no such folder; make it first")
     histories = histories_of(args, export)
     if histories.users == [""]:
         raise DataError(
@@ -354,8 +362,8 @@ def recommend_to(
     # Another device rounds in the fifth decimal; another model differs in the first.
     if not torch.allclose(embeddings, export.embeddings[some - 1], atol=0.01):
         raise DataError(
-            f"{args.output_dir / export.checkpoint}: has changed since it was exported; export "
-            f"again: {export_command(args)}"
+            f"{args.state_dict_path or args.output_dir / export.checkpoint}: is not the model that "
+            f"was exported; export again: {export_command(args)}"
         )
     removes_seen = export.removes_seen if args.remove_seen is None else args.remove_seen
     sequences = Sequences(histories.events, histories.offsets, users)
@@ -366,10 +374,11 @@ def recommend_to(
 def load_exported_model(
     args: argparse.Namespace, export: Export, model_class: type[HSTUModel]
 ) -> HSTUModel:
-    path = args.output_dir / export.checkpoint
+    path = args.state_dict_path or args.output_dir / export.checkpoint
     if not path.exists():
         raise DataError(
-            f"{path}: not there, but --events needs the checkpoint of the export; put it there"
+            f"{path}: not there, but --events needs the checkpoint of the export; name it with "
+            "--state_dict_path"
         )
     return load_model(
         path,

@@ -16,12 +16,12 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from files.atomic_io import DataError
+from history_source import MISSING
 
 if TYPE_CHECKING:
     import duckdb
 
 MEMORY = "2GB"  # of DuckDB; beyond, it sorts and joins in files
-MISSING = ("", "nan", "NaN", "null", "NULL", "None", "N/A", "n/a", "<NA>", r"\N")
 # What is not in the wheel is not fetched: a converter reads files and nothing else.
 NO_DOWNLOADS = {"autoinstall_known_extensions": "false", "autoload_known_extensions": "false"}
 BLANKS = r"E' \t\r\n'"

@@ -187,9 +187,9 @@ def array_column(_: str, column: Texts, earlier: Known | None) -> tuple[Column, 
 
 
 def delimiter_of_known(texts: Sequence[str], known: set[str]) -> str:
-    """The delimiter that leaves the most known values."""
+    """The delimiter that leaves the most known values, and of such the fewest others."""
     pieces = {d: {piece for text in texts for piece in pieces_of(text, d)} for d in DELIMITERS}
-    return max(DELIMITERS, key=lambda delimiter: len(pieces[delimiter] & known))
+    return max(DELIMITERS, key=lambda d: (len(pieces[d] & known), -len(pieces[d] - known)))
 
 
 def continual_column(name: str, column: Texts, earlier: Known | None) -> tuple[Column, str]:
@@ -215,9 +215,10 @@ def continual_column(name: str, column: Texts, earlier: Known | None) -> tuple[C
             raise DataError(f"column {name}: {values.min():g} has no log(1 + x); correct it")
         values = np.log1p(values)
         detail = f"{transformation}, x {detail}"
+    default = float(np.log1p(median) if transformation == "log(1 + x)" else median)
     if earlier:
-        values[is_missing] = earlier.missing
-    return Column("continual", values, [transformation]), detail
+        default = values[is_missing] = earlier.missing
+    return Column("continual", values, [transformation], default), detail
 
 
 BUILDERS = {"sparse": sparse_column, "array": array_column, "continual": continual_column}

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from files.atomic_io import DataError
+from files.atomic_io import DataError, read_json
 from files.data_folder import Manifest, digest_of_ids, read_indexer, read_manifest
 from files.features import Feature, load_features
 from files.vocabulary import Vocabulary, in_order, read_vocabulary
@@ -75,8 +75,9 @@ def known_feature(
         digest = (manifest.feature_digests or {}).get(feature_id)
         for transformation in TRANSFORMATIONS:
             if digest_of_ids([transformation]) == digest:
-                # Missing numbers were read as the median, so the median did not move.
-                missing = float(np.median(feature.values[1:]))
+                missing = read_json(folder / "feature_default_value.json")[feature_id]
+                if type(missing) is int:  # not recorded before December 2026; the median, unmoved
+                    missing = float(np.median(feature.values[1:]))
                 return Known("continual", [transformation], missing)
     elif feature_id in vocabulary.feature_values:
         return Known(feature.kind, vocabulary.feature_values[feature_id])

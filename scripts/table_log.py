@@ -140,6 +140,8 @@ def unfolded(
     form: Form,
 ) -> str:
     """The relation with a row per event, where a row's columns are lists of a user's events."""
+    if form.list_delimiter == "none":
+        return rows
     sample = f"(SELECT trimmed(item) AS item FROM {rows} WHERE item IS NOT NULL LIMIT 1000)"
     bracketed = "item[1] = '[' AND item[-1] = ']'"
     literal, one, other = connection.execute(
@@ -199,7 +201,8 @@ def refuse_lists(connection: DuckDBPyConnection, table: Table, sample: str, colu
         if longest > whole / 2 and parts <= whole:
             raise DataError(
                 f"{table.paths[0]}: {column} holds lists such as {example!r:.60}, expected an item "
-                f"per row; --list_delimiter {separator!r} reads an event per element"
+                f"per row; --list_delimiter {separator!r} reads an event per element, "
+                "--list_delimiter none each as one id"
             )
 
 
@@ -230,6 +233,11 @@ def action_types(
 ) -> tuple[str, list[str]]:
     """An expression of an event's action type, and the types' names, the earlier ones first."""
     if not args.action:
+        if earlier:
+            print(
+                f"warning: {args.like} has the action types {', '.join(earlier)}, but no --action "
+                "names their column here: all actions are unknown"
+            )
         return "-1", earlier
     if len(args.action) > 1:
         names = list(dict.fromkeys([*earlier, "none", *reversed(args.action)]))

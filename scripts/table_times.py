@@ -18,7 +18,6 @@ INTEGER = r"[+-]?[0-9]{1,18}"
 # A log whose median time reaches the k-th limit is not in unit k: 1e11 seconds are the year 5138.
 UNITS = ("seconds", "milliseconds", "microseconds", "nanoseconds")
 LIMITS = (1e11, 1e14, 1e17)
-MICROSECONDS = 2  # what dates become
 EARLY = 631_152_000  # 1990 in Unix seconds: no log of a recommender is older
 # Dates in digits alone, by their number: they would pass for Unix times.
 DIGIT_DATES = {

@@ -167,6 +167,8 @@ def open_study(
             print("timing an epoch with the defaults", flush=True)
             words = command_of(args, passed, {"num_epochs": 1}, "pace")
             list(epochs_of([*words, "--resume=none", "--overwrite"], args.output_dir / "pace"))
+            for path in (args.output_dir / "pace").glob("*.pt"):
+                path.unlink()
             seconds = WHOLE_TRAININGS * (time.monotonic() - began)
             num_epochs = int(np.clip(3600 * args.hours / seconds, *EPOCHS))
         study.set_user_attr("asked", asked)
@@ -244,6 +246,9 @@ def run_trial(tune: Tune, trial: optuna.Trial) -> bool:
         settings["num_epochs"] = num_epochs
     reported = tune.study.trials[trial.number].intermediate_values
     before, seconds_left = trial.user_attrs.get("seconds", 0), tune.seconds_left
+    folder.mkdir(parents=True, exist_ok=True)
+    with lock_folder(folder):  # a training may outlive a tune that was killed: leave it the trial
+        pass
     began = last = time.monotonic()
     value, end = None, ""
     try:

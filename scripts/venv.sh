@@ -22,7 +22,7 @@ use_venv() {
   if [ -n "${SYSTEM_TORCH-}" ]; then
     kind="$kind with its packages" options=(--system-site-packages) limits=()
   fi
-  stamp=$( (cat "$1" requirements.txt constraints.txt; echo "$kind") | cksum | tr ' ' '-')
+  stamp=$( (cat "$1" requirements*.txt constraints.txt; echo "$kind") | cksum | tr ' ' '-')
   exec 9>>.venv.lock
   if command -v flock >/dev/null; then flock 9; fi  # two at once wait for each other
   # A .venv of another Python, or one that was not finished, is made anew.

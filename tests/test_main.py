@@ -460,6 +460,19 @@ def test_seen_items_stay_and_are_added_to_the_query_where_many_validation_target
     assert bool(seen & found) == is_off
 
 
+def test_without_a_validation_the_training_says_whether_users_come_back(tmp_path, capsys):
+    """As of a model that goes live: it is to be what was validated before."""
+    events = np.zeros(12, EVENT_DTYPE)
+    events["item_id"], events["timestamp"] = [1, 2, 1, 3, 4, 3, 5, 6, 5, 1, 2, 1], np.arange(1, 13)
+    splits = {"train": Sequences(events, np.arange(0, 13, 3), np.arange(1, 5, dtype=np.int32))}
+    ids = {"item_ids": range(6), "user_ids": range(4), "num_action_types": 1}
+    write_dataset(tmp_path / "data", splits, **ids)
+    model = run(tmp_path, tmp_path / "data") / "model_best.pt"
+    assert "100.0 % of the training sequences' last items are items" in capsys.readouterr().out
+    config = load_checkpoint(model)["config"]
+    assert config["history_residual"] and not config["removes_seen"]
+
+
 @pytest.mark.parametrize("choice", ["on", "off"])
 def test_the_metrics_of_the_test_are_those_of_the_exported_lists(tmp_path, data, choice):
     trained = run(tmp_path, data, "--remove_seen", choice)

@@ -188,7 +188,7 @@ def test_the_longest_span_is_that_of_one_users_events(trained):
 @pytest.mark.parametrize(
     ("flag", "message"),
     [
-        ("output_dir", "no training has been there"),
+        ("output_dir", "no resume_*.pt there, by which a training"),
         ("log_dir", "no curves there"),
         ("data_dir", "not the data"),
     ],

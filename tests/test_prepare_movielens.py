@@ -130,6 +130,20 @@ def test_what_movielens_1m_does_not_have_is_one_line(tmp_path, capsys, name, lin
     assert "not MovieLens-1M as it is published" in error
 
 
+@pytest.mark.parametrize("damage", ["cut", "flipped"])
+def test_a_damaged_download_is_one_line(tmp_path, capsys, damage):
+    write_csv(tmp_path)
+    path = tmp_path / "interactions.csv.gz"
+    text, content = gzip.decompress(path.read_bytes()), bytearray(path.read_bytes())
+    if damage == "cut":
+        path.write_bytes(gzip.compress(text.rstrip().rpartition(b",")[0]))
+    else:
+        content[len(content) // 2] ^= 255
+        path.write_bytes(content)
+    assert prepare_movielens.main([str(tmp_path), str(tmp_path / "data")]) == 1
+    assert_one_line(capsys.readouterr().err, tmp_path)
+
+
 def test_a_missing_file_and_a_file_in_the_way_are_one_line(tmp_path, capsys):
     source, taken = tmp_path / "source", tmp_path / "taken"
     source.mkdir()

@@ -603,10 +603,39 @@ def test_a_checkpoint_that_is_gone_or_was_trained_on_since_is_refused(copied, tm
     more = ["--resume=none", "--overwrite", "--seed=7"]
     assert main_module.main([*folders, *TRAIN, *more]) == 0
     error = error_of(capsys, copied, f"--events={path}")
-    assert f"{output}/model_best.pt: has changed since it was exported; export again" in error
+    assert f"{output}/model_best.pt: is not the model that was exported; export again" in error
     (output / "model_best.pt").unlink()
     error = error_of(capsys, copied, f"--events={path}")
     assert f"{output}/model_best.pt: not there, but --events needs the checkpoint" in error
+
+
+def test_the_checkpoint_may_lie_elsewhere_than_its_export(trained, copied, tmp_path, capsys):
+    path = write_events(tmp_path / "events.csv", history_of(copied, 1)[0])
+    shown = screen(capsys, copied, f"--events={path}")
+    (copied / "outputs" / "model_best.pt").rename(tmp_path / "model_best.pt")
+    flag = f"--state_dict_path={tmp_path}/model_best.pt"
+    assert screen(capsys, copied, f"--events={path}", flag) == shown
+
+
+def test_ids_are_read_as_the_converter_reads_them(trained, tmp_path, capsys):
+    path = tmp_path / "events.csv"
+    path.write_text("item,action\n1003,1\n1006,2\n")
+    shown = screen(capsys, trained, f"--events={path}")
+    path.write_text("item,action\n1003.0, 1\n 1006.00,2\n")
+    assert screen(capsys, trained, f"--events={path}") == shown
+
+
+def test_users_in_later_lines_alone_are_no_one_history(trained, tmp_path, capsys):
+    path = tmp_path / "events.jsonl"
+    path.write_text('{"item": 1003}\n{"item": 1006, "user": "bob"}\n')
+    assert f"{path}: line 1 has the columns item; expected" in error_of(
+        capsys, trained, f"--events={path}"
+    )
+
+
+def test_a_table_for_a_folder_that_is_not_there_is_refused_at_once(trained, tmp_path, capsys):
+    flags = f"--events={tmp_path}/none.csv", f"--write={tmp_path}/absent/top.csv"
+    assert "top.csv: no such folder; make it first" in error_of(capsys, trained, *flags)
 
 
 @pytest.mark.parametrize(
@@ -652,7 +681,7 @@ def test_a_file_of_events_that_is_not_there_is_named(trained, tmp_path, capsys):
 
 def test_data_without_a_test_split_still_answers_what_needs_none(tmp_path, capsys):
     events = np.ones(4, EVENT_DTYPE)
-    events["item_id"] = [1, 2, 3, 1]
+    events["item_id"] = [1, 2, 1, 3]
     splits = {"train": Sequences(events, np.array([0, 4]), np.ones(1, np.int32))}
     ids = {"item_ids": ["a", "b", "c"], "user_ids": ["ann"]}
     write_dataset(tmp_path / "data", splits, **ids, num_action_types=2)

@@ -180,6 +180,47 @@ def test_lists_are_split_as_the_known_values_are(tmp_path):
     assert tags("four", "x,y", "z", flags=("--like", tmp_path / "three")) == {"x,y": 1, "z": 2}
 
 
+def test_lists_of_values_that_all_occur_alone_too_are_split(tmp_path):
+    def folder(name: str, tags: list[str], *flags: object) -> Path:
+        rows = [{"item": f"i{k}", "tags": value} for k, value in enumerate(tags)]
+        items = write_rows(tmp_path / f"{name}_items.csv", rows)
+        events = [(f"u{k % 3}", f"i{k}", START + k) for k in range(len(tags))]
+        return prepare(tmp_path, f"{name}.csv", events, "--item_features", items, *flags)
+
+    values = ["a", "b", "c", "a|c", "b|c", "a|b"]
+    first = folder("one", values, "--array", "tags")
+    second = folder("two", [*values, "c|new one"], "--like", first)
+    assert read_indexer(second)["f"]["tags"] == {"a": 1, "b": 2, "c": 3, "new one": 4}
+
+
+def test_a_missing_number_stays_what_it_was_in_the_first_of_several_weeks(tmp_path):
+    def folder(name: str, prices: list, *flags: object) -> Path:
+        rows = [{"item": f"i{k}", "price": price} for k, price in enumerate(prices)]
+        items = write_rows(tmp_path / f"{name}_items.csv", rows)
+        events = [(f"u{k % 3}", f"i{k}", START + k) for k in range(len(prices))]
+        return prepare(tmp_path, f"{name}.csv", events, "--item_features", items, *flags)
+
+    def price_of_first(data_dir: Path) -> float:
+        feature = load_features(data_dir, "item", read_manifest(data_dir).num_items)["price"]
+        return float(feature.values[read_indexer(data_dir)["i"]["i0"]])
+
+    cheap = ["", 1.5, 2.5, 2.0, 1.0, 3.0]
+    dear = [*cheap, *(50.5 + k for k in range(9))]
+    first = folder("one", cheap, "--continual", "price")
+    second = folder("two", dear, "--like", first)
+    third = folder("three", dear, "--like", second)
+    assert price_of_first(first) == price_of_first(second) == price_of_first(third) == 2
+
+
+def test_a_log_without_the_column_of_actions_is_a_warning(tmp_path, capsys):
+    rows = [dict(row, kind="view") for row in rows_of(LOG[1])]
+    log, first = write_rows(tmp_path / "log.csv", rows), tmp_path / "first"
+    assert prepare_table.main([str(log), str(first), "--action", "kind"]) == 0
+    capsys.readouterr()
+    assert prepare_table.main([str(log), str(tmp_path / "second"), "--like", str(first)]) == 0
+    assert "has the action types view, but no --action names" in capsys.readouterr().out
+
+
 def test_columns_that_are_new_are_features_on_request_alone(tmp_path):
     first = convert(tmp_path, 1)
     users = write_rows(

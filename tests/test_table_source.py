@@ -199,6 +199,13 @@ def test_lists_in_a_row_per_user_are_events(tmp_path):
     assert converted(tmp_path, tmp_path / "blanks.csv", *flags) == expected
 
 
+def test_ids_that_look_like_lists_are_ids_on_request(tmp_path):
+    path = tmp_path / "log.csv"
+    rows = [f"{u},shop{u} sku{k},{k}" for u in range(1, 5) for k in range(1, 5)]
+    path.write_text(HEAD + "\n".join(rows) + "\n")
+    assert converted(tmp_path, path, "--list_delimiter", "none")["num_items"] == 16
+
+
 def test_lists_without_the_flag_and_of_different_lengths_are_refused(tmp_path, capsys):
     path = tmp_path / "log.csv"
     path.write_text(HEAD + "".join(f"{u},3 {u} 5,9\n" for u in range(1, 9)))

@@ -26,7 +26,7 @@ from tuned import result_of
 
 from engine.flags import get_args
 from engine.signals import Stopped
-from files.atomic_io import DataError, read_json, write_json
+from files.atomic_io import DataError, lock_folder, read_json, write_json
 from files.data_writer import leave_one_out, write_dataset
 from files.sequences import EVENT_DTYPE
 from main import main
@@ -190,6 +190,19 @@ def test_a_failing_training_is_a_bad_trial_and_the_tune_goes_on(data, tmp_path, 
     assert trainings.epochs == [8, 1, 8]
     assert [row["NDCG@10"] for row in table_of(tmp_path)] == ["0.2", "", "0.3"]
     assert table_of(tmp_path)[1]["end"] == "failed: out of memory"
+
+
+def test_a_trial_whose_training_outlived_a_killed_tune_is_left_to_it(
+    data, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setattr("files.atomic_io.LOCK_SECONDS", 0)
+    trainings = Trainings(monkeypatch, 0.2, 0.3)
+    (tmp_path / "trial_001").mkdir()
+    with lock_folder(tmp_path / "trial_001"):
+        assert run(data, tmp_path, 18 / 60) == 1
+    assert "trial_001: another process is at work in it" in capsys.readouterr().err
+    assert run(data, tmp_path, 18 / 60) == 0
+    assert trainings.epochs == [8, 8]
 
 
 def test_defaults_that_fail_end_the_tune_with_the_reason(data, tmp_path, monkeypatch, capsys):
