@@ -301,21 +301,23 @@ class MixPrevious(nn.Module):
 
 
 class TimeHead(nn.Module):
-    """A parametrisation of W of equation 1 that makes the last head's queries zero.
+    """In the place of a block's `qkv_proj`: W of equation 1, the last head's queries zero.
 
     So that head's A is SiLU(rab) / N: it weighs events by their time and position alone. Not in the
     paper; FuXi-Linear has such a channel of its own. docs/log.md says where it helps.
     """
 
-    def __init__(self, num_heads: int, widths: Sequence[int]):
+    def __init__(self, projection: nn.Linear, num_heads: int, widths: Sequence[int]):
         """`widths`: dv, dv, dqk, dqk, of U, V, Q and K of a head, in the order of W's rows."""
         super().__init__()
+        self.projection = projection
         mask = torch.ones(num_heads, sum(widths), 1)
         mask[-1, sum(widths[:2]) : sum(widths[:3])] = 0
         self.register_buffer("mask", mask.flatten(0, 1), persistent=False)  # (H * sum, 1)
 
-    def forward(self, weight: Tensor) -> Tensor:
-        return weight * self.mask
+    @property
+    def weight(self) -> Tensor:
+        return self.projection.weight * self.mask
 
 
 class HistoryResidual(nn.Module):

@@ -10,7 +10,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.parametrize import register_parametrization
 
 import ops.attention
 import ops.infonce
@@ -174,8 +173,7 @@ class HSTUModel(nn.Module):
         )
         if config.time_head:
             for block in self.hstu.blocks:
-                head = TimeHead(config.num_heads, block.widths)
-                register_parametrization(block.qkv_proj, "weight", head)
+                block.qkv_proj = TimeHead(block.qkv_proj, config.num_heads, block.widths)
         self.history_residual = HistoryResidual() if config.history_residual else None
         self.output_postprocessor = L2NormEmbeddingPostprocessor()
         self.similarity = DotProductSimilarity()

@@ -37,6 +37,7 @@ from torch import nn
 
 from engine.kernels import choose_kernels, largest_error, why_not_triton
 from engine.training_step import autocast
+from files.atomic_io import DataError
 from model import find_kernels
 from simplified_hstu import HSTU
 
@@ -222,18 +223,17 @@ def main() -> None:
     device = torch.device("cuda", torch.cuda.current_device())
     card = torch.cuda.get_device_name(device)
     result = environment(card) | {
-        "cuda": torch.version.cuda,
         "capability": torch.cuda.get_device_capability(device),
-        "why_not_triton": why_not_triton(device, SHAPES["N 8,192, d 64, 2 blocks"], "fp32"),
         "gpu_tests": run_gpu_tests(),
     }
+    name = "gpu_" + re.sub(r"\W+", "-", card).lower()
+    try:
+        result["why_not_triton"] = why_not_triton(device, SHAPES["N 8,192, d 64, 2 blocks"], "fp32")
+    except DataError as error:  # CUDA does not work any more in this process
+        write(name, result | {"why_not_triton": str(error)})
+        return
     print(result["why_not_triton"], result["gpu_tests"], flush=True)
-    rates = device_rates(device)
-    result["rates"] = {
-        "copy_gb_per_s": rates["copy"] / 1e9,
-        "launch_us": rates["launch"] * 1e6,
-        **{f"{precision}_tflop_per_s": rates[precision] / 1e12 for precision in PRECISIONS},
-    }
+    result["rates"] = rates = device_rates(device)
     with tempfile.TemporaryDirectory() as folder:
         work_dir = Path(folder)
         if args.ml_1m:
@@ -243,7 +243,7 @@ def main() -> None:
         result["rows"] = measure_all(data_dir, TRAININGS, SHAPES, rates, device)
         if args.ml_1m:
             result["movielens"] = movielens(args.ml_1m, work_dir, device)
-    write("gpu_" + re.sub(r"\W+", "-", card).lower(), result)
+    write(name, result)
 
 
 if __name__ == "__main__":

@@ -86,6 +86,8 @@ def pick_device(name: str) -> torch.device:
     device, count = torch.device(name), torch.cuda.device_count()
     if device.type == "cuda" and (device.index or 0) >= count:
         raise DataError(f"--device {name}: there are cuda:0 to cuda:{count - 1}; name one of them")
+    if device.index is not None:
+        torch.cuda.set_device(device)
     return device
 
 

@@ -110,14 +110,14 @@ def resume(run: Run, source: str, overwrite: bool, flags: Collection[str]) -> No
     elif models:
         found = f"{folder}: holds {models[0].name}, but no resume_*.pt to go on from"
         raise DataError(f"{found}; use another --output_dir, or --resume none --overwrite")
-    # A kill may have come between an epoch's state and its models.
-    if run.progress.epoch and not run.progress.batch:
-        newest = folder / f"model_epoch_{run.progress.epoch}.pt"
-        save_models(run, with_newest=not newest.exists())
     steps = {step for (step,) in all_gather_ints([run.progress.step])}
     if len(steps) > 1:
         found = f"processes find states of steps {sorted(steps)}"
         raise DataError(f"{folder}: {found}; it has to be one folder that all of them see")
+    # A kill may have come between an epoch's state and its models.
+    if run.progress.epoch and not run.progress.batch:
+        newest = folder / f"model_epoch_{run.progress.epoch}.pt"
+        save_models(run, with_newest=not newest.exists())
 
 
 def restore(run: Run, state: Mapping[str, Any], path: Path, flags: Collection[str]) -> None:

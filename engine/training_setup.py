@@ -190,6 +190,8 @@ def make_config(
         **repeats(removal, residual, datasets),
         **{name: getattr(args, name) for name in same},
     )
+    if config.time_head and config.time_bias == "off" and not config.position_bias:
+        raise DataError("--time_head --no-position_bias: the data has no times; leave one out")
     return config if earlier is None else standardised_as(config, earlier)
 
 
@@ -286,6 +288,7 @@ def idle_flags(run: Run) -> list[tuple[str, bool, str]]:
     """Flags that may do nothing, whether so in this run, and the reason."""
     train_set, specs = run.datasets["train"], run.model.config.item_features.values()
     kind, has_vectors = train_set.negatives.kind, any(spec["kind"] == "emb" for spec in specs)
+    has_valid = getattr(run.datasets.get("valid"), "target", "none") != "none"
     of_vectors = ("mm_missing", "mm_projection", "mm_emb_device")
     return [
         ("num_negatives", kind in ("all", "batch"), f"with {kind} negatives"),
@@ -293,5 +296,6 @@ def idle_flags(run: Run) -> list[tuple[str, bool, str]]:
         ("shard_items", world_size() == 1, "in a single process"),
         ("target_action", not train_set.num_action_types, "without actions in the data"),
         ("id_dropout", not specs, "without item features"),
+        *((n, not has_valid, "without a validation") for n in ("patience", "early_stop_on")),
         *((name, not has_vectors, "without multimodal vectors") for name in of_vectors),
     ]

@@ -165,11 +165,11 @@ def differences(saved: Mapping[str, Any], current: Mapping[str, Any]) -> list[st
 
 def random_states() -> dict[str, Any]:
     """The states of torch's generators, which dropout draws from; nothing draws from others."""
-    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+    cuda = [torch.cuda.get_rng_state()] if torch.cuda.is_initialized() else []  # the run's device
     return {"torch": torch.get_rng_state(), "cuda": cuda}
 
 
 def set_random_states(states: Mapping[str, Any]) -> None:
     torch.set_rng_state(states["torch"])
-    if states["cuda"] and torch.cuda.device_count() == len(states["cuda"]):
-        torch.cuda.set_rng_state_all(states["cuda"])
+    if states["cuda"] and torch.cuda.is_initialized():
+        torch.cuda.set_rng_state(states["cuda"][0])

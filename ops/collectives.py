@@ -20,6 +20,8 @@ from torch import Tensor
 # has died is noticed at once, as its connections close.
 TIMEOUT = timedelta(minutes=30)
 
+torch.sparse.check_sparse_tensor_invariants.disable()  # else torch 2.11 warns that they are off
+
 
 class LostProcessError(RuntimeError):
     """Another process has ended, or does not answer."""
@@ -161,6 +163,5 @@ def all_reduce_rows(grad: Tensor) -> Tensor:
 
 def sparse_rows(rows: Tensor, values: Tensor, num_rows: int, is_coalesced: bool = False) -> Tensor:
     """(num_rows, D) with `values`, (n, D), in `rows`, (n,), as gradients of tables are sparse."""
-    # Where nothing is said of the invariants, torch warns that they are not checked.
-    options = {"is_coalesced": is_coalesced, "check_invariants": False}
-    return torch.sparse_coo_tensor(rows[None], values, (num_rows, values.shape[1]), **options)
+    size = num_rows, values.shape[1]
+    return torch.sparse_coo_tensor(rows[None], values, size, is_coalesced=is_coalesced)

@@ -126,10 +126,10 @@ def _lines(seen: Seen) -> Tensor:
 
 def _merge_best(best_scores: Tensor, best_rows: Tensor, tile: Tensor, first: int) -> None:
     """Update (b, k) in place by a tile's scores (b, n), whose first item is row `first`."""
-    k, lines = best_scores.shape[1], torch.arange(len(tile), device=tile.device)
+    k, lines = best_scores.shape[1], slice(None)
     if tile.device.type == "cpu":  # a GPU would have to wait for their number
         # After the first tiles, few queries have anything better here.
-        lines = lines[~(tile.amax(1) <= best_scores[:, -1])]
+        lines = (~(tile.amax(1) <= best_scores[:, -1])).nonzero()[:, 0]
     values, columns = tile[lines].topk(min(k, tile.shape[1]), 1)
     values = torch.cat([best_scores[lines], values], 1)
     rows = torch.cat([best_rows[lines], first + columns], 1)

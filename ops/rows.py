@@ -106,7 +106,7 @@ def merge_rows(grad: Tensor) -> Tensor:
     As Tensor.coalesce. On a GPU nothing waits for the number of distinct rows: as many are kept as
     there were, and those left over are zeros of row 0, the padding.
     """
-    if grad.is_coalesced() or grad.device.type == "cpu":
+    if grad.is_coalesced() or grad.device.type == "cpu" or grad._nnz() < 2:
         return grad.coalesce()
     return _merge_rows_without_wait(grad)
 
@@ -132,7 +132,12 @@ def sum_unsorted(values: Tensor, ids: Tensor, num_rows: int) -> Tensor:
         torch.is_deterministic_algorithms_warn_only_enabled(),
     )
     torch.use_deterministic_algorithms(True)  # or on CUDA it adds up atomically
+    fills, torch.utils.deterministic.fill_uninitialized_memory = (
+        torch.utils.deterministic.fill_uninitialized_memory,
+        False,  # else a third of its launches would fill what is written anyway
+    )
     try:
         return torch.ops.aten.embedding_dense_backward(values, ids, num_rows, -1, False)
     finally:
+        torch.utils.deterministic.fill_uninitialized_memory = fills
         torch.use_deterministic_algorithms(was_on, warn_only=warns)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -325,6 +326,24 @@ def test_with_as_many_processes_a_resumed_run_ends_with_equal_tensors(data, on_a
         assert are_equal_checkpoints(tmp_path / "o" / name, tmp_path / "whole" / name)
     found = [read_json(tmp_path / output / "metrics.json") for output in ("o", "whole")]
     assert found[0] == found[1]
+
+
+def refusal_of(data: Path, flags: list[str], *outputs: Path) -> str:
+    """Why a training with an output folder for each process does not start."""
+    try:
+        train(data, outputs[collectives.rank()], flags)
+    except DataError as error:
+        return str(error)
+    return ""
+
+
+def test_processes_with_folders_of_their_own_are_refused(whole, data, on_all, tmp_path):
+    """Whose states differ: one at the end of an epoch, which saves its models again, and none."""
+    first = Path(shutil.copytree(whole[1], tmp_path / "first"))
+    found = on_all(
+        refusal_of, data, [*EXACT, f"--negatives={whole[0]}"], first, tmp_path / "second"
+    )
+    assert all(re.search(r"processes find states of steps \[0, \d+\]", text) for text in found)
 
 
 def seed_of(data: Path, step: int) -> int:

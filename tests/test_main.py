@@ -413,8 +413,11 @@ def test_target_action_is_named_as_idle_where_no_action_is_known(tmp_path, data,
     split = read_split(data, "train")
     split.events["action_type"] = -1
     write_dataset(tmp_path / "plain", {"train": split}, **ids)
-    run(tmp_path, tmp_path / "plain", "--target_action")
-    assert "--target_action changes nothing without actions" in capsys.readouterr().out
+    run(tmp_path, tmp_path / "plain", "--target_action", "--patience=2", "--early_stop_on=loss")
+    out = capsys.readouterr().out
+    assert "--target_action changes nothing without actions" in out
+    assert "--patience changes nothing without a validation" in out
+    assert "--early_stop_on changes nothing without a validation" in out
 
 
 def test_targets_that_were_seen_are_told_apart_and_missed_where_seen_items_are_left_out(
@@ -1001,6 +1004,16 @@ def test_a_time_head_without_a_bias_or_another_head_is_refused(flags, capsys):
     with pytest.raises(SystemExit):
         get_args(["--time_head", *flags])
     assert "--time_head needs --num_heads 2 or more, and a bias" in capsys.readouterr().err
+
+
+def test_a_time_head_without_times_or_positions_is_refused(tmp_path, capsys):
+    """It would have nothing to attend by, and learn nothing."""
+    (tmp_path / "data").mkdir()
+    np.array([3, 1, 2, 9, 4], "<i4").tofile(tmp_path / "data" / "train_data.bin")
+    np.array([0, 2, 5], "<i8").tofile(tmp_path / "data" / "train_offsets.bin")
+    folders = [f"--data_dir={tmp_path}/data", f"--output_dir={tmp_path}/o"]
+    assert main([*folders, *SMALL, "--num_heads=2", "--time_head", "--no-position_bias"]) == 1
+    assert "--time_head --no-position_bias: the data has no times" in capsys.readouterr().err
 
 
 def test_checkpoints_without_a_state_are_not_overwritten(tmp_path, data, capsys):

@@ -142,10 +142,11 @@ def test_a_time_head_weighs_events_by_rab_alone(tiny, kernels):
     model.encode(batch)
     with torch.no_grad():
         keys = slice(2 * dv + dqk, head)
-        original = block.qkv_proj.parametrizations.weight.original
+        original = block.qkv_proj.projection.weight
         original[head:][keys] = torch.randn_like(original[head:][keys])
     model.encode(batch)
     torch.testing.assert_close(*seen)  # keys of the time head do nothing
+    assert len({type(block.qkv_proj) for block in model.hstu.blocks}) == 1  # or each is compiled
     with torch.no_grad():
         original[keys] = torch.randn_like(original[keys])
     model.encode(batch)
