@@ -105,7 +105,7 @@ def test_a_damaged_cache_is_built_again(tmp_path, damage):
 def test_what_a_killed_builder_left_is_swept_by_the_next(tmp_path):
     cache = write_items(tmp_path) / ".cache"
     cache.mkdir()
-    (cache / ".item-100.values.npy.1.tmp").touch()
+    (cache / ".item-100.values.npy.9999999.tmp").touch()
     load_features(tmp_path, "item", 5)
     assert not list(cache.glob("*.tmp")) + list(cache.glob(".*.tmp"))
 
