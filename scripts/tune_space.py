@@ -14,8 +14,8 @@ from engine.flags import ALL_NEGATIVES_UP_TO
 with suppress(ImportError):  # tune.py says so
     from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 
-# What is tried first: the defaults, and settings for long histories, as ml-1m-small's, and for short
-# ones, as KuaiRand's (benchmarks/settings.py).
+# What is tried first: the defaults, and settings for long histories, as ml-1m-small's, and for
+# short ones, as KuaiRand's (benchmarks/settings.py).
 STARTS = {
     "defaults": {},
     "long histories": {"lr": 0.0072, "dropout_rate": 0.1, "infonce_temp": 0.04},
