@@ -57,6 +57,10 @@ SETTINGS = {
         "beauty",
         f"--mm_emb_id --time_bias=off {BEAUTY} --id_dropout=0.2 --mix_previous=8",
     ),
+    "beauty-features-request-mix": (
+        "beauty",
+        f"--mm_emb_id {BEAUTY} --id_dropout=0.2 --mix_previous=8 --num_heads=2 --time_head",
+    ),
     "kuairand-ids": ("kuairand", f"{IDS} {KUAIRAND}"),
     "kuairand-actions": (
         "kuairand",
