@@ -25,10 +25,12 @@ from torch import Tensor
 from engine.evaluation import Ranking, evaluate
 from engine.flags import get_args
 from engine.metrics import hit
-from engine.state import Progress, Run, load_best
+from engine.state import Progress, Run
+from engine.trained_model import load_model
 from engine.training_setup import eval_loader, prepare_run
 from files.atomic_io import DataError, atomic_write, exit_code
 from files.checkpoint import load_newest_state
+from files.data_folder import read_manifest
 from files.sequences import open_split
 from simplified_hstu import time_buckets
 
@@ -114,7 +116,10 @@ def load_run(output_dir: Path, data_dir: str, trust_pickle: bool) -> tuple[Run, 
     if run.binding["data files"] != state["binding"]["data files"]:
         raise DataError(f"{data_dir}: not the data that {output_dir} was trained on")
     run.progress = Progress(**state["progress"])
-    load_best(run)
+    # Not prepare_run's: an --init_from training has some of its first model's config.
+    options = {n: getattr(args, n) for n in ("device", "mm_emb_device", "kernels", "trust_pickle")}
+    manifest = read_manifest(data_dir, trust=trust_pickle)
+    run.model = load_model(output_dir / "model_best.pt", data_dir, manifest, **options)
     return run, args
 
 

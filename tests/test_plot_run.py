@@ -68,6 +68,21 @@ def test_what_is_drawn_was_evaluated_as_in_the_training(trained):
     assert found == json.loads((trained / "o" / "metrics.json").read_text())["test"]
 
 
+def test_a_training_that_started_from_another_is_drawn_without_that(trained, tmp_path):
+    """Its config keeps what --remove_seen and --history_residual were to the first model."""
+    first = folders_of(trained, output_dir=tmp_path / "a", log_dir=tmp_path / "al")
+    unlike_auto = ["--history_residual=off", "--remove_seen=on"]
+    assert main([*first, *FLAGS, *unlike_auto, "--num_epochs=1"]) == 0
+    second = folders_of(trained, output_dir=tmp_path / "b", log_dir=tmp_path / "bl")
+    flags = [flag for flag in FLAGS if "seen" not in flag]
+    assert main([*second, *flags, f"--init_from={tmp_path}/a/model_best.pt"]) == 0
+    (tmp_path / "a" / "model_best.pt").unlink()
+    run, flags = plot_run.load_run(tmp_path / "b", str(trained / "data"), False)
+    assert run.model.config.removes_seen and not run.model.config.history_residual
+    found = evaluate(run.model, eval_loader(flags, run, "test")).metrics()
+    assert found == json.loads((tmp_path / "b" / "metrics.json").read_text())["test"]
+
+
 def test_the_curves_have_a_value_per_epoch(trained):
     run, _ = plot_run.load_run(trained / "o", str(trained / "data"), False)
     curves = plot_run.read_curves(str(trained / "logs"), run)
