@@ -106,14 +106,14 @@ def merge_rows(grad: Tensor) -> Tensor:
     As Tensor.coalesce. On a GPU nothing waits for the number of distinct rows: as many are kept as
     there were, and those left over are zeros of row 0, the padding.
     """
-    if grad.is_coalesced() or grad.device.type == "cpu" or grad._nnz() < 2:
+    if grad.is_coalesced() or grad.device.type == "cpu":
         return grad.coalesce()
     return _merge_rows_without_wait(grad)
 
 
 def _merge_rows_without_wait(grad: Tensor) -> Tensor:
     rows, places = grad._indices()[0].sort(stable=True)
-    is_first = torch.cat([rows.new_ones(1), rows.diff().clamp(max=1)])
+    is_first = torch.cat([rows.new_ones(1), rows.diff().clamp(max=1)])[: len(rows)]  # may be none
     group = is_first.cumsum(0) - 1  # (n,) rising: which of the distinct rows
     firsts = torch.searchsorted(group, torch.arange(len(rows), device=rows.device))
     distinct = F.pad(rows, (0, 1))[firsts]  # (n,), n is the place of the 0 for those left over

@@ -88,3 +88,10 @@ def test_a_gradient_merged_without_a_wait_is_the_coalesced_one():
     assert merged.is_coalesced() and merged.indices().tolist() == [[0, 2, 5, 0, 0]]
     torch.testing.assert_close(merged.values()[:3], expected.values())
     assert not merged.values()[3:].any()
+
+
+def test_a_gradient_of_no_row_is_merged_without_a_wait():
+    """As a process has of a table, if no sequence of a small last batch is its."""
+    grad = sparse_rows(torch.empty(0, dtype=torch.int64), torch.empty(0, D), R)
+    merged = rows_module._merge_rows_without_wait(grad)
+    assert merged.is_coalesced() and merged.shape == (R, D) and merged._nnz() == 0
