@@ -75,8 +75,9 @@ def known_feature(
         digest = (manifest.feature_digests or {}).get(feature_id)
         for transformation in TRANSFORMATIONS:
             if digest_of_ids([transformation]) == digest:
-                missing = read_json(folder / "feature_default_value.json")[feature_id]
-                if type(missing) is int:  # not recorded before December 2026; the median, unmoved
+                path = folder / "feature_default_value.json"
+                missing = read_json(path).get(feature_id, 0) if path.exists() else 0
+                if type(missing) is int:  # not recorded, as in older folders: the median
                     missing = float(np.median(feature.values[1:]))
                 return Known("continual", [transformation], missing)
     elif feature_id in vocabulary.feature_values:
