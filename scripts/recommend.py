@@ -147,6 +147,8 @@ def get_args(argv: list[str] | None) -> argparse.Namespace:
         parser.error("--write is for --events, whose column user names the users")
     if args.events is None and (args.request_time is not None or args.request_action != "-1"):
         parser.error("--request_time and --request_action are of --events; --user has the export's")
+    if args.events is None and args.state_dict_path is not None:
+        parser.error("--state_dict_path is of --events, which alone needs the model")
     return args
 
 

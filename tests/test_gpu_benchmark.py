@@ -14,6 +14,7 @@ from device_time import device_rates, measure
 from gpu import Shape, equal_bits, measure_all, minutes_to, write_like_movielens
 from step import hstu_flop, least_bytes
 
+from files.atomic_io import DataError
 from files.data_folder import read_manifest
 from files.sequences import Split
 
@@ -24,6 +25,25 @@ SHAPES = {
     "block": Shape(2, 1, 9, 8, 2, 4, 3),
     "attention": Shape(3, 1, 5, 1, 2, 4, 3, False, "off"),
 }
+
+
+def test_a_self_check_that_breaks_cuda_leaves_what_is_known(monkeypatch):
+    """No measurement works in the process after it."""
+
+    def broken(*_):
+        raise DataError("illegal memory access")
+
+    written = {}
+    of_cuda = {"is_available": True, "current_device": 0, "get_device_name": "Card 7"}
+    for name, value in (of_cuda | {"get_device_capability": (9, 0)}).items():
+        monkeypatch.setattr(torch.cuda, name, lambda *_, value=value: value)
+    monkeypatch.setattr(sys, "argv", ["gpu.py"])
+    monkeypatch.setattr(gpu, "run_gpu_tests", lambda: {"exit_code": 1})
+    monkeypatch.setattr(gpu, "why_not_triton", broken)
+    monkeypatch.setattr(gpu, "write", written.__setitem__)
+    gpu.main()
+    assert written["gpu_card-7"]["why_not_triton"] == "illegal memory access"
+    assert written["gpu_card-7"]["gpu_tests"] == {"exit_code": 1}
 
 
 def test_every_measurement_runs_and_says_a_positive_number(data):

@@ -485,7 +485,7 @@ def test_a_pipe_that_cannot_spell_a_title_gets_question_marks(films):
 @pytest.mark.parametrize(
     "flags",
     [[], ["--user=1", "--item=1"], ["--item=1", "--events=e"], ["--user=1", "--request_time=5"],
-     ["--user=1", "--request_action=1"],
+     ["--user=1", "--request_action=1"], ["--item=1", "--state_dict_path=m.pt"],
      ["--events=e", "--write=e.txt"], ["--user=1", "--write=e.csv"],
      ["--events=e", "--user=1", "--write=e.csv"], ["--user=1", "--top_k=0"],
      ["--events=e", "--request_time=1700000000000"]],

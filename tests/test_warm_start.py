@@ -118,6 +118,14 @@ def test_on_the_data_of_the_model_every_weight_is_as_it_was(tmp_path):
     assert run.model.config.history_residual
 
 
+@pytest.mark.parametrize("choice", ["on", "off"])
+def test_seen_items_stay_left_out_as_the_first_model_had_it(tmp_path, choice):
+    data_dir = write_tiny(tmp_path / "data")
+    model = train(tmp_path, data_dir, "first", f"--remove_seen={choice}")
+    run = prepare_run(get_args(flags_of(tmp_path, data_dir, "r", f"--init_from={model}")))
+    assert run.model.config.removes_seen == (choice == "on")
+
+
 def test_a_run_that_goes_on_in_another_folder_has_its_vocabulary(tmp_path):
     data_dir, other = write_tiny(tmp_path / "data"), tmp_path / "other"
     model = train(tmp_path, data_dir, "first", "--num_epochs=2")
