@@ -164,6 +164,7 @@ def save_models(run: Run, with_newest: bool = True) -> None:
         if with_newest:
             weights = {name: tensor.cpu() for name, tensor in weights.items()}
             content = {"config": asdict(run.model.config), "weights": weights}
+            content["kernels"] = run.kernels
             checkpoint.save_checkpoint(newest, content)
         source = folder / f"model_epoch_{progress.best_epoch}.pt"
         is_best = best.exists() and source.exists() and filecmp.cmp(source, best, shallow=False)

@@ -41,13 +41,14 @@ def load_model(
         data_dir, manifest: the folder that it was trained on, or one that extends it: with more
             items, action types or feature values after those of the training. Their vectors are
             zero, so a new item is known by its features alone.
-        device, mm_emb_device, kernels, trust_pickle: as the flags of main.py.
+        device, mm_emb_device, kernels, trust_pickle: as the flags of main.py; "auto" kernels are
+            "plain" for a model that was trained with them.
         model_class: your own, if it was trained with one.
 
     Raises:
         DataError: no such checkpoint, or the data has other items or features than the model knows.
     """
-    trained, weights = read_model(path)
+    trained, weights, trained_with = read_model(path)
     config = extended(trained, data_dir, manifest, trust=trust_pickle)
     check_data(path, data_dir, config, manifest)
     check_meanings(path, data_dir, config, manifest)
@@ -62,6 +63,9 @@ def load_model(
         refuse_other_data(path, data_dir, known, found)
     on_host = vectors_on_host(features[0], mm_emb_device)
     place = pick_device(device)
+    if (kernels, trained_with) == ("auto", "plain"):  # its definition may be one of your own
+        log.info("%s was trained with --kernels plain, and is used so", path)
+        kernels = "plain"
     kernels = choose_kernels(kernels, place, config)
     model = model_class(config, *features, on_host=on_host, kernels=kernels).to(place).eval()
     load_weights(model, padded(weights, trained, config), path)
@@ -73,14 +77,20 @@ def leaves_out_seen(choice: str, config: HSTUConfig) -> bool:
     return config.removes_seen if choice == "auto" else choice == "on"
 
 
-def read_model(path: str | Path) -> tuple[HSTUConfig, Mapping[str, Tensor]]:
-    """The config and the weights in a checkpoint."""
+class SavedModel(NamedTuple):
+    config: HSTUConfig
+    weights: Mapping[str, Tensor]
+    kernels: str | None  # that it was trained with, as of model.find_kernels; None: not known
+
+
+def read_model(path: str | Path) -> SavedModel:
+    """What a checkpoint says of its model."""
     content = load_checkpoint(path)
     config, weights = content["config"], content.get("weights")
     if not isinstance(config, dict) or not isinstance(weights, dict):
         raise DataError(f"{path}: not a checkpoint of this package (no config and weights in it)")
     try:
-        return HSTUConfig(**config), weights
+        return SavedModel(HSTUConfig(**config), weights, content.get("kernels"))
     except TypeError as error:  # a setting is missing or unknown
         raise DataError(f"{path}: {error}; export it with the version that trained it") from error
 

@@ -57,7 +57,7 @@ def prepare_run(args: argparse.Namespace, model_class: type[HSTUModel] = HSTUMod
         features = read_features(args.data_dir, manifest, *wanted, args.trust_pickle)
     datasets, item_counts = open_datasets(args, manifest, features[0])
     train_set, device = datasets["train"], pick_device(args.device)
-    earlier = read_model(args.init_from)[0] if args.init_from else None
+    earlier = read_model(args.init_from).config if args.init_from else None
     config = make_config(args, manifest, features, datasets, earlier)
     kernels = choose_kernels(args.kernels, device, config, args.precision)
     torch.manual_seed(args.seed)

@@ -96,7 +96,7 @@ def start_from(run: Run, path: Path, vocabulary: Vocabulary) -> None:
     Raises:
         DataError: the model has another shape, or what its numbers stand for is not known.
     """
-    earlier, weights = read_model(path)
+    earlier, weights, _ = read_model(path)
     config = run.model.config
     refuse_other_shape(path, shape_of(earlier, config), shape_of(config, earlier))
     vocabularies = vocabulary_of(path, earlier), vocabulary

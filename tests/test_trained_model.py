@@ -92,7 +92,7 @@ def test_a_fresh_conversion_is_refused_by_name(weeks, tmp_path, capsys):
 
 
 def test_a_table_is_padded_for_each_number_that_is_new_and_no_other(weeks):
-    config, weights = read_model(weeks.model)
+    config, weights, _ = read_model(weeks.model)
     grown = extended(config, weeks.second, read_manifest(weeks.second))
     rows = {n: len(w) - len(weights[n]) for n, w in padded(weights, config, grown).items()}
     assert {name: number for name, number in rows.items() if number} == {
@@ -105,7 +105,7 @@ def test_a_table_is_padded_for_each_number_that_is_new_and_no_other(weeks):
 
 
 def test_a_config_is_as_it_was_where_the_data_is_the_same_or_smaller(weeks):
-    config, _ = read_model(weeks.model)
+    config, *_ = read_model(weeks.model)
     assert extended(config, weeks.first, read_manifest(weeks.first)) == config
     more = extended(config, weeks.second, read_manifest(weeks.second))
     assert extended(more, weeks.first, read_manifest(weeks.first)) == more
