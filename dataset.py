@@ -323,16 +323,16 @@ class MyDataset(Dataset):
         """The sequences `indices`, in one gather, ordered by falling length."""
         draw = indices if isinstance(indices, Draw) else Draw(np.asarray(indices), (0,))
         rows, offsets = self._rows[draw.indices], self.sequences.offsets
-        has_target = self.target != "none"
+        num_targets = int(self.target != "none")  # the last event of each sequence
         ends = offsets[rows + 1] - self._num_after[draw.indices]
-        starts = np.maximum(offsets[rows], ends - (self.maxlen + has_target))
+        starts = np.maximum(offsets[rows], ends - (self.maxlen + num_targets))
         order = np.argsort(starts - ends, kind="stable")
         rows, starts, ends = rows[order], starts[order], ends[order]
         own = share_of(len(rows), draw.rank, draw.world_size) if draw.world_size > 1 else None
         sequences, seen = self.sequences.read(rows, starts, ends), None
-        if self.split != "train" or not has_target:
+        if self.split != "train" or not num_targets:
             rows = rows if own is None else rows[own]
-            seen = self.sequences.read(rows, offsets[rows], offsets[rows + 1] - has_target)
+            seen = self.sequences.read(rows, offsets[rows], offsets[rows + 1] - num_targets)
         return Fetched(sequences, seen, draw.seed, own)
 
     def collate_fn(self, fetched: Fetched) -> Batch:

@@ -93,7 +93,7 @@ class ArrayEncoder(nn.EmbeddingBag):
 def give_sparse_gradients(model: nn.Module) -> None:
     """Let the gradients of large tables, of items and of features, hold a batch's rows alone.
 
-    For optimizer.RowAdamW, and for batches that do not hold all items.
+    For engine.optimizer.RowAdamW, and for batches that do not hold all items.
     """
     for module in model.modules():
         if isinstance(module, SparseEncoder | ArrayEncoder):
@@ -135,8 +135,8 @@ class VectorEncoder(nn.Linear):
         return torch.where(present[:, None], projected, self.stand_in)
 
 
-# Feature kind -> encoder(hidden_units, size, **statistics). A custom kind is one more entry here
-# and one in features.PARSERS.
+# Feature kind -> encoder(hidden_units, size), for the last two with more of `encoder_arguments`. A
+# kind of your own is one more entry here and one in files.features.PARSERS.
 ENCODERS: dict[str, Callable[..., nn.Module]] = {"sparse": SparseEncoder, "array": ArrayEncoder}
 ENCODERS |= {"continual": ContinualEncoder, "emb": VectorEncoder}
 
@@ -144,7 +144,7 @@ ENCODERS |= {"continual": ContinualEncoder, "emb": VectorEncoder}
 def encoder_arguments(
     feature: Any, missing_vector: str = "learnt", projection: str = "learnt"
 ) -> dict[str, Any]:
-    """What a checkpoint stores of a features.Feature to build its encoder again.
+    """What a checkpoint stores of a files.feature_cache.Feature to build its encoder again.
 
     `missing_vector`: "learnt" or "zero", what stands for an absent multimodal vector. `projection`:
     "learnt" or "frozen", of multimodal vectors.
@@ -168,8 +168,9 @@ def module_key(feature_id: str) -> str:
 class FeatureTables(nn.Module):
     """The static features of items (or users) as tensors that move with the model.
 
-    They are data: no parameters, and not in the state dict. `features`: id -> features.Feature.
-    `on_host`: vectors to leave where they are, in a memory map; a lookup copies its rows.
+    They are data: no parameters, and not in the state dict. `features`: id ->
+    files.feature_cache.Feature. `on_host`: vectors to leave where they are, in a memory map; a
+    lookup copies its rows.
     """
 
     def __init__(self, features: Mapping[str, Any], on_host: Collection[str] = ()):
@@ -280,9 +281,9 @@ class LearnablePositionalEmbeddingInputFeaturesPreprocessor(nn.Module):
 
 
 class MixPrevious(nn.Module):
-    """Adds to an event's input learnt shares of the K inputs before it.
+    """Adds to an event's input learnt shares of the P inputs before it.
 
-        y_t = x_t + w_1 * x_(t-1) + ... + w_K * x_(t-K)
+        y_t = x_t + w_1 * x_(t-1) + ... + w_P * x_(t-P)
 
     A causal convolution with a weight per distance and dimension, each 0 at first; nothing comes
     before a sequence's first event. Not in the paper; it helps short histories (docs/log.md).
@@ -290,7 +291,7 @@ class MixPrevious(nn.Module):
 
     def __init__(self, num_previous: int, hidden_units: int):
         super().__init__()
-        self.weights = nn.Parameter(torch.zeros(num_previous, hidden_units))  # (K, D)
+        self.weights = nn.Parameter(torch.zeros(num_previous, hidden_units))  # (P, D)
 
     def forward(self, x: Tensor, positions: Tensor) -> Tensor:
         """(T, D) -> (T, D); `positions`: (T,) int64, of each event in its sequence, from 0."""

@@ -125,8 +125,11 @@ def train(args: argparse.Namespace, model_class: type[HSTUModel]) -> None:
                 if is_main_process():
                     (output_dir / "metrics.json").unlink(missing_ok=True)  # an earlier run's
             if not run.progress.is_finished or args.projector:
-                lengths = run.training_step.options.total_steps, args.num_epochs, args.log_every
-                with RunLog(args.log_dir, run.progress.step + 1, *lengths) as run_log:
+                first_step = run.progress.step + 1
+                total_steps = run.training_step.options.total_steps
+                with RunLog(
+                    args.log_dir, first_step, total_steps, args.num_epochs, args.log_every
+                ) as run_log:
                     if run.progress.step == 0:
                         run_log.start(vars(args), vars(args).keys() - FREE_FLAGS)
                     train_epochs(args, run, run_log)

@@ -62,7 +62,7 @@ def infonce_loss(
 
 
 class Kernels(NamedTuple):
-    """The forms that a model computes with: of each definition, itself or a tuned one in ops/."""
+    """The functions that a model computes with: the definitions, or their tuned forms in ops/."""
 
     attention: Attention
     infonce_loss: Callable[..., Tensor]
@@ -127,8 +127,8 @@ class HSTUModel(nn.Module):
 
     Args:
         config: shapes and switches.
-        item_features: of each of config.item_features its features.Feature, rows 0..X; data, not
-            weights.
+        item_features: of each of config.item_features its files.feature_cache.Feature, rows 0..X;
+            data, not weights.
         user_features: the same for users.
         on_host: item vectors that stay on the host; batches bring theirs in `item_vectors`.
         shards_items: each process has a part of the item table.

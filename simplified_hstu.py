@@ -2,7 +2,7 @@
 
 Letters used throughout the package; in brackets the symbol of the paper (arXiv 2402.17152):
     B           sequences in the batch
-    T           events in the batch, its sequences laid end to end
+    T           input events in the batch, its sequences laid end to end
     N (n)       longest history, `maxlen`
     L           longest sequence of the batch, at most N
     D (d)       embedding width
@@ -33,7 +33,7 @@ from ops.dropout import Dropout
 
 NORM_EPS = 1e-6  # the reference's
 # Time buckets grow by e ** 0.301 = 1.35, as in the published results, and not by two: the reference
-# divides a natural logarithm by log10(2).
+# divides a natural logarithm by log10(2). The tuned forms in ops/ repeat these numbers.
 BUCKET_LOG_WIDTH, NUM_TIME_BUCKETS = 0.301, 129
 BIAS_START = 0.5  # of rab's two parts; around the reference's 0, chance decides (docs/log.md)
 
@@ -73,7 +73,7 @@ class RelativeAttentionBias(nn.Module):
 
 
 def _look_up(weight: Tensor, index: Tensor) -> Tensor:
-    """weight[index], but with a gradient that is summed in the same order every time."""
+    """weight[index], but with a gradient that a CPU sums in the same order every time."""
     return weight.index_select(0, index.flatten()).view(index.shape)
 
 
@@ -225,5 +225,5 @@ class HSTU(nn.Module):
         return x if last_events is None else x[last_events]
 
     @property
-    def _causal_mask(self) -> Tensor:  # (N, N) bool
+    def _causal_mask(self) -> Tensor:  # (N, N) bool, of queries and keys; for whoever looks at A
         return torch.ones(self.maxlen, self.maxlen, dtype=torch.bool).tril()

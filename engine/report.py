@@ -90,8 +90,10 @@ def evaluate_checkpoint(args: argparse.Namespace, model_class: type[HSTUModel] =
     model = load_model(path, args.data_dir, manifest, model_class=model_class, **options)
     negatives, item_counts = count_negatives(args, manifest, bool(model.config.item_features))
     is_known = manifest.targets.get(split) == "last"
-    options = model.config.maxlen, negatives
-    dataset = MyDataset(args.data_dir, split, *options, trust_pickle=trust) if is_known else []
+    dataset = []
+    if is_known:
+        maxlen = model.config.maxlen
+        dataset = MyDataset(args.data_dir, split, maxlen, negatives, trust_pickle=trust)
     if not len(dataset):
         raise DataError(f"{args.data_dir}: no {split} split with known targets there; name another")
     device = next(model.parameters()).device

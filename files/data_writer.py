@@ -40,7 +40,7 @@ class Column(NamedTuple):
     # What the numbers stand for: the raw values of 1, 2, ..., each once, or what was done to them.
     # A model is refused data in which that is something else. None: not known, nothing is compared.
     meaning: Sequence[Any] | None = None
-    default: float = 0  # "continual": of an item that is not in the file
+    default: float = 0  # of an item without a value; lists have none
 
 
 def leave_one_out(events: np.ndarray, offsets: np.ndarray) -> dict[str, Sequences]:

@@ -31,7 +31,7 @@ class Feature(NamedTuple):
     R = items + 1 rows, V listed values in all, W wide. Arrays may be read-only memmaps.
     """
 
-    kind: str  # "sparse", "array", "continual", "emb", or a kind registered in features.PARSERS
+    kind: str  # "sparse", "array", "continual", "emb", or one registered in files.features.PARSERS
     size: int  # sparse, array: cardinality (values 0..size, 0 unknown); continual: 1; emb: W
     values: np.ndarray  # sparse (R,), array (V,) int32; continual (R,), emb (R, W) float32, raw
     offsets: np.ndarray | None = None  # array: (R + 1,) int64, row r is values[o[r]:o[r + 1]]

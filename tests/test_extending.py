@@ -16,6 +16,7 @@ import simplified_hstu
 from dataset import PARSERS
 from files.checkpoint import load_checkpoint
 from files.data_writer import Column
+from files.features import load_features
 from hstu_components import ENCODERS
 from main import METRICS, main
 from model import KERNELS
@@ -66,10 +67,14 @@ def test_a_notebook_gets_recommendations_in_the_ids_of_the_log(flags, tmp_path, 
 
 def test_a_feature_type_trains(flags, tmp_path):
     exec(example("A feature type"), {})
-    write_tiny(tmp_path / "hours", opened=Column("hour", [k % 24 for k in range(NUM_ITEMS)]))
+    hours = Column("hour", [None, *(k % 24 for k in range(1, NUM_ITEMS))], default=-1)
+    write_tiny(tmp_path / "hours", opened=hours)
     assert main([*flags, f"--data_dir={tmp_path}/hours"]) == 0
     weights = load_checkpoint(tmp_path / "o" / "model_best.pt")["weights"]
     assert any("feature_opened" in name for name in weights)
+    feature = load_features(tmp_path / "hours", "item", NUM_ITEMS)["opened"]
+    encoded = ENCODERS["hour"](8, 1)(torch.from_numpy(feature.values[:3].copy()))
+    assert (encoded.norm(dim=1) > 0).tolist() == [True, False, True]  # the first has no hour
 
 
 @pytest.mark.parametrize(
