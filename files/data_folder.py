@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -23,6 +24,8 @@ SPLITS = ("train", "valid", "test")
 # Numbers without an event, where only the events tell how many there are; a damaged one would make
 # tables beyond any memory.
 MOST_UNSEEN = 1 << 22
+
+log = logging.getLogger("hstu")
 
 
 class Manifest(NamedTuple):
@@ -57,18 +60,18 @@ def read_manifest(data_dir: str | Path, *, trust: bool = False) -> Manifest:
             whose size is not the one in the manifest.
     """
     data_dir = Path(data_dir)
+    path = data_dir / "manifest.json"
+    content = read_json(path) if path.exists() else None
+    if isinstance(content, dict) and content.get("is_unfinished"):
+        raise DataError(f"{data_dir}: its conversion did not finish; write the data again")
     if not split_path(data_dir, "train", "data").exists():
         raise DataError(
             f"{data_dir}: no train_data.bin there; name a data folder with --data_dir, or write "
             "one, of your events with scripts/prepare_table.py, to try things with "
             "scripts/prepare_synthetic.py"
         )
-    path = data_dir / "manifest.json"
     if not path.exists():
         return _infer_manifest(data_dir, trust)
-    content = read_json(path)
-    if isinstance(content, dict) and content.get("is_unfinished"):
-        raise DataError(f"{data_dir}: its conversion did not finish; write the data again")
     version = content.get("format_version") if isinstance(content, dict) else None
     if version != FORMAT_VERSION:
         raise _bad(path, f"format version {version}, expected {FORMAT_VERSION}")
@@ -263,12 +266,15 @@ class Candidates(NamedTuple):
     original_ids: np.ndarray  # (C,) uint64, for the multimodal vectors; may repeat
 
 
-def read_candidates(folder: str | Path, num_items: int) -> Candidates:
-    """The three id files of a candidate folder.
+def read_candidates(
+    folder: str | Path, data_dir: str | Path, num_items: int, *, trust: bool = False
+) -> Candidates:
+    """The three id files of a candidate folder, which belongs to a data folder.
 
     Raises:
-        DataError: a file is missing or truncated, their lengths differ, ids are out of range, or a
-            retrieval id occurs twice.
+        DataError: a file is missing or truncated, their lengths differ, ids are out of range, a
+            retrieval id occurs twice. That re-ids stand for other items than in the data is a
+            warning.
     """
     dtypes = {"retrieval_ids": "<u8", "item_ids": "<i4", "original_ids": "<u8"}
     paths = {name: Path(folder) / f"{name}.bin" for name in dtypes}
@@ -281,4 +287,15 @@ def read_candidates(folder: str | Path, num_items: int) -> Candidates:
         raise _bad(paths["item_ids"], f"ids from {lowest} to {highest}, not in 0..{num_items}")
     if found.retrieval_ids.max() >= 2**63 or len(np.unique(found.retrieval_ids)) < lengths[0]:
         raise _bad(paths["retrieval_ids"], "an id occurs twice, or is 2^63 or more")
+    ids = original_ids(data_dir, "i", num_items, trust=trust)
+    if ids is not None:  # texts cannot be compared
+        differs = (found.item_ids > 0) & (ids[found.item_ids] != found.original_ids)
+        if differs.any():
+            row = int(differs.argmax())
+            log.warning(
+                "%s: of another data folder than %s? %d of %d original ids differ, the first: "
+                "candidate %d is item %d, there %d, here %d",
+                folder, data_dir, differs.sum(), lengths[0],
+                row + 1, found.item_ids[row], ids[found.item_ids[row]], found.original_ids[row],
+            )  # fmt: skip
     return found

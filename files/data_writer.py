@@ -21,12 +21,13 @@ from files.data_folder import FORMAT_VERSION, SPLITS, Manifest, digest_of_ids
 from files.sequences import EVENT_DTYPE, OFFSET_DTYPE, USER_DTYPE, Sequences, gather, split_path
 
 VECTOR_ROWS = 20_000  # written at once
-# What write_dataset may write, as patterns; a writer that did not finish may have left any of it.
+# What may be written below, as patterns; a writer that did not finish may have left any of it.
 WRITTEN = (
     *(f"{split}_{what}.bin" for split in SPLITS for what in ("data", "offsets", "users")),
     *("*_feat_dict.json", "feature_types.json", "feat_statistics.json"),
     *("feature_default_value.json", "indexer.pkl", "item_names.txt", "creative_emb/emb_*_*.npy"),
     *(".*.tmp", "creative_emb/.*.tmp", "candidates/.*.tmp"),
+    *("candidates/*_ids.bin", "candidates/item_feat_dict.json", "candidates/feat*.json"),
 )
 
 CODED = ("sparse", "array")  # kinds whose values are numbers of raw values
@@ -183,20 +184,22 @@ def check_folder(data_dir: Path, overwrite: bool = False) -> list[Path]:
     if not isinstance(old, dict) or "format_version" not in old:
         raise DataError(f"{path}: of another program; name another folder to write")
     if old.get("is_unfinished"):
-        return [file for pattern in WRITTEN for file in data_dir.glob(pattern)]
+        linked = [data_dir / name for name in old.get("linked", ())]
+        return linked + [file for pattern in WRITTEN for file in data_dir.glob(pattern)]
     if not overwrite:
         raise DataError(f"{data_dir}: holds data; add --overwrite, or name another folder")
     return [data_dir / name for name in old.get("files", ())]
 
 
-def begin_folder(data_dir: Path, overwrite: bool = False) -> None:
+def begin_folder(data_dir: Path, overwrite: bool = False, linked: Sequence[str] = ()) -> None:
     """Make a folder for new data; until `finish_folder`, its manifest says that it is unfinished.
 
-    Older data, as `check_folder` has it, is removed; other files stay.
+    Older data, as `check_folder` has it, is removed; other files stay. `linked`: names of files
+    that the caller puts there, beside those of the functions below.
     """
     files = check_folder(data_dir, overwrite)
     data_dir.mkdir(parents=True, exist_ok=True)
-    unfinished = {"format_version": FORMAT_VERSION, "is_unfinished": True}
+    unfinished = {"format_version": FORMAT_VERSION, "is_unfinished": True, "linked": [*linked]}
     write_json(data_dir / "manifest.json", unfinished)
     for file in files:  # but none that is elsewhere, by a link or a wrong name
         if file.parent.resolve().is_relative_to(data_dir.resolve()):

@@ -19,6 +19,7 @@ from files.feature_cache import Feature, cached, map_array
 from files.safe_pickle import load_pickle
 
 _VECTORS = 1024  # of Parquet, read at once; 16 MB of float32 at width 4096
+PACKED = (".gz", ".bz2", ".xz", ".zst", ".zip")
 _VECTOR_FILE = r"(?:emb_(.+)_\d+|([^.]+))\.(?:pkl|npy)"
 
 log = logging.getLogger("hstu")
@@ -96,13 +97,23 @@ def is_by_re_id(source: Path) -> bool:
 
 
 def _files(source: Path) -> list[Path]:
-    """The file, or a folder's files without _SUCCESS, checksums and notes."""
+    """The file, or a folder's files without _SUCCESS, checksums and notes.
+
+    Raises:
+        DataError: there is none, or one is compressed.
+    """
     if source.is_file():
         return [source]
     known = ("", ".json", ".jsonl", ".parquet")
-    files = [p for p in sorted(source.iterdir()) if p.name[0] not in "._" and p.suffix in known]
+    paths = [path for path in sorted(source.iterdir()) if path.name[0] not in "._"]
+    if packed := [path for path in paths if path.suffix in PACKED]:
+        raise DataError(f"{packed[0]}: compressed; unpack it")
+    files = [path for path in paths if path.suffix in known]
     if not files:
         raise DataError(f"{source}: empty, expected *.json, part-00000 ... or *.parquet")
+    numbers = {int(m[1]) for m in (re.match(r"part-(\d+)", path.name) for path in files) if m}
+    if missing := sorted({*range(max(numbers, default=-1) + 1)} - numbers):
+        log.warning("%s: no part-%05d; is a file missing?", source, missing[0])
     return files
 
 

@@ -21,6 +21,7 @@ from files.data_folder import (
     check_re_ids,
     log_ids,
     original_ids,
+    read_candidates,
     read_indexer,
     read_item_names,
     read_manifest,
@@ -217,12 +218,21 @@ def find_problems(data_dir: Path, trust: bool = False) -> Iterator[str]:
         lambda: vectors(data_dir, manifest, trust),
         lambda: original_ids(data_dir, "i", manifest.num_items, trust=trust),
         lambda: original_ids(data_dir, "u", manifest.num_users, trust=trust),
+        lambda: candidate_features(data_dir, manifest, trust),
     ]
     for load in loads:
         try:
             load()
         except DataError as error:
             yield str(error)
+
+
+def candidate_features(data_dir: Path, manifest: Manifest, trust: bool) -> None:
+    folder = data_dir / "candidates"
+    if folder.is_dir():
+        found = read_candidates(folder, data_dir, manifest.num_items, trust=trust)
+        if (folder / "feature_types.json").exists():
+            load_features(folder, "item", len(found.item_ids))
 
 
 def split_problems(data_dir: Path, split: str, manifest: Manifest) -> Iterator[str]:

@@ -122,12 +122,17 @@ def convert(
         name: read_blocks(folder, name, index.limits, num_workers, trust_pickle)
         for name, folder in folders.items()
     }
-    begin_folder(data_dir, overwrite)
+    find_vectors(source)  # may refuse them
+    vectors = vector_files(source)
+    begin_folder(data_dir, overwrite, list(vectors))
     files = write_candidates(predict_dir, data_dir, indexer["i"], counts)
     digest = digest_of_ids(sorted(indexer["i"], key=indexer["i"].get))
     del indexer
     splits, targets = write_sequences(data_dir, blocks, index, kinds, counts, valid_users, seed)
-    files += splits + link_item_files(source, data_dir)
+    files += splits + write_item_features(source, data_dir)
+    for name, path in vectors.items():
+        link(path, data_dir / name)
+    files += [*vectors]
     files += describe_features(data_dir, index, kinds)
     files.append(write_index(source, data_dir, index, trust_pickle))
     sizes = index.limits.num_items, len(index.users), len(ACTIONS)
@@ -209,6 +214,12 @@ def write_sequences(
             f"warning: {len(seen.differing):,} items have other features in some lines than in "
             f"others, the first: item {min(seen.differing)}; those of item_feat_dict.json count"
         )
+    if len(stores) > 1 and (lost := stores[1].left_out):
+        first = ", ".join(map(str, lost[:3])) + ", ..." * (len(lost) > 3)
+        print(
+            f"warning: {len(lost):,} users of predict_seq have no event of an item of indexer.pkl; "
+            f"they get no query and no recommendations: {first}"
+        )
     for name, store in zip(blocks, stores, strict=True):
         counts.update({f"{name}: {text}": n for text, n in store.counts.items()})
     for name, split in splits.items():
@@ -240,6 +251,7 @@ class Store:
         self.file, self.users, self.item_sums = file, users, item_sums
         self.lengths, self.user_ids = [np.zeros(1, np.int64)], array("i")
         self.counts: Counter = Counter()
+        self.left_out: list[int | str] = []
 
     def fill(
         self, blocks: Iterable[Block], kinds: dict[str, set[type]]
@@ -250,6 +262,7 @@ class Store:
             self.lengths.append(block.lengths)
             self.user_ids.extend(map(self.re_id, block.users))
             self.counts.update(block.counts)
+            self.left_out += filter(None, block.left_out)
             self.item_sums.add(block.item_sums)
             for i, types in block.kinds.items():
                 kinds.setdefault(i, set()).update(types)
@@ -335,20 +348,25 @@ def prefixes(split: Split) -> Iterator[Sequences]:
 # --------------------------------------------------------------------------------------- features
 
 
-def link_item_files(source: Path, data_dir: Path) -> list[str]:
-    """Put item_feat_dict.json and the vectors into the data folder; their names."""
-    names, path = [], data_dir / "item_feat_dict.json"
+def write_item_features(source: Path, data_dir: Path) -> list[str]:
+    """Put item_feat_dict.json into the data folder, if there are features; its name."""
+    path = data_dir / "item_feat_dict.json"
     if (source / path.name).exists():
-        names.append(link(source / path.name, path))
-    elif (source / "item_feat").is_dir():
-        names.append(write_records(path, parquet_items(source / "item_feat")))
-    for folder in (source / "creative_emb", source / "mm_emb"):
-        for path in sorted(folder.rglob("*")):
-            if path.is_file() and path.name[0] not in "._":
-                name = f"creative_emb/{path.relative_to(folder).as_posix()}"
-                link(path, data_dir / name)
-                names.append(name)
-    return names
+        return [link(source / path.name, path)]
+    if (source / "item_feat").is_dir():
+        return [write_records(path, parquet_items(source / "item_feat"))]
+    print(f"{source}: no item_feat_dict.json, nor a folder item_feat: items have no features")
+    return []
+
+
+def vector_files(source: Path) -> dict[str, Path]:
+    """The files of multimodal vectors, by their names in a data folder."""
+    return {
+        f"creative_emb/{path.relative_to(folder).as_posix()}": path
+        for folder in (source / "creative_emb", source / "mm_emb")
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and path.name[0] not in "._"
+    }
 
 
 def describe_features(data_dir: Path, index: Index, user_kinds: dict[str, set[type]]) -> list[str]:

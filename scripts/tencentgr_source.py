@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import re
+import signal
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence, Sized
 from concurrent.futures import ProcessPoolExecutor
@@ -56,6 +57,7 @@ class Block(NamedTuple):
     profiles: list[tuple[int | str, str]]  # user, JSON text of its features
     kinds: dict[str, set[type]]  # user feature -> types of its values
     counts: Counter  # what there was, by description
+    left_out: Sequence[int | str | None] = ()  # users without an event of a known item
     num_lines: int = 0
     # Items and the CRC-32 of the features that stand in a line, each pair once: those of
     # item_feat_dict.json count, but they should not differ.
@@ -90,7 +92,10 @@ def line_blocks(
     size, num_lines, num_users = path.stat().st_size, 0, 0
     jobs = [(path, at, at + BLOCK_BYTES, limits) for at in range(0, size, BLOCK_BYTES)]
     with (
-        ProcessPoolExecutor(num_workers) as pool,
+        # Ctrl-C goes to all processes of a terminal; this one alone has something to say.
+        ProcessPoolExecutor(
+            num_workers, initializer=signal.signal, initargs=(signal.SIGINT, signal.SIG_IGN)
+        ) as pool,
         tqdm(total=size, desc=path.name, unit="B", unit_scale=True, disable=None) as bar,
     ):
         try:
@@ -238,8 +243,10 @@ def make_block(
     counts["events at the time of the event before"] += int((is_same_row & (steps == 0)).sum())
     counts["users out of the order of time, sorted"] += num_unsorted
     counts["users without an event of a known item, left out"] += int((known_lengths == 0).sum())
-    users = [user for user, length in zip(users, known_lengths, strict=True) if length]
-    return Block(events[is_known], known_lengths[known_lengths > 0], users, [], {}, counts)
+    left_out = [user for user, n in zip(users, known_lengths, strict=True) if not n]
+    users = [user for user, n in zip(users, known_lengths, strict=True) if n]
+    lengths = known_lengths[known_lengths > 0]
+    return Block(events[is_known], lengths, users, [], {}, counts, left_out)
 
 
 def whole_numbers(name: str, values: list, low: int, high: int) -> np.ndarray:

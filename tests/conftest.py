@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -52,6 +54,23 @@ def write_tiny(
         item_names=[f"item {k}" for k in range(1, NUM_ITEMS + 1)],
     )
     return data_dir
+
+
+def write_candidates(folder: Path, data: Path, item_ids: list[int], originals: list[int]) -> None:
+    """Candidates with the features of items 1, 2, ... and without vectors of their own."""
+    folder.mkdir()
+    columns = {
+        "retrieval_ids": np.arange(len(item_ids), dtype="<u8"),
+        "item_ids": np.array(item_ids, "<i4"),
+        "original_ids": np.array(originals, "<u8"),
+    }
+    for name, column in columns.items():
+        column.tofile(folder / f"{name}.bin")
+    for name in ("feature_types", "feat_statistics", "feature_default_value", "item_feat_dict"):
+        shutil.copy(data / f"{name}.json", folder)
+    records = json.loads((data / "item_feat_dict.json").read_text())
+    kept = {row: records[row] for row in map(str, range(1, len(item_ids) + 1))}
+    (folder / "item_feat_dict.json").write_text(json.dumps(kept))
 
 
 @pytest.fixture

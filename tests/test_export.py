@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import NUM_ITEMS
+from conftest import NUM_ITEMS, write_candidates
 from test_model import make_model
 
 import model as model_module
@@ -183,25 +183,19 @@ def test_fewer_rows_than_the_header_says_are_no_export(tmp_path):
 # ------------------------------------------------------------------------------------- candidates
 
 
-def write_candidates(folder: Path, data: Path, item_ids: list[int], originals: list[int]) -> None:
-    """Candidates with the features of items 1, 2, ... and without vectors of their own."""
-    folder.mkdir()
-    columns = {
-        "retrieval_ids": np.arange(len(item_ids), dtype="<u8"),
-        "item_ids": np.array(item_ids, "<i4"),
-        "original_ids": np.array(originals, "<u8"),
-    }
-    for name, column in columns.items():
-        column.tofile(folder / f"{name}.bin")
-    for name in ("feature_types", "feat_statistics", "feature_default_value", "item_feat_dict"):
-        shutil.copy(data / f"{name}.json", folder)
-    records = json.loads((data / "item_feat_dict.json").read_text())
-    kept = {row: records[row] for row in map(str, range(1, len(item_ids) + 1))}
-    (folder / "item_feat_dict.json").write_text(json.dumps(kept))
-
-
 def candidates_in(folder: Path, data: Path, model, mm_emb_device: str = "model") -> Catalogue:
     return candidates_of(folder, data, model, mm_emb_device, trust_pickle=False)
+
+
+def test_candidates_of_another_folder_are_a_warning(tiny, tmp_path, caplog):
+    model = make_model(tiny)
+    write_candidates(tmp_path / "own", tiny, [2, 0], [1003, 1000])
+    candidates_in(tmp_path / "own", tiny, model)
+    assert "of another data folder" not in caplog.text
+    write_candidates(tmp_path / "other", tiny, [2, 3], [1003, 1000])
+    candidates_in(tmp_path / "other", tiny, model)
+    found = "1 of 2 original ids differ, the first: candidate 2 is item 3, there 1006, here 1000"
+    assert found in caplog.text
 
 
 @pytest.mark.parametrize("mm_emb_device", ["model", "loader"])

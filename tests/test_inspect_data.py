@@ -11,7 +11,7 @@ import inspect_data
 import numpy as np
 import prepare_synthetic
 import pytest
-from conftest import NUM_ACTIONS, NUM_ITEMS, NUM_USERS, write_tiny
+from conftest import NUM_ACTIONS, NUM_ITEMS, NUM_USERS, write_candidates, write_tiny
 
 from files.atomic_io import file_entry, read_json, write_json
 from files.data_folder import SPLITS
@@ -207,6 +207,19 @@ def test_problems_of_different_files_are_collected(tiny, capsys):
     for message in ("train_data.bin: sequence", "test_data.bin: sequence", "valid_data.bin: ",
                     "item_feat_dict.json: ", "outside 0..1"):  # fmt: skip
         assert message in text
+
+
+def test_the_full_check_reads_candidates_too(tiny, capsys):
+    folder = tiny / "candidates"
+    write_candidates(folder, tiny, [2, 0], [1003, 5])
+    assert inspect_data.main([str(tiny), "--check", "full"]) == 0
+    records = json.loads((folder / "item_feat_dict.json").read_text())
+    records["2"]["100"] = 10_000
+    (folder / "item_feat_dict.json").write_text(json.dumps(records))
+    assert inspect_data.main([str(tiny), "--check", "full"]) != 0
+    assert "item 2, feature 100 = 10000: outside 0.." in capsys.readouterr().err
+    (folder / "item_ids.bin").write_bytes(b"")
+    assert inspect_data.main([str(tiny), "--check", "full"]) != 0
 
 
 def test_a_file_of_another_size_is_one_line_even_without_the_check(tiny, capsys):

@@ -50,6 +50,19 @@ def test_the_parts_of_a_folder_are_joined_and_other_files_passed_over(tmp_path):
     assert load_81(tmp_path).values.tolist() == [[0, 0], [1, 2], [0, 0], [0, 0], [0, 0], [3, 4]]
 
 
+def test_a_missing_part_is_a_warning_and_a_compressed_one_an_error(tmp_path, caplog):
+    write_vectors(tmp_path, "emb_81_2/part-00000", {"a7": [1, 2]})
+    folder = tmp_path / "creative_emb" / "emb_81_2"
+    load_81(tmp_path)
+    assert "is a file missing" not in caplog.text
+    write_vectors(tmp_path, "emb_81_2/part-00002", {"b": [3, 4]})
+    load_81(tmp_path)
+    assert f"{folder}: no part-00001; is a file missing?" in caplog.text
+    (folder / "part-00001.gz").write_bytes(b"x")
+    with pytest.raises(DataError, match=r"part-00001.gz: compressed; unpack it"):
+        load_81(tmp_path)
+
+
 def test_a_dense_table_is_by_row_with_nan_where_there_is_no_vector(tmp_path):
     table = np.full((6, 2), np.nan)
     table[2], table[5] = (1, 2), (0, 0)
