@@ -70,6 +70,9 @@ def infer(args: argparse.Namespace, model_class: type[HSTUModel] = HSTUModel) ->
     tables = {"item_ids.txt": lambda file: write_lines(file, names)}
     publish(folder, shape, embed(model, catalogue), arrays, origin, users_folder, tables=tables)
     datasets = open_users(args, manifest, model.config.maxlen, request)
+    is_guessed = request.time is None and any(dataset.target == "none" for dataset in datasets)
+    if is_guessed and model.config.time_bias == "request":
+        log.info("requests are taken to come at a user's last event; --request_time says when")
     if datasets:
         items = torch.from_numpy(load_emb(folder / "embedding.fbin"))  # a map, not a copy
         origin |= {"whole_history": sees_all, "export_users": args.export_users}
@@ -196,7 +199,7 @@ def candidates_of(
 ) -> Catalogue:
     """The candidate folder's items; one that the model does not know is what its features say."""
     config, device = model.config, next(model.parameters()).device
-    candidates = data_folder.read_candidates(folder, config.num_items)
+    candidates = data_folder.read_candidates(folder, data_dir, config.num_items, trust=trust_pickle)
     count = len(candidates.item_ids)
     known = {i: (spec["kind"], spec["size"]) for i, spec in config.item_features.items()}
     plain = [name for name, (kind, _) in known.items() if kind != "emb"]

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import pickle
 import random
+import re
+import shlex
 import shutil
 import sys
 from pathlib import Path
@@ -438,6 +441,47 @@ def test_candidates_are_a_folder_of_items_of_their_own(tmp_path):
     assert counts["candidates: text values of features, read as 0"] == 1
 
 
+def test_users_asked_for_without_a_known_item_are_named(tmp_path, capsys):
+    asked = [[event("user_14", 5, 1, 3)], [event("lost", RAW, 0, 4)], [], [profile("user_21")]]
+    text = "".join(json.dumps(line) + "\n" for line in asked)
+    source = write_source(tmp_path / "source", random_lines(0, range(1, 9)), predict_seq=text)
+    tencentgr.convert(source, tmp_path / "data")
+    assert "2 users of predict_seq have no event" in (told := capsys.readouterr().out)
+    assert "no recommendations: lost, user_21\n" in told
+
+
+def test_what_a_conversion_left_is_gone_with_the_next(tmp_path):
+    """Not only candidates: vectors that a corrected source no longer has, too."""
+    bad = [[event(3, 5, 0, 1)], [["?"]]]
+    source = write_source(tmp_path / "source", bad, predict_set=CANDIDATES)
+    (source / "creative_emb").mkdir()
+    (source / "creative_emb" / "81.pkl").write_bytes(pickle.dumps({5: [1.0]}))
+    with pytest.raises(DataError, match="line 2"):
+        tencentgr.convert(source, tmp_path / "data")
+    with pytest.raises(DataError, match="its conversion did not finish"):
+        read_manifest(tmp_path / "data")
+    assert (tmp_path / "data" / "candidates" / "item_ids.bin").exists()
+    (source / "predict_set.jsonl").unlink()
+    write_source(source, [[event(3, 5, 0, 1)]])
+    tencentgr.convert(source, tmp_path / "data")
+    assert not any((tmp_path / "data" / "candidates").iterdir())
+    manifest = json.loads((tmp_path / "data" / "manifest.json").read_text())
+    assert "creative_emb/81.pkl" in manifest["files"]
+
+
+def test_two_sources_of_vectors_are_refused_before_anything_is_read(tmp_path):
+    source = write_source(tmp_path / "source", [[event(3, 5, 0, 1)]])
+    (source / "creative_emb" / "emb_81_2").mkdir(parents=True)
+    (source / "creative_emb" / "emb_81_2.pkl").write_bytes(pickle.dumps({5: [1.0, 2.0]}))
+    with pytest.raises(
+        DataError, match=r"source/creative_emb/emb_81_2\.pkl: feature 81 has emb_81_2"
+    ):
+        tencentgr.convert(source, tmp_path / "data")
+    assert not (tmp_path / "data").exists()
+    (source / "creative_emb" / "emb_81_2").rmdir()
+    tencentgr.convert(source, tmp_path / "data")
+
+
 def train_and_export(data_dir: Path, output: Path, *export: str) -> None:
     folders = [f"--data_dir={data_dir}", f"--output_dir={output}", f"--log_dir={output}/logs"]
     device = ["--device=cpu", "--num_workers=0"]
@@ -447,13 +491,18 @@ def train_and_export(data_dir: Path, output: Path, *export: str) -> None:
     assert main.main([*infer, *folders, *device]) == 0
 
 
-def test_the_answer_is_candidates_by_retrieval_id_for_the_asked_users(tmp_path):
+def test_the_answer_is_candidates_by_retrieval_id_for_the_asked_users(tmp_path, capsys):
+    """And what is printed says how to get it, and that its times are guessed."""
     asked = [[event(4, 5, 1, 3)], [profile("stranger"), event("stranger", 6, 0, 7)]]
     text = "".join(json.dumps(line) + "\n" for line in asked)
     lines = random_lines(0, range(1, 30))
     source = write_source(tmp_path / "source", lines, predict_seq=text, predict_set=CANDIDATES)
     tencentgr.convert(source, tmp_path / "data")
     train_and_export(tmp_path / "data", tmp_path, f"--candidates={tmp_path / 'data/candidates'}")
+    told = capsys.readouterr().out
+    assert f"--output_dir {tmp_path} --candidates {tmp_path}/data/candidates\n" in told
+    assert "--time_bias request: the validation knows the times of its targets" in told
+    assert "taken to come at a user's last event; --request_time says when" in told
     items = np.fromfile(tmp_path / "item_embeddings" / "embedding.fbin", "<f4", offset=8)
     assert_allclose((items.reshape(3, 8) ** 2).sum(1), 1, rtol=1e-5)
     ids = np.fromfile(tmp_path / "item_embeddings" / "id.u64bin", "<u8", offset=8)
@@ -462,6 +511,27 @@ def test_the_answer_is_candidates_by_retrieval_id_for_the_asked_users(tmp_path):
     top = top.reshape(2, -1)  # who is asked of has seen candidate 0, the stranger none
     assert sorted(set(top[0].tolist()) - {-1}) == [1, 2]
     assert sorted(set(top[1].tolist()) - {-1}) == [0, 1, 2]
+
+
+def test_the_documented_commands_end_in_an_answer_in_creative_ids(tmp_path, monkeypatch):
+    asked = [[event(4, 5, 1, 3)], [profile("stranger"), event("stranger", 6, 0, 7)]]
+    text = "".join(json.dumps(line) + "\n" for line in asked)
+    lines = random_lines(0, range(1, 30))
+    write_source(tmp_path / "TencentGR", lines, predict_seq=text, predict_set=CANDIDATES)
+    docs = Path(main.__file__).parent / "docs" / "own_data.md"
+    section = docs.read_text().split("## TencentGR")[1].split("\n## ")[0]
+    commands, code = re.findall(r"```(?:python)?\n(.*?)```", section, re.S)
+    monkeypatch.chdir(tmp_path)
+    for line in commands.splitlines():
+        script, *arguments = shlex.split(line.replace("python ", "", 1))
+        if script == "main.py":
+            arguments += ["--device=cpu", "--num_workers=0", "--num_epochs=1"]
+        assert importlib.import_module(Path(script).stem).main(arguments) == 0
+    exec(code, scope := {})
+    known, cold, other = RAW // 1000 + 15, RAW + 77, RAW // 1000 + 6
+    assert set(scope["answer"]) == {"user_28", "stranger"}
+    assert set(scope["answer"]["user_28"]) == {cold, other}  # the other one was seen
+    assert set(scope["answer"]["stranger"]) == {known, cold, other}
 
 
 @pytest.mark.parametrize(
