@@ -8,7 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from ops import attention
+import dot_product_similarity as similarity
+import simplified_hstu
+from ops import attention, ranking
 from simplified_hstu import DEFINITION, Attention, RelativeAttentionBias, time_buckets
 
 TUNED = Attention(attention.prepare, attention.gated_attention)
@@ -95,6 +97,12 @@ def test_groups_have_each_event_once_within_the_limit_of_scores(monkeypatch):
         rows = torch.arange(*group.events.indices(40)[:2])[:, None]
         assert torch.equal(group.unpad(group.pad(rows)), rows)
         assert group.shape[0] * group.shape[1] ** 2 <= 100 or group.shape[0] == 1
+
+
+def test_the_numbers_of_the_definition_are_repeated_as_they_are():
+    for name in ("BUCKET_LOG_WIDTH", "NUM_TIME_BUCKETS", "NORM_EPS"):
+        assert getattr(attention, name) == getattr(simplified_hstu, name)
+    assert (ranking.TIE, ranking.MISS) == (similarity.TIE, similarity.MISS)
 
 
 def test_time_buckets_equal_the_definition_up_to_a_year():
