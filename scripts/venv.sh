@@ -28,6 +28,10 @@ use_venv() {
   # A .venv of another Python, or one that was not finished, is made anew.
   if [ "$(cat .venv/.made-with 2>/dev/null)" != "$kind" ] || ! .venv/bin/python -c '' 2>/dev/null; then
     "$python" -m venv --clear ${options[@]+"${options[@]}"} .venv
+    if [ -n "${SYSTEM_TORCH-}" ]; then  # of a virtual environment too, whose packages venv passes over
+      "$python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))' \
+        >"$(.venv/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/outer.pth"
+    fi
     echo "$kind" >.venv/.made-with
   fi
   if [ ! -e ".venv/.installed-$stamp" ]; then

@@ -56,3 +56,11 @@ def test_a_python_that_does_not_run_is_named(folder):
     process = use_venv(folder, PYTHON="python2.99")
     _, error = process.communicate()
     assert "error: python2.99 does not run; name a Python 3.10 or newer with PYTHON=..." in error
+
+
+@pytest.mark.skipif(sys.prefix == sys.base_prefix, reason="not run in a virtual environment")
+def test_system_torch_sees_the_packages_of_a_virtual_environment_too(folder):
+    for seen, variables in (False, {}), (True, {"SYSTEM_TORCH": "1"}):
+        assert_is_used(use_venv(folder, **variables), folder)
+        command = [folder / ".venv" / "bin" / "python", "-c", "import numpy"]
+        assert (subprocess.run(command, capture_output=True).returncode == 0) == seen
