@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import math
 import re
+import time
 from typing import Any
 
 # Up to this many items "--negatives auto" ranks against all of them: it learns most per second
@@ -147,9 +148,8 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     export("--export_users", choices=["test", "all"], default="test", help=text)
     export("--top_k", type=at_least(1), default=10, help="items exported per user")
     export("--whole_history", **switch, help="queries for what follows a test user's last event")
-    export(
-        "--request_time", type=unix_seconds, metavar="SECONDS", help="Unix time of unknown targets"
-    )
+    text = "Unix time of unknown targets, or now"
+    export("--request_time", type=unix_seconds, metavar="SECONDS", help=text)
     text = "action hoped for, by name or number, where the target is unknown; -1: unknown"
     export("--request_action", default="-1", metavar="TYPE", help=text)
     args = parser.parse_args(argv)
@@ -190,7 +190,9 @@ def device_name(text: str) -> str:
 
 
 def unix_seconds(text: str) -> int:
-    """An argparse type: a time from 1970 to the year 5138; what is beyond is in milliseconds."""
+    """An argparse type: "now", or a time from 1970 to 5138; what is beyond is in milliseconds."""
+    if text == "now":
+        return int(time.time())
     if not text.isdecimal() or int(text) >= 10**11:
         raise argparse.ArgumentTypeError(f"{text!r} is no time in seconds; in milliseconds?")
     return int(text)

@@ -125,7 +125,7 @@ def get_args(argv: list[str] | None) -> argparse.Namespace:
         "--request_time",
         type=unix_seconds,
         metavar="SECONDS",
-        help="of --events: Unix time of the question; else that of the last event",
+        help="of --events: Unix time of the question, or now; else that of the last event",
     )
     flag(
         "--request_action",

@@ -805,6 +805,12 @@ def test_the_whole_history_is_exported_as_if_no_target_were_known(tmp_path, data
         assert (whole / name).read_bytes() != (held_out / name).read_bytes()
 
 
+def test_a_request_may_come_now(monkeypatch):
+    monkeypatch.setattr("time.time", lambda: 1_800_000_000.7)
+    flags = ["--inference_only", "--state_dict_path=model_best.pt", "--request_time=now"]
+    assert get_args(flags).request_time == 1_800_000_000
+
+
 @pytest.mark.parametrize("flag", ["--request_time=2000000000", "--request_action=1"])
 def test_what_is_known_of_a_request_is_refused_where_its_target_is_known(
     tmp_path, data, trained, capsys, flag
