@@ -943,3 +943,14 @@ def test_an_item_that_is_never_trained_on_is_no_negative(tiny, negatives):
     ids = set(batch.distinct_ids[batch.negative_index].tolist())
     targets = set(batch.distinct_ids[batch.target_index].tolist())
     assert ids == (set(range(1, 24)) - {4, 17}) | (targets if negatives == "mixed" else set())
+
+
+@pytest.mark.parametrize("block", [16, 48, 1 << 20])
+def test_the_share_of_repeats_is_that_of_every_sequence(folder, monkeypatch, block):
+    monkeypatch.setattr("files.sequences.BLOCK", block)
+    for split in ("train", "valid", "test"):
+        events, offsets, _ = open_split(folder, split)
+        rows = [events["item_id"][a:b].tolist() for a, b in pairwise(offsets)]
+        rows = [row for row in rows if len(row) > 1]
+        expected = sum(row[-1] in row[:-1] for row in rows) / len(rows)
+        assert open_dataset(folder, split).sequences.repeat_share() == expected

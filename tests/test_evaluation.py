@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from conftest import write_tiny
 
@@ -65,3 +66,18 @@ def test_ranks_are_those_of_every_item_by_hand(tmp_path):
             place += 1
     assert place == len(ranking.ranks) == len(run.datasets["test"])
     assert 0 < ranking.is_repeat.sum() < place
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_queries_are_computed_in_the_precision_asked_for(tmp_path, monkeypatch, precision):
+    args = get_args([f"--data_dir={write_tiny(tmp_path)}", "--device=cpu", "--num_workers=0"])
+    run, casts = prepare_run(args), []
+    predict = run.model.predict_with_loss
+
+    def record(batch):
+        casts.append(torch.is_autocast_enabled("cpu"))
+        return predict(batch)
+
+    monkeypatch.setattr(run.model, "predict_with_loss", record)
+    evaluate(run.model, eval_loader(args, run, "test"), precision=precision)
+    assert set(casts) == {precision == "bf16"}

@@ -158,8 +158,12 @@ def test_of_a_users_sequences_the_newest_counts_and_without_times_the_longest(tm
     assert found == {1: [1, 2, 3, 4], 2: [5, 6], 3: [6], 4: [7, 7]}
 
 
+@pytest.mark.parametrize("block", [1, 2, 1 << 14])
 @pytest.mark.parametrize("suffix", [".csv", ".parquet"])
-def test_numbers_stay_numbers_and_items_that_are_not_left_have_no_row(tmp_path, suffix):
+def test_numbers_stay_numbers_and_items_that_are_not_left_have_no_row(
+    tmp_path, monkeypatch, suffix, block
+):
+    monkeypatch.setattr("files.recommendations.BLOCK_USERS", block)
     rows, scores = np.array([[1, 0], [0, -1], [-1, -1]]), np.array([[0.5, 0.25], [1, 0], [0, 0]])
     top = TopItems(np.array([7, 8, 9]), np.array([10, 20]), rows, scores.astype(np.float32))
     path = tmp_path / f"table{suffix}"

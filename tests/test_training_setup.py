@@ -1,0 +1,42 @@
+"""The negatives of a training, from its flags and its data."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from dataset import Negatives
+from engine import training_setup
+from engine.flags import get_args
+from engine.training_setup import count_negatives
+from files.data_folder import read_manifest
+from files.sequences import open_split
+
+
+def negatives_of(data_dir: Path, *flags: str) -> Negatives:
+    args = get_args([f"--data_dir={data_dir}", *flags])
+    return count_negatives(args, read_manifest(data_dir), has_item_features=True)[0]
+
+
+@pytest.mark.parametrize(("limit", "kind"), [(22, "mixed"), (23, "all")])
+def test_auto_is_mixed_where_items_are_many(tiny, monkeypatch, limit, kind):
+    monkeypatch.setattr(training_setup, "ALL_NEGATIVES_UP_TO", limit)
+    assert negatives_of(tiny).kind == kind
+
+
+@pytest.mark.parametrize("flags", [["--windows"], ["--no-windows"]])
+@pytest.mark.parametrize("types", [[], ["1"], ["0", "2"]])
+def test_targets_are_counted_as_they_are_trained(tiny, flags, types):
+    """Of the types asked for, and without windows of the newest events alone."""
+    events, offsets, _ = open_split(tiny, "train")
+    expected = np.zeros(24, int)
+    for start, end in pairwise(offsets):
+        first = start + 1 if flags == ["--windows"] else max(start + 1, end - 2)
+        for event in events[first:end]:
+            expected[event["item_id"]] += not types or str(event["action_type"]) in types
+    asked = ["--target_actions", *types] if types else []
+    counts = negatives_of(tiny, "--maxlen=2", *flags, *asked).target_counts
+    assert counts.tolist() == expected.tolist()
