@@ -29,7 +29,7 @@ from files.atomic_io import DataError
 from files.data_writer import write_dataset
 from files.embeddings import emb_pieces
 from files.features import Feature
-from files.sequences import EVENT_DTYPE, Sequences, open_split
+from files.sequences import EVENT_DTYPE, Sequences, open_split, order_of_rows
 from ops.infonce import index_rows
 
 NUM_ITEMS, NUM_USERS, NUM_ACTIONS, MAXLEN = 23, 11, 3, 4
@@ -954,3 +954,12 @@ def test_the_share_of_repeats_is_that_of_every_sequence(folder, monkeypatch, blo
         rows = [row for row in rows if len(row) > 1]
         expected = sum(row[-1] in row[:-1] for row in rows) / len(rows)
         assert open_dataset(folder, split).sequences.repeat_share() == expected
+
+
+@pytest.mark.parametrize("num_rows", [1 << 16, (1 << 16) + 1, 200_000])
+def test_the_order_of_rows_is_right_for_small_tables_and_large_ones(num_rows):
+    index = np.random.default_rng(0).integers(num_rows, size=5000)
+    index[:3] = num_rows - 1, 0, num_rows - 1
+    places, bounds = order_of_rows(index, num_rows)
+    assert_array_equal(places, np.argsort(index, kind="stable"))
+    assert_array_equal(bounds, np.searchsorted(index[places], np.arange(num_rows + 1)))

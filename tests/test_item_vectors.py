@@ -279,3 +279,9 @@ def test_the_real_sample_loads(tmp_path):
     last = json.loads(lines[-1])
     row = indexer["i"][last["anonymous_cid"]]
     assert vectors.values[row].tolist() == np.float32(last["emb"]).tolist()
+
+
+def test_ids_with_leading_zeros_are_texts_of_their_own(tmp_path):
+    write_vectors(tmp_path, "81.pkl", {"0123": [1.0, 2.0], "45": [3.0, 4.0]})
+    found = load_vectors(tmp_path, ["81"], {123: 1, 45: 2, "0123x": 3}, 3)["81"]
+    assert found.present.tolist() == [False, False, True, False]

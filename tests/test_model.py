@@ -326,6 +326,13 @@ def test_numbers_are_standardised_with_the_statistics_of_the_checkpoint(tiny):
     torch.testing.assert_close(encoder(value)[0], encoder.weight[:, 0])
 
 
+def test_a_number_that_is_always_the_same_says_nothing(tiny):
+    items, _ = read_all_features(tiny)
+    price = items["price"]._replace(values=np.full_like(items["price"].values, 7.0))
+    spec = encoder_arguments(price)
+    assert (spec["mean"], spec["std"]) == (7.0, 1.0)
+
+
 def test_missing_vectors_get_the_learnt_stand_in_or_zero(tiny):
     items, users = read_all_features(tiny)
     missing = ~items["81"].present

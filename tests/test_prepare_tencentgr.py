@@ -314,6 +314,15 @@ def test_the_seed_draws_the_users_of_validation(tmp_path):
     assert len(drawn[0]) == len(slow_splits(lines, False)[0]) // 10
 
 
+def test_a_click_that_is_the_tests_target_is_none_of_the_validation(tmp_path):
+    lines = [[event(u, k, int(k in (2, 4)), k) for k in range(1, 5)] for u in range(1, 11)]
+    data_dir, _ = convert(tmp_path, lines)
+    assert [e[-1][0] for e in sequences(data_dir, "test").values()] == [4] * 10
+    ((user, events),) = sequences(data_dir, "valid").items()
+    assert events == [(1, 0, 1), (2, 1, 2)]
+    assert sequences(data_dir, "train")[user] == [(1, 0, 1)]
+
+
 def test_no_users_of_validation_is_no_such_split(tmp_path):
     data_dir, _ = convert(tmp_path, random_lines(0, range(1, NUM_USERS + 1)), valid_users=0)
     assert list(read_manifest(data_dir).targets) == ["train", "test"]

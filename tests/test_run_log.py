@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import json
 import os
 import pty
 import re
@@ -115,7 +116,8 @@ def test_the_projector_has_the_most_frequent_items_of_the_best_epoch(
 ):
     assert not (whole / "logs" / "projector_config.pbtxt").exists()
     monkeypatch.setattr("engine.report.MOST_PROJECTED", 7)
-    assert main([*flags_of(data, tmp_path, tmp_path / "logs"), "--projector"]) == 0
+    assert main([*flags_of(data, tmp_path, tmp_path / "logs"), "--projector", "--lr=0.003"]) == 0
+    assert json.loads((tmp_path / "metrics.json").read_text())["best_epoch"] == 1  # of two
     assert "tensors.tsv" in (tmp_path / "logs" / "projector_config.pbtxt").read_text()
     folder = tmp_path / "logs" / "00006" / "items"
     header, *rows = (line.split("\t") for line in (folder / "metadata.tsv").read_text().split("\n"))

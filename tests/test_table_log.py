@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import random
+import subprocess
+import sys
+import time
 from datetime import datetime, timezone
 from pathlib import Path
 
@@ -11,6 +15,7 @@ import numpy as np
 import prepare_table
 import pytest
 
+import history_source
 import table_log
 from files.atomic_io import read_json
 from files.data_folder import read_indexer
@@ -329,3 +334,29 @@ def test_ids_that_share_what_is_before_a_point_are_no_forms_of_one(tmp_path, cap
     items = write(tmp_path / "items.csv", [[i, k % 3] for k, i in enumerate(ids)], "item,kind\n")
     text = output(capsys, tmp_path, log, "--split", "none", "--item_features", items)
     assert "warning" not in text
+
+
+def test_dates_mean_utc_wherever_the_conversion_runs(tmp_path):
+    rows = [[user, k, f"2024-01-0{k} 0{user}:30:00"] for user in (1, 2) for k in range(1, 6)]
+    log = write(tmp_path / "log.csv", rows)
+    cuts = ["--split", "time", "--cuts", "2024-01-04T01:00:00", "2024-01-05"]
+    for zone in ("UTC", "Asia/Shanghai", "America/Los_Angeles"):
+        command = [sys.executable, prepare_table.__file__, log, tmp_path / zone, *cuts]
+        subprocess.run(command, check=True, env=os.environ | {"TZ": zone})
+    zones = [tmp_path / "UTC", tmp_path / "Asia" / "Shanghai", tmp_path / "America/Los_Angeles"]
+    for split in ("train", "valid", "test"):
+        found = [open_split(zone, split)[0]["timestamp"].tolist() for zone in zones]
+        assert found[0] == found[1] == found[2]
+    first = datetime(2024, 1, 1, 1, 30, tzinfo=timezone.utc)
+    assert open_split(zones[0], "train")[0]["timestamp"][0] == first.timestamp()
+
+
+def test_a_history_of_dates_means_utc_too(monkeypatch):
+    monkeypatch.setenv("TZ", "Asia/Shanghai")
+    time.tzset()
+    try:
+        assert history_source.time_of("2000-11-02") == 973_123_200
+        assert history_source.time_of("2000-11-02T08:00:00+08:00") == 973_123_200
+    finally:
+        monkeypatch.undo()
+        time.tzset()

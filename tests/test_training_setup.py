@@ -11,7 +11,7 @@ import pytest
 from dataset import Negatives
 from engine import training_setup
 from engine.flags import get_args
-from engine.training_setup import count_negatives
+from engine.training_setup import count_negatives, prepare_run
 from files.data_folder import read_manifest
 from files.sequences import open_split
 
@@ -40,3 +40,25 @@ def test_targets_are_counted_as_they_are_trained(tiny, flags, types):
     asked = ["--target_actions", *types] if types else []
     counts = negatives_of(tiny, "--maxlen=2", *flags, *asked).target_counts
     assert counts.tolist() == expected.tolist()
+
+
+def test_muon_trains_the_matrices_of_the_blocks_and_nothing_else(tiny):
+    run = prepare_run(get_args([f"--data_dir={tiny}", "--device=cpu", "--weight_decay=0.1"]))
+    names = {parameter: name for name, parameter in run.model.named_parameters()}
+    groups = run.training_step.optimizer.param_groups
+    by_muon = {names[p] for group in groups if group["muon"] for p in group["params"]}
+    layers = [
+        f"hstu.blocks.{k}.{name}.weight" for k in (0, 1) for name in ("qkv_proj", "output_proj")
+    ]
+    assert by_muon == set(layers)
+    decayed = {names[p] for group in groups if group["weight_decay"] for p in group["params"]}
+    assert decayed - by_muon == {
+        f"emb_transform.feature_{i}.weight" for i in ("81", "price", "age")
+    }
+
+
+def test_the_learning_rate_ends_with_the_last_update_of_the_last_epoch(tiny):
+    """Eleven sequences are three batches of four, and two updates of two batches."""
+    flags = ["--batch_size=4", "--accumulate_steps=2", "--num_epochs=3", "--no-windows"]
+    run = prepare_run(get_args([f"--data_dir={tiny}", "--device=cpu", *flags]))
+    assert run.training_step.options.total_steps == 6
