@@ -13,6 +13,7 @@ from engine import baselines as engine_baselines
 from engine.baselines import baseline_metrics
 from engine.metrics import ranking_metrics
 from files.atomic_io import read_json, write_json
+from files.sequences import Sequences, SplitInMemory
 from main import main
 
 LARGE = 1000  # more than any item occurs: transitions come before popularity
@@ -68,9 +69,10 @@ def test_seen_items_are_left_out_or_not(tmp_path):
     assert found(data, "test", True) != found(data, "test", False)
 
 
-def test_how_many_pairs_are_compared_at_once_changes_no_rank(tiny, monkeypatch):
+@pytest.mark.parametrize(("name", "value"), [("CHUNK_PAIRS", 7), ("BLOCK", 16)])
+def test_how_much_is_counted_or_compared_at_once_changes_no_rank(tiny, monkeypatch, name, value):
     whole = found(tiny, "test", True)
-    monkeypatch.setattr(engine_baselines, "CHUNK_PAIRS", 7)
+    monkeypatch.setattr(engine_baselines, name, value)
     assert found(tiny, "test", True) == whole
 
 
@@ -83,6 +85,16 @@ def test_beyond_the_bounds_every_kth_is_taken_and_the_log_says_so(tiny, monkeypa
     assert 0 < sampled["pop"]["targets"] < whole["pop"]["targets"]
     assert "transitions are counted in every" in caplog.text
     assert f"-th of {whole['pop']['targets']} targets is ranked" in caplog.text
+
+
+def test_of_one_time_all_events_are_recent_however_many_are_counted_at_once(tiny, monkeypatch):
+    train = open_dataset(tiny, "train").sequences
+    events = np.array(train.events)
+    events["timestamp"] = 1000
+    sequences = Sequences(events, np.array(train.offsets), np.array(train.users))
+    same = SplitInMemory(sequences, train.num_items, train.num_action_types)
+    monkeypatch.setattr(engine_baselines, "BLOCK", 1)
+    assert engine_baselines.count_recent(same).tolist() == train.count_items().tolist()
 
 
 def test_without_times_nothing_is_recent(tiny):

@@ -34,6 +34,9 @@ def test_each_action_type_has_its_own_metrics_where_there_are_several():
     assert {name: metrics["targets"] for name, metrics in found.items()} == {"view": 1, "buy": 2}
     assert found["buy"]["MRR"] == (1 + 1 / 4) / 2
     assert split_metrics("test", ranking, counts, None)["test_by_action"].keys() == {"0", "1"}
+    counts[ranks[:2]] = 0
+    cold = split_metrics("test", ranking, counts, None)["test_cold"]
+    assert (cold["targets"], cold["MRR"]) == (2, (1 + 1 / 30) / 2)
     alike = ranking._replace(target_actions=actions.clamp(max=0))
     assert "test_by_action" not in split_metrics("test", alike, counts, ["view", "buy"])
 

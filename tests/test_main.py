@@ -629,8 +629,10 @@ def test_resume_none_never_overwrites_unasked(tmp_path, data, capsys):
     folders = [f"--data_dir={data}", f"--output_dir={output_dir}", f"--log_dir={output_dir}/logs"]
     assert main([*folders, *SMALL, "--resume=none"]) == 1
     assert "--overwrite" in capsys.readouterr().err
+    shutil.copy(output_dir / "model_epoch_2.pt", output_dir / "model_epoch_9.pt")
     run(tmp_path, data, "--resume=none", "--overwrite", "--lr=0.5")
     assert metrics(output_dir)
+    assert not (output_dir / "model_epoch_9.pt").exists()
 
 
 def test_resume_from_a_named_state(tmp_path, data):
@@ -809,6 +811,17 @@ def test_a_request_may_come_now(monkeypatch):
     monkeypatch.setattr("time.time", lambda: 1_800_000_000.7)
     flags = ["--inference_only", "--state_dict_path=model_best.pt", "--request_time=now"]
     assert get_args(flags).request_time == 1_800_000_000
+
+
+def test_everyone_is_exported_as_of_the_request(tmp_path, data, trained):
+    """Though the test split's targets have times of their own."""
+    checkpoint = trained() / "model_best.pt"
+    exports = [
+        infer(tmp_path, data, checkpoint, "--export_users=all", *flags, name=f"all{k}")
+        for k, flags in enumerate([[], ["--request_time=2000000000"]])
+    ]
+    name = "user_embeddings/embedding.fbin"
+    assert (exports[0] / name).read_bytes() != (exports[1] / name).read_bytes()
 
 
 @pytest.mark.parametrize("flag", ["--request_time=2000000000", "--request_action=1"])

@@ -137,6 +137,20 @@ def test_what_is_printed_for_a_user_is_what_was_exported(copied, capsys, flag):
         assert [int(row.item) for row in rows_of(text)[1]] == items.tolist()
 
 
+def test_the_items_of_a_history_of_ones_own_are_left_out_as_asked(trained, tmp_path, capsys):
+    history, _ = history_of(trained, 1)
+    path, num_seen = write_events(tmp_path / "events.csv", history), len(set(history["item_id"]))
+    head, *lines = path.read_text().splitlines()
+    of_users = tmp_path / "users.csv"
+    of_users.write_text("\n".join([f"user,{head}", *(f"Ann,{line}" for line in lines)]))
+    for flag, count in ("--remove_seen", NUM_ITEMS - num_seen), ("--no-remove_seen", NUM_ITEMS):
+        flags = [f"--top_k={NUM_ITEMS}", flag]
+        assert len(rows_of(screen(capsys, trained, f"--events={path}", *flags))[1]) == count
+        target = tmp_path / f"{count}.csv"
+        screen(capsys, trained, f"--events={of_users}", f"--write={target}", *flags)
+        assert len(target.read_text().splitlines()) == 1 + count
+
+
 @pytest.mark.parametrize("flag", ["--remove_seen", "--no-remove_seen"])
 def test_rank_and_cosine_of_what_was_held_out_are_those_of_brute_force(trained, capsys, flag):
     items = exported(trained, "item_embeddings/embedding.fbin")

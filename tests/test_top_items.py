@@ -16,7 +16,7 @@ from engine.top_items import newest_histories
 from files.atomic_io import file_entry, read_json, write_json
 from files.data_folder import read_manifest
 from files.data_writer import leave_one_out, write_dataset
-from files.recommendations import TopItems, write_table
+from files.recommendations import TopItems, write_lines, write_table
 from files.sequences import EVENT_DTYPE, Sequences
 from main import main
 
@@ -156,6 +156,28 @@ def test_of_a_users_sequences_the_newest_counts_and_without_times_the_longest(tm
             assert user not in found
             found[user] = dataset[index].seen.events["item_id"].tolist()
     assert found == {1: [1, 2, 3, 4], 2: [5, 6], 3: [6], 4: [7, 7]}
+
+
+@pytest.mark.parametrize("block", [1, 2, 1 << 14])
+def test_each_id_has_a_line(tmp_path, monkeypatch, block):
+    monkeypatch.setattr("files.recommendations.BLOCK_USERS", block)
+    with open(tmp_path / "ids.txt", "wb") as file:
+        write_lines(file, np.array(["Ann", "two\nlines", "é", "4", "5"], object))
+    assert (tmp_path / "ids.txt").read_text() == "Ann\ntwo lines\né\n4\n5\n"
+
+
+@pytest.mark.parametrize(("time", "newest"), [(200, [5, 6]), (100, [1, 2, 3, 4])])
+def test_a_short_newest_sequence_counts_before_a_long_old_one(tmp_path, time, newest):
+    def split(history: list[int], time: int) -> Sequences:
+        events, offsets = events_of([history])
+        events["timestamp"] = time
+        return Sequences(events, offsets, np.array([1], np.int32))
+
+    splits = {"train": split([1, 2, 3, 4], 100), "test": split([5, 6], time)}
+    ids = {"item_ids": ITEMS, "user_ids": USERS}
+    write_dataset(tmp_path, splits, **ids, num_action_types=0)
+    (dataset,) = (d for d in newest_histories(tmp_path, read_manifest(tmp_path).targets) if len(d))
+    assert dataset[0].seen.events["item_id"].tolist() == newest
 
 
 @pytest.mark.parametrize("block", [1, 2, 1 << 14])
