@@ -35,7 +35,10 @@ def test_each_action_type_has_its_own_metrics_where_there_are_several():
     assert found["buy"]["MRR"] == (1 + 1 / 4) / 2
     assert split_metrics("test", ranking, counts, None)["test_by_action"].keys() == {"0", "1"}
     counts[ranks[:2]] = 0
-    cold = split_metrics("test", ranking, counts, None)["test_cold"]
+    seen = ranking._replace(is_repeat=torch.tensor([True, False, False, False]))
+    found = split_metrics("test", seen, counts, None)
+    assert [found[f"test_{name}"]["targets"] for name in ("repeat", "new")] == [1, 3]
+    cold = found["test_cold"]
     assert (cold["targets"], cold["MRR"]) == (2, (1 + 1 / 30) / 2)
     alike = ranking._replace(target_actions=actions.clamp(max=0))
     assert "test_by_action" not in split_metrics("test", alike, counts, ["view", "buy"])

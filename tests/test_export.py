@@ -187,6 +187,22 @@ def candidates_in(folder: Path, data: Path, model, mm_emb_device: str = "model")
     return candidates_of(folder, data, model, mm_emb_device, trust_pickle=False)
 
 
+@pytest.mark.parametrize(
+    ("name", "ids", "message"),
+    [
+        ("item_ids", np.array([2, 24], "<i4"), r"ids from 2 to 24, not in 0\.\.23"),
+        ("item_ids", np.array([-1, 2], "<i4"), r"ids from -1 to 2, not in 0\.\.23"),
+        ("item_ids", np.array([2], "<i4"), r"of different or no length, \[2, 1, 2\]"),
+        ("retrieval_ids", np.array([7, 7], "<u8"), "an id occurs twice"),
+    ],
+)
+def test_ids_of_candidates_that_cannot_be_are_refused(tiny, tmp_path, name, ids, message):
+    write_candidates(tmp_path / "new", tiny, [2, 0], [1003, 5])
+    ids.tofile(tmp_path / "new" / f"{name}.bin")
+    with pytest.raises(DataError, match=message):
+        candidates_in(tmp_path / "new", tiny, make_model(tiny))
+
+
 def test_candidates_of_another_folder_are_a_warning(tiny, tmp_path, caplog):
     model = make_model(tiny)
     write_candidates(tmp_path / "own", tiny, [2, 0], [1003, 1000])

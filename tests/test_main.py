@@ -550,6 +550,22 @@ def test_an_interrupted_run_ends_like_a_whole_one(tmp_path, data, trained, monke
     assert metrics(whole) == metrics(resumed)
 
 
+def test_a_run_that_stops_inside_an_epoch_of_merged_batches_ends_alike(
+    tmp_path, data, trained, monkeypatch
+):
+    """A state counts batches, here six of two sequences, and not the three steps of two of them."""
+    flags = ["--negatives=mixed", "--num_negatives=4", "--batch_size=2", "--accumulate_steps=2"]
+    flags += ["--no-windows", "--min_updates=0", "--save_every_steps=2"]
+    whole = trained(*flags)
+    with monkeypatch.context() as patch:
+        stop_after(patch, 2)
+        with pytest.raises(KilledError):
+            run(tmp_path, data, *flags)
+    resumed = run(tmp_path, data, *flags)
+    for name in ("model_epoch_1.pt", "model_epoch_2.pt"):
+        assert are_equal_checkpoints(whole / name, resumed / name)
+
+
 def test_an_epochs_points_are_logged_once_whatever_is_saved_at_its_end(tmp_path, data, monkeypatch):
     flags = ["--save_every_steps=3", "--log_every=1"]  # as many steps as an epoch has
     whole = run(tmp_path, data, *flags)

@@ -781,7 +781,8 @@ def parquet_source(folder: Path, lines: list, cold: str) -> Path:
 
 
 @pytest.mark.parametrize("cold", ["is_str", "cold_start"])
-def test_the_parquet_release_gives_the_same_data_as_the_json_lines(tmp_path, cold):
+def test_the_parquet_release_gives_the_same_data_as_the_json_lines(tmp_path, monkeypatch, cold):
+    monkeypatch.setattr(tencentgr_source, "BLOCK_ROWS", 7)
     lines = random_lines(3, range(1, NUM_USERS + 1))
     parquet = parquet_source(tmp_path / "parquet", lines, cold)
     tencentgr.convert(parquet, tmp_path / "a")
