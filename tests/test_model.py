@@ -288,6 +288,14 @@ def test_id_dropout_leaves_whole_items_with_their_features_alone_in_training(tin
     assert is_whole.any() and is_alone.any() and (is_whole ^ is_alone).all()
 
 
+def test_id_dropout_leaves_out_the_share_asked_for(tiny):
+    model, ids = make_model(tiny, id_dropout=0.1), torch.arange(1, 24)
+    whole = model.eval().item_tower(ids)
+    model.train()
+    is_left_out = [(model.item_tower(ids) - whole).abs().amax(1) > 1e-5 for _ in range(50)]
+    assert torch.stack(is_left_out).float().mean().item() == pytest.approx(0.1, abs=0.04)
+
+
 def test_id_dropout_keeps_the_id_of_an_item_whose_features_are_all_zero(tiny):
     model = make_model(tiny, id_dropout=0.999999)
     ids = torch.arange(1, model.config.num_items + 1)

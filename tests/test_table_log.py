@@ -360,3 +360,12 @@ def test_a_history_of_dates_means_utc_too(monkeypatch):
     finally:
         monkeypatch.undo()
         time.tzset()
+
+
+def test_what_other_users_did_in_between_makes_no_event_a_repeated_one(tmp_path, capsys):
+    rows = [[user, item, START + 5] for user, item in ("ax", "bx", "ax", "by")]
+    log = write(tmp_path / "log.csv", rows)
+    code, *_ = run(capsys, tmp_path, log, "--drop_repeated", "equal", "--split", "none")
+    assert code == 0
+    events, offsets, _ = open_split(tmp_path / "data", "test")
+    assert (events["item_id"].tolist(), offsets.tolist()) == ([1, 1, 2], [0, 1, 3])

@@ -52,6 +52,7 @@ def test_muon_trains_the_matrices_of_the_blocks_and_nothing_else(tiny):
     ]
     assert by_muon == set(layers)
     decayed = {names[p] for group in groups if group["weight_decay"] for p in group["params"]}
+    assert by_muon <= decayed
     assert decayed - by_muon == {
         f"emb_transform.feature_{i}.weight" for i in ("81", "price", "age")
     }
@@ -62,3 +63,20 @@ def test_the_learning_rate_ends_with_the_last_update_of_the_last_epoch(tiny):
     flags = ["--batch_size=4", "--accumulate_steps=2", "--num_epochs=3", "--no-windows"]
     run = prepare_run(get_args([f"--data_dir={tiny}", "--device=cpu", *flags]))
     assert run.training_step.options.total_steps == 6
+
+
+@pytest.mark.parametrize(("num_epochs", "warmup"), [(20, 22), (200, 100)])
+def test_the_rate_rises_for_a_tenth_of_the_steps_and_100_at_most(tiny, num_epochs, warmup):
+    flags = ["--batch_size=1", f"--num_epochs={num_epochs}", "--no-windows"]
+    run = prepare_run(get_args([f"--data_dir={tiny}", "--device=cpu", *flags]))
+    assert run.training_step.options.warmup_steps == warmup
+
+
+def test_the_state_of_a_training_has_the_scale_of_fp16(tiny):
+    args = get_args([f"--data_dir={tiny}", "--device=cpu", "--precision=fp16"])
+    one, other = prepare_run(args), prepare_run(args)
+    train = one.datasets["train"]
+    one.training_step([train.collate_fn(train[0])], 1, 1)
+    one.training_step.scaler.update(new_scale=8.0)
+    other.training_step.load_state_dict(one.training_step.state_dict())
+    assert other.training_step.scaler.get_scale() == 8.0
