@@ -229,7 +229,7 @@ def find_problems(data_dir: Path, trust: bool = False) -> Iterator[str]:
 
 def candidate_features(data_dir: Path, manifest: Manifest, trust: bool) -> None:
     folder = data_dir / "candidates"
-    if folder.is_dir():
+    if any(folder.glob("*_ids.bin")):  # an earlier conversion may leave an empty folder
         found = read_candidates(folder, data_dir, manifest.num_items, trust=trust)
         if (folder / "feature_types.json").exists():
             load_features(folder, "item", len(found.item_ids))

@@ -211,6 +211,9 @@ def test_problems_of_different_files_are_collected(tiny, capsys):
 
 def test_the_full_check_reads_candidates_too(tiny, capsys):
     folder = tiny / "candidates"
+    folder.mkdir()  # as a conversion without candidates leaves that of one with them
+    assert inspect_data.main([str(tiny), "--check", "full"]) == 0
+    folder.rmdir()
     write_candidates(folder, tiny, [2, 0], [1003, 5])
     assert inspect_data.main([str(tiny), "--check", "full"]) == 0
     records = json.loads((folder / "item_feat_dict.json").read_text())
