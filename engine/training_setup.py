@@ -268,8 +268,9 @@ def announce(args: argparse.Namespace, run: Run) -> None:
             f"the learning rate rises for more than a fifth; try --warmup_steps {total_steps // 10}"
         )
         log.warning("%s: %s", found, remark)
-    test_targets = run.binding["data"]["targets"].get("test")
-    if run.model.config.time_bias == "request" and test_targets == "none":
+    targets = run.binding["data"]["targets"]
+    are_unlike = (targets.get("valid"), targets.get("test")) == ("last", "none")
+    if run.model.config.time_bias == "request" and are_unlike:
         log.warning(
             "--time_bias request: the validation knows the times of its targets, which the test "
             "split lacks; --time_bias event is measured as it will rank"

@@ -11,7 +11,8 @@ import pytest
 from dataset import Negatives
 from engine import training_setup
 from engine.flags import get_args
-from engine.training_setup import count_negatives, prepare_run
+from engine.training_setup import announce, count_negatives, prepare_run
+from files.atomic_io import read_json, write_json
 from files.data_folder import read_manifest
 from files.sequences import open_split
 
@@ -80,3 +81,17 @@ def test_the_state_of_a_training_has_the_scale_of_fp16(tiny):
     one.training_step.scaler.update(new_scale=8.0)
     other.training_step.load_state_dict(one.training_step.state_dict())
     assert other.training_step.scaler.get_scale() == 8.0
+
+
+@pytest.mark.parametrize("without", [[], ["valid"]])
+def test_times_that_the_test_lacks_are_warned_of_where_the_validation_has_them(
+    tiny, caplog, without
+):
+    manifest = read_json(tiny / "manifest.json")
+    manifest["targets"]["test"] = "none"
+    for split in without:
+        del manifest["targets"][split]
+    write_json(tiny / "manifest.json", manifest)
+    args = get_args([f"--data_dir={tiny}", "--device=cpu"])
+    announce(args, prepare_run(args))
+    assert ("--time_bias event is measured as it will rank" in caplog.text) == (not without)
