@@ -130,11 +130,11 @@ class Recommender:
         config = self.model.config
         request = read_request(self.data_dir, request_time, request_action, config, self.manifest)
         sequences = self._sequences(histories)
-        best = recommend_histories(
+        batches = recommend_histories(
             self.model, self.manifest, sequences, self._items, top_k, removes_seen, request
         )
         scores, rows = np.empty((0, top_k), np.float32), np.empty((0, top_k), np.int64)
-        if found := list(best):
+        if found := list(batches):
             scores = np.concatenate([best.scores for best in found])
             rows = np.concatenate([best.rows for best in found])
         names = np.append(self.item_ids[1:].astype(object), None)

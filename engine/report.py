@@ -149,15 +149,12 @@ def report(run: Run, data_dir: str, log_dir: str, reason: str) -> None:
     if result.get("test"):
         log_split(result, "test", removes_seen)
     log.info("  wrote  %s, model_epoch_*.pt, %s", best, path)
-    candidates = Path(data_dir) / "candidates"
-    has_candidates = (candidates / "item_ids.bin").exists()
-    paths = data_dir, str(output_dir), log_dir, str(best), str(candidates)
-    data_dir, output, logs, best, candidates = map(shlex.quote, paths)
+    candidates, export = Path(data_dir) / "candidates", "--inference_only"
+    if (candidates / "item_ids.bin").exists():
+        export += f" --candidates {shlex.quote(str(candidates))}"
+    data_dir, output, logs, best = map(shlex.quote, (data_dir, str(output_dir), log_dir, str(best)))
     folders = f"--data_dir {data_dir} --output_dir {output}"
-    of_set = f" --candidates {candidates}" * has_candidates
-    log.info(
-        "  next   python main.py --inference_only --state_dict_path %s %s%s", best, folders, of_set
-    )
+    log.info("  next   python main.py %s --state_dict_path %s %s", export, best, folders)
     log.info("  curves tensorboard --logdir %s", logs)
     log.info("  plots  python scripts/plot_run.py %s --log_dir %s", folders, logs)
 

@@ -509,7 +509,7 @@ def test_the_answer_is_candidates_by_retrieval_id_for_the_asked_users(tmp_path, 
     tencentgr.convert(source, tmp_path / "data")
     train_and_export(tmp_path / "data", tmp_path, f"--candidates={tmp_path / 'data/candidates'}")
     told = capsys.readouterr().out
-    assert f"--output_dir {tmp_path} --candidates {tmp_path}/data/candidates\n" in told
+    assert f"--inference_only --candidates {tmp_path}/data/candidates --state_dict" in told
     assert "--time_bias request: the validation knows the times of its targets" in told
     assert "taken to come at a user's last event; --request_time says when" in told
     items = np.fromfile(tmp_path / "item_embeddings" / "embedding.fbin", "<f4", offset=8)
